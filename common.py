@@ -1,0 +1,670 @@
+"""Leaf functions shared by train.py and sft.py: settings, distributed set-up, optimizer, checkpoints, log, plot.
+
+Nothing here owns a loop, takes a callback or imports another file of ours.
+    python common.py plot out/run/log.jsonl [MORE.jsonl ...] loss.png
+"""
+
+import fcntl, hashlib, importlib.metadata, json, math, os, platform, random, resource, shutil, signal, socket
+import subprocess, sys, time, warnings
+from dataclasses import dataclass, fields
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as td
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # DCP on one process, which is what is meant
+
+# ---- settings -------------------------------------------------------------------------------------------------------
+
+@dataclass(slots=True)
+class Stage:
+    """One stage of a run. A learning rate of 0 freezes the module; where 0 or "" says so, the run's own value holds."""
+
+    steps: int = 1000  # optimizer updates in this stage
+    data: str = ""  # sources as name=path pairs separated by commas; "": the run's
+    lr_vision: float = 0.0  # peak learning rate of the ViT; 0: frozen
+    lr_projector: float = 0.0  # of the projector
+    lr_llm: float = 0.0  # of the language model
+    warmup_steps: int = 0  # linear warm-up, in steps
+    min_lr_ratio: float = 0.0  # the cosine ends at this share of the peak
+    weight_decay: float = 0.01  # on matrices only
+    drop_path: float = 0.0  # stochastic depth of the ViT, linear over its depth
+    tokens_per_pack: int = 0  # 0: the run's
+    max_tiles: int = 0  # tiles per image, 0: the run's
+    grad_accum_steps: int = 0  # 0: the run's
+
+@dataclass(slots=True)
+class RunConfig:
+    """What every training run can set; train.Config and sft.Config add their model and their stages."""
+
+    out_dir: str = "out/run"  # the run folder: log.jsonl, config.json, checkpoints/, bad_samples.jsonl, loss.png
+    data: str = ""  # sources as name=path pairs separated by commas
+    init_from: str = ""  # model folder to start from; "": random weights
+    tokenizer: str = ""  # folder of the tokenizer, when init_from is empty
+    template: str = "sailvl-chat"  # prompt template
+    stages: str = ""  # names of the stages to run, separated by commas; "": all, in order
+    seed: int = 1234  # of weights, data order and stochastic depth
+    init_std: float = 0.02  # of random matrices, where no folder gives weights
+    max_steps: int = 0  # caps each stage; 0: no cap
+    # input
+    tokens_per_pack: int = 8192  # tokens of one pack = one micro-batch of one rank
+    max_tiles_per_pack: int = 48  # tiles of one pack, the ViT's batch
+    min_tiles: int = 1  # tiles per image, at least
+    max_tiles: int = 12  # tiles per image, at most, the thumbnail not counted
+    thumbnail: bool = True  # add the whole picture as a last tile when there are several
+    image_as: Literal["pixels", "words", "dense"] = "pixels"  # ablation: what stands in for the picture
+    shuffle: bool = True  # False: samples in the order of the files
+    shuffle_window: int = 1024  # samples planned into packs at a time
+    num_workers: int = 2  # processes per rank that decode and tile
+    # optimization
+    grad_accum_steps: int = 1  # micro-batches per step and rank
+    loss_weight: Literal["token", "sample", "sqrt"] = "token"  # a supervised token weighs 1, 1/n or 1/sqrt(n)
+    beta1: float = 0.9  # AdamW
+    beta2: float = 0.95  # AdamW
+    eps: float = 1e-8  # AdamW
+    grad_clip: float = 1.0  # global gradient norm; 0: no clipping
+    # machine
+    device: str = "auto"  # auto: cuda where there is one, else cpu
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the arithmetic; auto: bfloat16 on cuda, else float32
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # under torchrun: weights copied or sharded over ranks
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile per block; auto: on cuda only
+    activation_checkpointing: bool = False  # recompute each block in the backward pass: less memory, more time
+    threads: int = 0  # CPU threads of one rank; 0: PyTorch's choice
+    timeout_s: int = 600  # a collective that hangs this long ends the run
+    # saving and showing
+    save_every: int = 1000  # steps between checkpoints; also at the end of each stage
+    keep: int = 2  # newest checkpoints kept, at least 2
+    resume: Literal["auto", "never"] = "auto"  # auto: go on from the newest good checkpoint; never: refuse
+    print_every: int = 10  # steps per printed line
+    mfu_assumed: float = 0.4  # for the days that --dry_run shows
+    dry_run: bool = False  # print what would run, and stop
+    debug: bool = False  # show tracebacks of refusals
+
+# ---- distributed set-up ---------------------------------------------------------------------------------------------
+
+@dataclass(slots=True, frozen=True)
+class Dist:
+    """Where this process stands: rank of world processes, on `device`."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+def setup_distributed(device="auto", timeout_s=600):
+    """Join torchrun's process group where there is one (nccl on CUDA, gloo on CPU). Returns Dist; without torchrun
+    world is 1 and no process group exists. Raises ValueError when the device is not there."""
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if kind not in ("cuda", "cpu"):
+        raise ValueError(f"--device={device}: write auto, cuda or cpu")
+    if kind == "cuda" and local >= torch.cuda.device_count():
+        n = torch.cuda.device_count()
+        raise ValueError(f"process {local} of this machine finds {n} GPUs; use --nproc_per_node={n} or --device=cpu")
+    where = torch.device("cuda", local) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(where)
+    if "RANK" in os.environ and not td.is_initialized():
+        td.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s),
+                              device_id=where if kind == "cuda" else None)
+    return Dist(rank, world, local, where)
+
+def all_reduce_sum(tensor, dist):
+    """Sum `tensor` over the ranks, in place; returns it."""
+    if dist.world > 1:
+        td.all_reduce(tensor)
+    return tensor
+
+def barrier():
+    if td.is_initialized():
+        td.barrier()
+
+def close_distributed():
+    """Leave the process group, the last thing a script does, so that no rank exits while a collective is cleaned up."""
+    if td.is_initialized():
+        td.barrier()
+        td.destroy_process_group()
+
+def compute_dtype(name, device):
+    """torch dtype of the arithmetic for a --dtype word: auto is bfloat16 on a GPU that has it, else float32."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return getattr(torch, name)
+
+def parallelize(model, cfg, dist):
+    """Move the model to its device and spread it over the ranks; returns the module to call.
+
+    DDP copies it, FSDP2 shards parameters, gradients and optimizer state: one unit per transformer block of the
+    language model, and one for all the rest. The ViT belongs to the rest so that a rank whose pack holds no tile may
+    skip a frozen ViT without leaving the others waiting in a collective. Both average gradients over ranks, so the
+    caller scales its loss by the number of ranks to get their sum: loss = loss_sum * world / supervised tokens of the
+    whole step. Call it after `set_trainable`, on a fresh
+    model in each stage. Frozen parameters may be bfloat16.
+    """
+    vision, blocks = getattr(model, "vision_model", None), list(model.language_model.model.layers)
+    if cfg.activation_checkpointing:
+        for block in blocks + (list(vision.encoder.layers) if vision is not None else []):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # in place: names stay
+    if cfg.parallel == "ddp" or not td.is_initialized():
+        model.to(dist.device)
+        if not td.is_initialized():
+            return model
+        ids = [dist.local_rank] if dist.device.type == "cuda" else None
+        return DistributedDataParallel(model, ids, gradient_as_bucket_view=True)
+    mesh = init_device_mesh(dist.device.type, (dist.world,))
+    dtype = compute_dtype(cfg.dtype, dist.device)
+    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)  # so that loss weights stay fp32
+    for unit in [*blocks, model]:
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(model, "logits")
+    return model
+
+def unwrap(model):
+    """The model inside DDP; any other model as it is."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+def set_gradient_sync(model, on):
+    """Before each micro-batch's forward: DDP adds up over ranks only in the last one of a step. FSDP always does,
+    because gradients that wait unsharded would cost the memory it is there to save."""
+    if isinstance(model, DistributedDataParallel):
+        model.require_backward_grad_sync = on
+
+def full_state(model):
+    """{name: whole tensor} of parameters and buffers, on the CPU, on rank 0; {} on the other ranks. All ranks call it.
+    A tensor that lives on the CPU is the live one."""
+    main, state = not td.is_initialized() or td.get_rank() == 0, {}
+    for name, tensor in unwrap(model).state_dict().items():
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if main:
+            state[name] = tensor.detach().cpu()
+    return state
+
+# ---- what trains, and how fast --------------------------------------------------------------------------------------
+
+MODULES = (("vision_model", "lr_vision"), ("mlp1", "lr_projector"), ("language_model", "lr_llm"))
+NO_DECAY = ("embed_tokens.weight", "class_embedding", "position_embedding")  # and everything with one dimension
+
+def parts(model, stage):
+    """[(name, module, peak learning rate)] of the modules this model has."""
+    model = unwrap(model)
+    return [(name, getattr(model, name), getattr(stage, lr)) for name, lr in MODULES
+            if getattr(model, name, None) is not None]
+
+def set_trainable(model, stage):
+    """Freeze the modules whose learning rate is 0, train the others; returns which of (ViT, projector, language model)
+    train. Raises ValueError when none does."""
+    for _, module, lr in parts(model, stage):
+        module.requires_grad_(lr > 0)
+    if not any(lr > 0 for _, _, lr in parts(model, stage)):
+        raise ValueError("this stage trains nothing: set one of lr_vision, lr_projector, lr_llm above 0")
+    return tuple(getattr(stage, lr) > 0 for _, lr in MODULES)
+
+def set_dtypes(model, dtype):
+    """What trains is kept in fp32, the master copy of the optimizer; what is frozen in the dtype of the arithmetic."""
+    for p in model.parameters():
+        p.data = p.data.to(torch.float32 if p.requires_grad else dtype)
+
+def stage_table(model, stage):
+    """Rows (module, parameters, trainable parameters, peak learning rate, weight decay); tied weights count once."""
+    rows = []
+    for name, module, lr in parts(model, stage):
+        n = sum(p.numel() for p in module.parameters())
+        rows.append((name, n, n if lr > 0 else 0, lr, stage.weight_decay if lr > 0 else 0.0))
+    return rows
+
+def print_stage_table(title, rows):
+    print(f"{title:16s} {'parameters':>15s} {'trainable':>15s} {'lr':>9s} {'weight decay':>13s}")
+    for name, n, trainable, lr, decay in rows:
+        print(f"{name:16s} {n:15,d} {trainable:15,d} {lr:9.2g} {decay:13.3g}")
+    print(f"{'total':16s} {sum(r[1] for r in rows):15,d} {sum(r[2] for r in rows):15,d}", flush=True)
+
+def param_groups(model, stage):
+    """Optimizer groups: each trained module once with decay (matrices) and once without (norms, biases, embeddings,
+    layer scales). Keys: params, name, lr, base_lr (peak; the loop sets lr = base_lr * lr_scale(...)), weight_decay."""
+    groups = []
+    for name, module, lr in parts(model, stage):
+        for decay in (True, False):
+            params = [p for n, p in module.named_parameters()
+                      if p.requires_grad and decay == (p.ndim >= 2 and not n.endswith(NO_DECAY))]
+            if params:
+                groups.append({"params": params, "name": f"{name}/{'decay' if decay else 'no_decay'}", "lr": lr,
+                               "base_lr": lr, "weight_decay": stage.weight_decay if decay else 0.0})
+    return groups
+
+def make_optimizer(model, stage, cfg):
+    """AdamW (fused) over `param_groups`."""
+    return torch.optim.AdamW(param_groups(model, stage), betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+
+def lr_scale(step, stage_steps, warmup, min_ratio):
+    """Share of the peak learning rate at update `step` (from 0) of a stage: linear warm-up, then cosine to
+    min_ratio."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = min(1.0, (step - warmup) / max(1, stage_steps - warmup))
+    return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * done))
+
+def clip_grad_norm(model, max_norm):
+    """Scale all gradients so that their norm is at most max_norm (0: leave them). Returns (norm before, {module:
+    norm}), 0-d fp32 tensors, the same on all ranks. Not finite when any gradient is not."""
+    modules = {name: [p.grad for p in module.parameters() if p.grad is not None]
+               for name, module, _ in parts(model, Stage())}
+    sharded = any(isinstance(g, DTensor) for grads in modules.values() for g in grads)
+    modules = {name: [g.to_local() if sharded else g for g in grads] for name, grads in modules.items() if grads}
+    assert modules, "clip_grad_norm: no parameter has a gradient"
+    squares = torch.stack([torch.nn.utils.get_total_norm(grads) ** 2 for grads in modules.values()])
+    if sharded:
+        td.all_reduce(squares)  # each rank holds its shard
+    total = squares.sum().sqrt()
+    if max_norm > 0:
+        scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_([g for grads in modules.values() for g in grads], scale)
+    return total, dict(zip(modules, squares.sqrt(), strict=True))
+
+def seed_everything(*parts):
+    """Seed torch, numpy and random from integers, e.g. (seed, step, rank): called so before each step, a resumed run
+    draws the same numbers as an undisturbed one and no generator state has to be saved."""
+    seed = int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+# checkpoints/step_00001234/ holds DCP files (which reshard when the number of ranks changes), state.json and, written
+# last, manifest.json with size and sha256 of each. The folder has a temporary name until all of it is on the disk.
+
+def write_atomic(path, text):
+    """Write a small file whole or not at all: temporary name, fsync, rename."""
+    tmp = Path(f"{path}.tmp")
+    with open(tmp, "w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(tmp, path)
+
+def fsync_folder(path):
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+def tensors_of(model, optimizer):
+    """{name: tensor} of weights and AdamW moments, the same names for a plain, DDP or FSDP model. The tensors are the
+    live ones. Rates, betas and decay are not among them: on resume the configuration's count."""
+    named = dict(unwrap(model).named_parameters())
+    state = {f"model.{name}": p.detach() for name, p in named.items()}
+    names = {p: name for name, p in named.items()}
+    for p in (p for group in optimizer.param_groups for p in group["params"]) if optimizer else ():
+        moments = optimizer.state[p]
+        if not moments:  # before the first step, to be filled by load_checkpoint
+            moments["step"] = torch.zeros((), device=p.device)
+            moments["exp_avg"], moments["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+        state |= {f"optimizer.{names[p]}.{key}": value for key, value in moments.items()}
+    return state
+
+def save_checkpoint(out_dir, step, model, optimizer, state, dist, keep):
+    """Write checkpoints/step_{step:08d}/ and prune to the newest max(2, keep) good ones. All ranks call it; `state` is
+    any JSON value, rank 0's counts. A crash at any point leaves the earlier checkpoints as they were. Raises
+    OSError."""
+    final = Path(out_dir) / "checkpoints" / f"step_{step:08d}"
+    tmp = final.with_name(f".tmp_{final.name}")
+    tensors = tensors_of(model, optimizer)
+    if dist.is_main:
+        if damage(final) is not None:
+            shutil.rmtree(final, ignore_errors=True)
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir(parents=True)
+        need, free = sum(t.numel() * t.element_size() for t in tensors.values()), shutil.disk_usage(tmp).free
+        if need > free:
+            raise OSError(f"{tmp.parent}: a checkpoint needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
+                          "make room or choose another --out_dir, then start the same command again")
+    barrier()
+    try:
+        dcp.save(tensors, checkpoint_id=tmp, no_dist=not td.is_initialized())  # each rank its share, with fsync
+    except CheckpointException as e:
+        causes = "; ".join(f"rank {r}: {failure[0]}" for r, failure in e.failures.items())
+        raise OSError(f"{tmp}: the checkpoint could not be written ({causes}); is the disk full?") from e
+    mine = list(tmp.glob(f"__{dist.rank}_*.distcp"))  # each rank reads back what it wrote
+    if dist.is_main:
+        write_atomic(tmp / "state.json", json.dumps(state))
+        mine += [tmp / ".metadata", tmp / "state.json"]
+    entries = [{f.name: [f.stat().st_size, sha256(f)] for f in mine}]
+    if td.is_initialized():
+        mine, entries = entries[0], [None] * dist.world
+        td.all_gather_object(entries, mine)
+    if dist.is_main:
+        files = {name: entry for part in entries for name, entry in sorted(part.items())}
+        write_atomic(tmp / "manifest.json", json.dumps({"step": step, "files": files}, indent=1))
+        fsync_folder(tmp)
+        if final.exists():  # resumed here and stopped again before the next step: nothing new
+            shutil.rmtree(tmp)
+        else:
+            os.rename(tmp, final)
+        fsync_folder(final.parent)
+        write_atomic(final.parent / "latest", final.name + "\n")
+        prune(final.parent, keep)
+    barrier()
+
+def prune(folder, keep):
+    """Delete all but the newest max(2, keep) checkpoints whose manifest and file sizes are right."""
+    good = 0
+    for path in sorted(folder.glob("step_*"), reverse=True):
+        if good >= max(2, keep):
+            os.rename(path, folder / f".tmp_{path.name}")  # so that an interrupted deletion is not taken for damage
+            shutil.rmtree(folder / f".tmp_{path.name}")
+        good += damage(path, hashes=False) is None
+
+def sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+def damage(path, hashes=True):
+    """What is wrong with a checkpoint folder, in words; None when every file has the size and sha256 of the
+    manifest."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        if f"step_{manifest['step']:08d}" != path.name:
+            return f"manifest.json belongs to step {manifest['step']}"
+        for name, (size, digest) in manifest["files"].items():
+            if not (path / name).is_file():
+                return f"{name} is missing"
+            if (path / name).stat().st_size != size:
+                return f"{name} has {(path / name).stat().st_size} bytes, not {size}"
+            if hashes and sha256(path / name) != digest:
+                return f"{name} has changed since it was written (sha256)"
+    except FileNotFoundError:
+        return "manifest.json is missing"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "manifest.json is not readable"
+
+def find_checkpoint(out_dir, dist=Dist()):
+    """Path of the newest checkpoint that verifies, or None; a loud line for each damaged one. All ranks get rank
+    0's."""
+    found = [None]
+    if dist.is_main:
+        for path in sorted((Path(out_dir) / "checkpoints").glob("step_*"), reverse=True):
+            reason = damage(path)
+            if reason is None:
+                found = [path]
+                break
+            print(f"WARNING: DAMAGED CHECKPOINT {path}: {reason}; trying the one before", file=sys.stderr, flush=True)
+    if dist.world > 1:
+        td.broadcast_object_list(found)
+    return found[0]
+
+def read_state(path):
+    """The state that was saved with the checkpoint `path` (stage, position, ...), without its tensors."""
+    return json.loads((Path(path) / "state.json").read_text())
+
+def load_checkpoint(path, model, optimizer, dist):
+    """Fill model and optimizer (None: weights only) in place, at any number of ranks; returns the saved state. Raises
+    ValueError naming the tensors that do not fit."""
+    tensors = tensors_of(model, optimizer)
+    saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    wrong = [f"{name} is {tuple(saved[name].size) if name in saved else 'not there'}, here {tuple(t.shape)}"
+             for name, t in tensors.items() if name not in saved or saved[name].size != t.shape]
+    wrong += [f"{name} is {tuple(s.size)}, here not known" for name, s in saved.items()
+              if name not in tensors and (optimizer or name.startswith("model."))]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(f"{path} does not fit this model: {'; '.join(wrong[:3])}{more}. Go on with the configuration "
+                         "it was written with, or start anew in another --out_dir")
+    dcp.load(tensors, checkpoint_id=path, no_dist=not td.is_initialized())
+    return read_state(path)
+
+# ---- the run folder -------------------------------------------------------------------------------------------------
+
+LOCKS = []  # open files; a lock lasts as long as the process
+
+def lock_run_folder(out_dir):
+    """Take the run folder for this process (rank 0 calls it), then remove what an interrupted save left behind.
+
+    Raises ValueError naming the holder. The lock is fcntl's, which the system releases when the process ends, however
+    it ends, and which forked data workers do not inherit.
+    """
+    Path(out_dir).mkdir(parents=True, exist_ok=True)
+    f = open(Path(out_dir) / "lock", "a+", encoding="utf-8")
+    try:
+        fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        f.seek(0)
+        raise ValueError(f"{out_dir} is in use by {f.read().strip() or 'another process'}; wait for it, stop it, or "
+                         "choose another --out_dir") from None
+    f.truncate(0)
+    f.write(f"process {os.getpid()} on {socket.gethostname()}")
+    f.flush()
+    LOCKS.append(f)
+    for leftover in (Path(out_dir) / "checkpoints").glob(".tmp_*"):
+        shutil.rmtree(leftover)
+
+class Preemption:
+    """SIGTERM and SIGUSR1 ask for a checkpoint at the next step boundary. Create it before the first slow thing."""
+
+    def __init__(self):
+        self.received, self.parent = None, os.getppid()
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self.on_signal)
+
+    def on_signal(self, number, frame):
+        self.received = signal.Signals(number).name
+
+    def stop_requested(self, dist):
+        """True on all ranks when any rank was asked to stop. All ranks call it, once per step. Raises RunStopped in a
+        worker whose torchrun has died: an orphan must not write into the folder of the job that takes its place."""
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent:
+            raise RunStopped("torchrun has ended, so this worker ends too; the same command goes on")
+        return bool(all_reduce_sum(torch.tensor(int(self.received is not None), device=dist.device), dist).item())
+
+def open_log(out_dir):
+    """Open log.jsonl for appending; a last line torn by a crash is cut off first."""
+    path = Path(out_dir) / "log.jsonl"
+    if path.exists():
+        with open(path, "rb+") as f:
+            f.truncate(f.read().rfind(b"\n") + 1)
+    return open(path, "ab", buffering=0)
+
+def log_line(f, row):
+    """Append one row as one write. Numbers that are not finite become null, so that every reader takes the line."""
+    row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    f.write((json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+def write_run_config(out_dir, values, origins):
+    """config.json: `values` (configurator.resolved) with their `origins`, argv, versions, machine, commit of this
+    code."""
+    def git(*words):
+        here = Path(__file__).resolve().parent
+        done = subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    try:
+        commit, changed = git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+    except OSError:  # git is not installed
+        commit = changed = None
+    packages = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
+    versions = {name: packages.get(name) for name in ("torch", "numpy", "pillow", "tiktoken", "safetensors", "tqdm")}
+    record = {"config": values, "origins": origins, "argv": sys.argv, "commit": commit, "uncommitted_changes": changed,
+              "versions": {"python": platform.python_version(), **versions}, "host": socket.gethostname(),
+              "world": int(os.environ.get("WORLD_SIZE", 1)), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+              "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+    write_atomic(Path(out_dir) / "config.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+class RunStopped(ValueError):
+    """The run ended itself; the message says why."""
+
+def named_stages(cfg):
+    """[(name, Stage), ...] of cfg.stages, in order. Raises ValueError naming the stages there are."""
+    known = [f.name for f in fields(cfg) if isinstance(getattr(cfg, f.name), Stage)]
+    names = [name.strip() for name in cfg.stages.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"--stages: unknown stage {name!r}, choose from {', '.join(known)}")
+    return [(name, getattr(cfg, name)) for name in names]
+
+def say(dist, text):
+    """Print a line, once."""
+    if dist.is_main:
+        print(text, flush=True)
+
+def open_run(cfg, values, origins, stages, dist):
+    """Take the run folder, write config.json, find the newest good checkpoint (None: start anew). All ranks call it."""
+    out = Path(cfg.out_dir)
+    if not (cfg.init_from or cfg.tokenizer):
+        raise ValueError("no tokenizer: give --init_from=MODEL_FOLDER, or --tokenizer=FOLDER for random weights")
+    for folder in filter(None, (cfg.init_from, cfg.tokenizer)):
+        if not Path(folder).is_dir():
+            raise FileNotFoundError(f"{folder} is not a folder; check --init_from and --tokenizer")
+    for name, stage in stages:
+        if not (cfg.data or stage.data):
+            raise ValueError(f"stage {name} has no data: give --data=PATH or {name}.data in the config")
+    if dist.is_main:
+        lock_run_folder(out)
+    barrier()
+    checkpoint = find_checkpoint(out, dist)
+    if cfg.resume == "never" and (checkpoint or any((out / name / "config.json").exists() for name, _ in stages)):
+        raise ValueError(f"{out} holds an earlier run and --resume=never; choose another --out_dir or remove it")
+    if dist.is_main:
+        write_run_config(out, values, origins)
+    barrier()
+    return checkpoint
+
+def resume(checkpoint, name, fingerprint, model, optimizer, dist):
+    """State of stage `name`: that of the checkpoint, weights and moments loaded, if it is of this stage; else a new
+    one. Raises ValueError when the data are not those of the checkpoint."""
+    if checkpoint and read_state(checkpoint)["stage"] == name:
+        state = read_state(checkpoint)
+        if state["fingerprint"] != fingerprint:
+            raise ValueError(f"the data of stage {name} changed since {checkpoint} was written; go on with the same "
+                             "data or start anew in another --out_dir")
+        return load_checkpoint(checkpoint, model, optimizer, dist)
+    return {"stage": name, "step": 0, "fingerprint": fingerprint, "position": [0, 0, 0], "counts": {}, "quarantined": 0,
+            "tokens_seen": 0, "samples_seen": 0}
+
+def announce(out_dir, name, model, stage, packs, state, dist):
+    """Print what this stage trains on what, and note the records that its index could not read."""
+    if dist.is_main:
+        if state["step"] == 0:
+            log_bad(out_dir, [bad for source in packs.sources for bad in source.meta["bad"]])
+        print_stage_table(name, stage_table(model, stage))
+        print(f"{packs.n:,} samples in {len(packs.sources)} sources, {packs.n_bad} unreadable; "
+              f"{'goes on at' if state['step'] else 'starts at'} step {state['step']}", flush=True)
+
+def log_bad(out_dir, records):
+    """Append unreadable records to bad_samples.jsonl, one write per line."""
+    if records:
+        with open(Path(out_dir) / "bad_samples.jsonl", "ab", buffering=0) as f:
+            for record in records:
+                log_line(f, record)
+
+def check_quarantine(state, n_bad, out_dir):
+    """Stop a run whose data are rotten: more than max(100, 1 % of the samples seen) unreadable. Raises RunStopped."""
+    bad = n_bad + state["quarantined"]
+    if bad > max(100, 0.01 * (state["samples_seen"] + n_bad)):
+        raise RunStopped(f"{bad} unreadable samples of {state['samples_seen'] + n_bad}: see "
+                         f"{Path(out_dir) / 'bad_samples.jsonl'} and mend or remove them")
+
+def dropped(state):
+    """Samples dropped so far, for whatever reason."""
+    return sum(n for reason, n in state["counts"].items() if reason != "used")
+
+def all_reduce_dict(values, dist):
+    """{name: sum over the ranks} of plain numbers, exact up to 2**53."""
+    total = torch.tensor(list(values.values()), dtype=torch.float64, device=dist.device)
+    return dict(zip(values, all_reduce_sum(total, dist).tolist(), strict=True))
+
+# ---- numbers to look at ---------------------------------------------------------------------------------------------
+
+# Dense bf16 tensor-core FLOP/s from the vendor's data sheets; the first name that occurs in the device's name counts.
+PEAK_FLOPS = (("GB200", 2500e12), ("B300", 2250e12), ("B200", 2250e12), ("H100 PCIe", 756e12), ("H100 NVL", 835e12),
+              ("H100", 989e12), ("H200", 989e12), ("H800", 989e12), ("H20", 148e12), ("A100", 312e12), ("A800", 312e12),
+              ("L40S", 362e12), ("L40", 181e12), ("L4", 121e12), ("A40", 150e12), ("A6000", 155e12), ("A10G", 70e12),
+              ("A10", 125e12), ("RTX 5090", 209e12), ("RTX 4090", 165e12), ("RTX 3090", 71e12))
+
+def peak_flops(device):
+    """Peak bf16 FLOP/s of one device; None where it is not known (any CPU): no MFU rather than a wrong one."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for part, flops in PEAK_FLOPS if part.lower() in name.lower()), None)
+
+def peak_memory_gb():
+    """Most memory this process has held so far, in GB (1e9 bytes): allocated on the GPU, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+def format_step(row):
+    """The printed line of one step from its log row: stage, step (of the stage, from 1), steps, loss, lr ({module:
+    rate} or a number), tokens_per_s, tiles_per_s, mfu (0-1 or None), data_wait (0-1, share of the step's time),
+    memory_gb, dropped, quarantined, eta_s."""
+    lr = row["lr"] if isinstance(row["lr"], dict) else {"": row["lr"]}
+    rates = " ".join(f"{name}{' ' if name else ''}{value:.1e}" for name, value in lr.items() if value)
+    minutes, seconds = divmod(int(row["eta_s"]), 60)
+    mfu = "n/a" if row["mfu"] is None else f"{100 * row['mfu']:.1f}%"
+    return (f"{row['stage']} {row['step']}/{row['steps']} | loss {row['loss']:.4f} | lr {rates} | "
+            f"{row['tokens_per_s']:,.0f} tok/s {row['tiles_per_s']:,.1f} tiles/s | mfu {mfu} | "
+            f"data wait {100 * row['data_wait']:.0f}% | mem {row['memory_gb']:.1f} GB | dropped {row['dropped']} "
+            f"quarantined {row['quarantined']} | eta {minutes // 60}:{minutes % 60:02d}:{seconds:02d}")
+
+def plot_loss(log_paths, png_path):
+    """Loss curves of one or more log.jsonl files: raw thin, smoothed thick, one colour per run and stage. After a
+    resume the later line of a step counts. Returns False, with a line that says so, where matplotlib is not
+    installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"{png_path} not drawn: pip install matplotlib")
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    log_paths = [log_paths] if isinstance(log_paths, (str, Path)) else log_paths
+    fig, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for log in log_paths:
+        curves = {}  # stage -> {step: loss}
+        for line in Path(log).read_text().splitlines():
+            row = json.loads(line)
+            if row.get("loss") is not None and "step" in row:
+                curves.setdefault(row.get("stage", ""), {})[row["step"]] = row["loss"]
+        start = 0
+        for stage, points in curves.items():
+            steps = sorted(points)
+            keep, weight, total, smooth = 1 - 1 / max(1.0, len(steps) / 40), 0.0, 0.0, []
+            for step in steps:  # debiased exponential mean over 1/40 of the stage
+                total, weight = keep * total + (1 - keep) * points[step], keep * weight + 1 - keep
+                smooth.append(total / weight)
+            x = [start + step for step in steps]  # step counts from 1 in each stage
+            label = " ".join(filter(None, [Path(log).parent.name if len(log_paths) > 1 else "", stage]))
+            line, = ax.plot(x, smooth, lw=1.8, label=label or None)
+            ax.plot(x, [points[s] for s in steps], lw=0.6, alpha=0.3, color=line.get_color())
+            start = x[-1]
+    ax.set(xlabel="step", ylabel="loss (nats per supervised token)")
+    ax.grid(alpha=0.3)
+    if ax.get_legend_handles_labels()[1]:
+        ax.legend(frameon=False)
+    fig.savefig(png_path, dpi=120)
+    plt.close(fig)
+    return True
+
+if __name__ == "__main__":
+    if len(sys.argv) < 4 or sys.argv[1] != "plot":
+        sys.exit("error: write python common.py plot LOG.jsonl [MORE.jsonl ...] OUT.png")
+    try:
+        plot_loss(sys.argv[2:-1], sys.argv[-1])
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")

@@ -1,0 +1,29 @@
+"""The toy world's own ViT: what InternViT-300M is to the real recipe. python train.py config/toy_vit.py
+
+A throw-away head names the cell word that each visual token sees (dense supervision); only the ViT is kept.
+Data first: python toy.py --out=shards/toy_vit --n=24000 --seed=101 --parts=pretrain
+"""
+out_dir = "out/toy_vit"
+data = "shards/toy_vit/pretrain-*.tar"
+tokenizer = "config/toy_tokenizer"
+image_as = "dense"                    # labels sit on the visual tokens
+vision = "toy"
+llm = "toy"
+llm.n_layers = 0                      # the throw-away decoder: projector, norm, head
+export = "vision"
+stages = "base"
+max_tiles = 4
+min_tiles = 1
+tokens_per_pack = 1200
+max_tiles_per_pack = 48
+num_workers = 0
+dtype = "float32"
+beta2 = 0.98
+base.steps = 2400
+base.lr_vision = 2e-3
+base.lr_projector = 2e-3
+base.lr_llm = 2e-3
+base.warmup_steps = 50
+base.weight_decay = 0.02
+print_every = 50
+save_every = 400

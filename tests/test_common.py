@@ -1,0 +1,426 @@
+"""common.py: gradients over ranks, optimizer groups, schedule, checkpoints, lock, log."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as td
+from torch import nn
+
+import common
+from common import Dist, RunConfig, Stage
+
+HERE = Path(__file__).resolve()
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+class Block(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.input_layernorm = nn.LayerNorm(dim)
+        self.up_proj = nn.Linear(dim, 2 * dim)
+        self.down_proj = nn.Linear(2 * dim, dim)
+
+    def forward(self, x):
+        return x + self.down_proj(torch.tanh(self.up_proj(self.input_layernorm(x))))
+
+
+class Tiny(nn.Module):
+    """A stand-in with the three parts of a VLM; tied embedding as in the small language models. Odd sizes, so that no
+    dimension divides evenly over two ranks."""
+
+    def __init__(self, dim=7, vocab=11, tied=True):
+        super().__init__()
+        self.vision_model = nn.Module()
+        self.vision_model.class_embedding = nn.Parameter(torch.zeros(1, 1, dim))
+        self.vision_model.patch_embedding = nn.Conv2d(3, dim, 2, 2)
+        self.vision_model.ls1 = nn.Parameter(torch.ones(dim))
+        self.vision_model.encoder = nn.Module()
+        self.vision_model.encoder.layers = nn.ModuleList([Block(dim)])
+        self.mlp1 = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim))
+        self.language_model = nn.Module()
+        self.language_model.model = nn.Module()
+        self.language_model.model.embed_tokens = nn.Embedding(vocab, dim)
+        self.language_model.model.layers = nn.ModuleList([Block(dim), Block(dim)])
+        self.language_model.lm_head = nn.Linear(dim, vocab, bias=False)
+        if tied:
+            self.language_model.lm_head.weight = self.language_model.model.embed_tokens.weight
+
+    def logits(self, tokens, tiles):
+        v = self.vision_model
+        x = v.patch_embedding(tiles).flatten(2).transpose(1, 2) + v.class_embedding  # (N, P, C)
+        x = self.mlp1(v.encoder.layers[0](x * v.ls1).mean(dim=(0, 1)))  # (C,)
+        x = self.language_model.model.embed_tokens(tokens) + x  # (T, C)
+        for layer in self.language_model.model.layers:
+            x = layer(x)
+        return self.language_model.lm_head(x)
+
+    def forward(self, tokens, tiles):
+        return nn.functional.cross_entropy(self.logits(tokens, tiles), tokens.roll(-1), reduction="sum")
+
+
+def batch(step, rank):
+    """One rank's micro-batch: rank 0 has 5 tokens, rank 1 has 3."""
+    g = torch.Generator().manual_seed(100 * step + rank)
+    return torch.randint(0, 11, (5 - 2 * rank,), generator=g), torch.randn(2, 3, 4, 4, generator=g)
+
+
+def build(stage, cfg, dist, **sizes):
+    torch.manual_seed(0)
+    model = Tiny(**sizes)
+    common.set_trainable(model, stage)
+    model = common.parallelize(model, cfg, dist)
+    return model, common.make_optimizer(model, stage, cfg)
+
+
+def train(model, optimizer, dist, ranks, steps):
+    """`steps` updates on the batches of `ranks`; returns the last gradient norm. The loop of train.py in small."""
+    for step in steps:
+        tokens = sum(len(batch(step, r)[0]) for r in range(2))
+        for i, rank in enumerate(ranks):
+            common.set_gradient_sync(model, i == len(ranks) - 1)
+            (model(*batch(step, rank)) * dist.world / tokens).backward()
+        norm, _ = common.clip_grad_norm(model, 0.5)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return norm.item()
+
+
+ALL = Stage(steps=4, lr_vision=1e-2, lr_projector=1e-2, lr_llm=1e-2)
+ADVANCE = Stage(steps=4, lr_vision=1e-2, lr_projector=1e-2)
+ALONE = Dist()
+
+
+def on_two_ranks(folder):
+    """Run by torchrun-like processes (see test below): every check that needs two ranks, one process start for all."""
+    torch.set_num_threads(1)
+    dist = common.setup_distributed("cpu", 60)
+    results = {}
+    for parallel in ("ddp", "fsdp"):
+        cfg = RunConfig(parallel=parallel)
+        model, optimizer = build(ADVANCE, cfg, dist)
+        results[f"{parallel}_norm"] = train(model, optimizer, dist, [dist.rank], [0, 1])
+        results[f"{parallel}_advance"] = common.full_state(model)
+        model, optimizer = build(ALL, cfg, dist)  # the next stage
+        train(model, optimizer, dist, [dist.rank], [2])
+        results[f"{parallel}_all"] = common.full_state(model)
+    # a checkpoint of one plain process -> ddp -> fsdp -> (back in the test) one plain process
+    for source, target, parallel, step in (("none", "ddp", "ddp", 2), ("ddp", "fsdp", "fsdp", 3)):
+        cfg = RunConfig(parallel=parallel)
+        model, optimizer = build(ALL, cfg, dist)
+        path = common.find_checkpoint(f"{folder}/{source}", dist)
+        assert common.load_checkpoint(path, model, optimizer, dist) == {"step": step}
+        train(model, optimizer, dist, [dist.rank], [step])
+        common.save_checkpoint(f"{folder}/{target}", step + 1, model, optimizer, {"step": step + 1}, dist, keep=2)
+    guard = common.Preemption()
+    results["stop_before"] = guard.stop_requested(dist)
+    if dist.rank == 1:
+        os.kill(os.getpid(), signal.SIGUSR1)
+    results["stop_after"] = guard.stop_requested(dist)
+    if dist.is_main:
+        torch.save(results, f"{folder}/results.pt")
+    common.close_distributed()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    model, optimizer = build(ALL, RunConfig(), ALONE)
+    train(model, optimizer, ALONE, [0, 1], [0, 1])
+    common.save_checkpoint(folder / "none", 2, model, optimizer, {"step": 2}, ALONE, keep=2)
+    torch.manual_seed(0)
+    env = dict(os.environ, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(20000 + os.getpid() % 20000),
+               PYTHONPATH=str(HERE.parent.parent), OMP_NUM_THREADS="1")
+    jobs = [subprocess.Popen([sys.executable, HERE, folder], env=dict(env, RANK=str(r), LOCAL_RANK=str(r)),
+                             stderr=subprocess.PIPE, text=True) for r in range(2)]
+    errors = [job.communicate(timeout=180)[1] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], "\n".join(errors)
+    return folder, torch.load(folder / "results.pt")
+
+
+def largest_difference(a, b):
+    assert a.keys() == b.keys()
+    return max((a[k] - b[k]).abs().max().item() for k in a)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_ranks_take_the_same_steps_as_one_process_with_both_micro_batches(two_ranks, parallel):
+    model, optimizer = build(ADVANCE, RunConfig(), ALONE)
+    norm = train(model, optimizer, ALONE, [0, 1], [0, 1])
+    results = two_ranks[1]
+    assert results[f"{parallel}_norm"] == pytest.approx(norm, rel=1e-5)
+    assert largest_difference(results[f"{parallel}_advance"], model.state_dict()) < 1e-5
+    model, optimizer = build(ALL, RunConfig(), ALONE)
+    train(model, optimizer, ALONE, [0, 1], [2])
+    assert largest_difference(results[f"{parallel}_all"], model.state_dict()) < 1e-5
+
+
+def test_a_checkpoint_moves_from_one_process_to_ddp_to_fsdp_and_back(two_ranks):
+    folder, _ = two_ranks
+    model, optimizer = build(ALL, RunConfig(), ALONE)
+    assert common.load_checkpoint(common.find_checkpoint(folder / "fsdp"), model, optimizer, ALONE) == {"step": 4}
+    train(model, optimizer, ALONE, [0, 1], [4])
+    straight, straight_optimizer = build(ALL, RunConfig(), ALONE)
+    train(straight, straight_optimizer, ALONE, [0, 1], range(5))
+    assert largest_difference(model.state_dict(), straight.state_dict()) < 1e-5
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(two_ranks):
+    assert (two_ranks[1]["stop_before"], two_ranks[1]["stop_after"]) == (False, True)
+
+
+def test_a_resumed_run_equals_the_undisturbed_one_bit_for_bit(tmp_path):
+    model, optimizer = build(ALL, RunConfig(), ALONE)
+    train(model, optimizer, ALONE, [0, 1], range(2))
+    common.save_checkpoint(tmp_path, 2, model, optimizer, {"position": [3, 4]}, ALONE, keep=2)
+    train(model, optimizer, ALONE, [0, 1], range(2, 4))
+    again, again_optimizer = build(ALL, RunConfig(beta2=0.9), ALONE)
+    path = common.find_checkpoint(tmp_path)
+    state = common.load_checkpoint(path, again, again_optimizer, ALONE)
+    assert state == common.read_state(path) == {"position": [3, 4]}
+    assert again_optimizer.param_groups[0]["betas"] == (0.9, 0.9)  # settings come from the configuration
+    for group in again_optimizer.param_groups:
+        group["betas"] = (0.9, 0.95)
+    train(again, again_optimizer, ALONE, [0, 1], range(2, 4))
+    assert largest_difference(again.state_dict(), model.state_dict()) == 0.0
+
+
+def truncate(path):
+    shard = next(path.glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+
+def flip_a_bit(path):
+    shard = next(path.glob("*.distcp"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+
+
+DAMAGES = {"truncated": truncate, "bit flipped": flip_a_bit,
+           "shard deleted": lambda path: next(path.glob("*.distcp")).unlink(),
+           "state emptied": lambda path: (path / "state.json").write_text(""),
+           "manifest of another step": lambda path: (path / "manifest.json").write_text('{"step": 1, "files": {}}'),
+           "manifest deleted": lambda path: (path / "manifest.json").unlink()}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capfd, kind):
+    model, optimizer = build(ALL, RunConfig(), ALONE)
+    for step in (1, 2):
+        common.save_checkpoint(tmp_path, step, model, optimizer, {}, ALONE, keep=2)
+    DAMAGES[kind](tmp_path / "checkpoints" / "step_00000002")
+    assert common.find_checkpoint(tmp_path).name == "step_00000001"
+    assert "DAMAGED" in capfd.readouterr().err
+    common.save_checkpoint(tmp_path, 2, model, optimizer, {}, ALONE, keep=2)  # the repeated step replaces it
+    assert common.find_checkpoint(tmp_path).name == "step_00000002"
+
+
+def test_a_save_that_dies_anywhere_leaves_the_last_checkpoint_usable(tmp_path, monkeypatch):
+    model, optimizer = build(ALL, RunConfig(), ALONE)
+    common.save_checkpoint(tmp_path, 1, model, optimizer, {}, ALONE, keep=2)
+    calls = []
+
+    def dying(original):
+        def call(*args, **kwargs):
+            calls.append(1)
+            if len(calls) > survive:
+                raise KeyboardInterrupt
+            return original(*args, **kwargs)
+        return call
+
+    for owner, name in ((os, "fsync"), (os, "rename"), (os, "replace")):
+        monkeypatch.setattr(owner, name, dying(getattr(owner, name)))
+    for survive in range(100):
+        calls.clear()
+        try:
+            common.save_checkpoint(tmp_path, 2, model, optimizer, {}, ALONE, keep=2)
+        except BaseException:  # the storage layer wraps what it catches
+            path = common.find_checkpoint(tmp_path)
+            assert path is not None and common.read_state(path) == {}
+        else:
+            break
+    assert survive >= 8 and common.find_checkpoint(tmp_path).name == "step_00000002"
+    assert not list((tmp_path / "checkpoints").glob(".tmp*"))
+
+
+def test_the_newest_good_checkpoints_stay_and_older_ones_go(tmp_path):
+    model, optimizer = build(ALL, RunConfig(), ALONE)
+    for step in range(1, 6):
+        common.save_checkpoint(tmp_path, step, model, optimizer, {}, ALONE, keep=1)
+        if step == 4:
+            truncate(tmp_path / "checkpoints" / "step_00000004")
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == ["latest", "step_00000003", "step_00000004", "step_00000005"]  # 4 is damaged and does not count
+    assert (tmp_path / "checkpoints" / "latest").read_text().strip() == "step_00000005"
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_names_and_shapes(tmp_path):
+    model, optimizer = build(ALL, RunConfig(), ALONE)
+    common.save_checkpoint(tmp_path, 1, model, optimizer, {}, ALONE, keep=2)
+    other, other_optimizer = build(ALL, RunConfig(), ALONE, dim=8)
+    with pytest.raises(ValueError, match=r"class_embedding is \(1, 1, 7\), here \(1, 1, 8\).*more"):
+        common.load_checkpoint(common.find_checkpoint(tmp_path), other, other_optimizer, ALONE)
+    untied, untied_optimizer = build(ALL, RunConfig(), ALONE, tied=False)
+    with pytest.raises(ValueError, match=r"lm_head.weight is not there"):
+        common.load_checkpoint(common.find_checkpoint(tmp_path), untied, untied_optimizer, ALONE)
+
+
+def test_a_full_disk_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    model, optimizer = build(ALL, RunConfig(), ALONE)
+    monkeypatch.setattr(common.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
+    with pytest.raises(OSError, match="GB are free"):
+        common.save_checkpoint(tmp_path, 1, model, optimizer, {}, ALONE, keep=2)
+    assert common.find_checkpoint(tmp_path) is None
+
+
+def test_a_frozen_module_keeps_every_bit_and_is_not_in_the_optimizer():
+    model, optimizer = build(ADVANCE, RunConfig(), ALONE)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    train(model, optimizer, ALONE, [0, 1], range(2))
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {k for k in before if not k.startswith("language_model")}
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for n, p in model.named_parameters() if not n.startswith("language_model")}
+
+
+def test_what_trains_is_told_and_a_stage_that_trains_nothing_is_refused():
+    assert common.set_trainable(Tiny(), ADVANCE) == (True, True, False)
+    with pytest.raises(ValueError, match="lr_vision"):
+        common.set_trainable(Tiny(), Stage())
+
+
+def test_only_matrices_decay_and_each_module_has_its_rate():
+    stage = Stage(lr_vision=1e-5, lr_projector=1e-3, lr_llm=2e-5, weight_decay=0.1)
+    model = Tiny(tied=False)
+    common.set_trainable(model, stage)
+    groups = common.param_groups(model, stage)
+    names = {id(p): n for n, p in model.named_parameters()}
+    decayed = {names[id(p)] for g in groups if g["weight_decay"] == 0.1 for p in g["params"]}
+    assert "vision_model.patch_embedding.weight" in decayed and "language_model.lm_head.weight" in decayed
+    assert not any("embed_tokens" in n or "norm" in n for n in decayed)
+    assert not any(n.endswith(("bias", "class_embedding", "ls1")) for n in decayed)
+    assert sum(len(g["params"]) for g in groups) == len(names)
+    assert {(g["name"].split("/")[0], g["lr"], g["base_lr"]) for g in groups} == {
+        ("vision_model", 1e-5, 1e-5), ("mlp1", 1e-3, 1e-3), ("language_model", 2e-5, 2e-5)}
+
+
+def test_the_stage_table_counts_tied_weights_once():
+    model = Tiny()
+    rows = common.stage_table(model, ADVANCE)
+    assert sum(r[1] for r in rows) == sum(p.numel() for p in model.parameters())
+    assert [r[2] == r[1] for r in rows] == [True, True, False]
+
+
+def test_the_rate_warms_up_from_above_zero_and_ends_at_the_floor():
+    scale = [common.lr_scale(s, 100, 10, 0.1) for s in range(100)]
+    assert 0 < scale[0] < scale[9] < scale[10] == 1.0
+    assert all(a > b for a, b in zip(scale[10:], scale[11:], strict=False)) and 0.1 < scale[-1] < 0.101
+    assert common.lr_scale(55, 100, 10, 0.1) == pytest.approx(0.55)  # half way down
+    assert common.lr_scale(0, 1, 0, 0.0) == 1.0 and common.lr_scale(500, 100, 10, 0.1) == pytest.approx(0.1)
+
+
+def test_clipping_reports_the_norm_per_module_and_scales_all_by_one_factor():
+    model, _ = build(ADVANCE, RunConfig(), ALONE)
+    model(*batch(0, 0)).backward()
+    before = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    total, modules = common.clip_grad_norm(model, 0.25)
+    assert total.item() == pytest.approx(torch.cat([g.flatten() for g in before.values()]).norm().item(), rel=1e-5)
+    assert total.item() > 0.25 and set(modules) == {"vision_model", "mlp1"}
+    for n, p in model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, before[n] * (0.25 / total))
+    next(iter(model.parameters())).grad.fill_(float("nan"))
+    assert not common.clip_grad_norm(model, 0.25)[0].isfinite()
+
+
+def test_activation_checkpointing_changes_neither_gradients_nor_names():
+    grads = []
+    for on in (False, True):
+        model, _ = build(ALL, RunConfig(activation_checkpointing=on), ALONE)
+        model(*batch(0, 0)).backward()
+        grads.append({n: p.grad for n, p in model.named_parameters()})
+    assert largest_difference(*grads) == 0.0
+
+
+def test_a_second_job_in_the_run_folder_is_refused_by_pid_and_a_dead_holder_is_not_in_the_way(tmp_path):
+    code = (f"import common, time; common.lock_run_folder({str(tmp_path)!r}); print('locked', flush=True); "
+            "time.sleep(60)")
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=HERE.parent.parent)
+    assert holder.stdout.readline() == "locked\n"
+    with pytest.raises(ValueError, match=f"process {holder.pid} on "):
+        common.lock_run_folder(tmp_path)
+    holder.kill()
+    holder.wait()
+    leftover = tmp_path / "checkpoints" / ".tmp_step_00000001"
+    leftover.mkdir(parents=True)
+    common.lock_run_folder(tmp_path)
+    assert not leftover.exists()
+
+
+def test_a_torn_last_log_line_is_cut_and_every_line_parses(tmp_path):
+    with common.open_log(tmp_path) as f:
+        common.log_line(f, {"step": 1, "loss": float("nan"), "text": "多"})
+        f.write(b'{"step": 2, "lo')
+    with common.open_log(tmp_path) as f:
+        common.log_line(f, {"step": 2, "loss": 0.5})
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert rows == [{"step": 1, "loss": None, "text": "多"}, {"step": 2, "loss": 0.5}]
+
+
+def test_the_run_record_says_what_ran(tmp_path):
+    common.write_run_config(tmp_path, {"seed": 7}, {"seed": "command line"})
+    record = json.loads((tmp_path / "config.json").read_text())
+    assert record["config"] == {"seed": 7} and record["origins"] == {"seed": "command line"}
+    assert record["versions"]["torch"] == torch.__version__ and record["argv"] == sys.argv and "commit" in record
+
+
+def test_the_step_line_shows_all_that_was_promised():
+    row = {"stage": "advance", "step": 12, "steps": 400, "loss": 2.34567, "lr": {"vision": 1e-5, "llm": 0.0},
+           "tokens_per_s": 12345.6, "tiles_per_s": 7.5, "mfu": None, "data_wait": 0.031, "memory_gb": 1.25,
+           "dropped": 2, "quarantined": 3, "eta_s": 3725.0}
+    assert common.format_step(row) == ("advance 12/400 | loss 2.3457 | lr vision 1.0e-05 | 12,346 tok/s 7.5 tiles/s | "
+                                       "mfu n/a | data wait 3% | mem 1.2 GB | dropped 2 quarantined 3 | eta 1:02:05")
+    assert "mfu 41.2%" in common.format_step(row | {"mfu": 0.412})
+
+
+@pytest.mark.parametrize(("name", "peak"), [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12),
+                                            ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA L40S", 362e12),
+                                            ("NVIDIA GB200", 2500e12), ("Quadro of tomorrow", None)])
+def test_peak_flops_knows_the_card_or_says_so(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
+    assert common.peak_flops(torch.device("cuda")) == peak and common.peak_flops(torch.device("cpu")) is None
+
+
+def test_the_plot_command_draws_a_log_with_stages_and_a_resume(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [("align", 1, 3.0), ("align", 2, None), ("align", 2, 2.0), ("advance", 1, 1.5), ("advance", 2, 1.0)]
+    with common.open_log(tmp_path) as f:
+        common.log_line(f, {"event": "start"})
+        for stage, step, loss in rows:
+            common.log_line(f, {"stage": stage, "step": step, "loss": loss})
+    assert common.plot_loss(tmp_path / "log.jsonl", tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_seeds_depend_on_every_part():
+    draws = []
+    for parts in ((1, 2, 3), (1, 3, 2), (1, 2, 4), (1, 2, 3)):
+        common.seed_everything(*parts)
+        draws.append(torch.rand(()).item())
+    assert draws[0] == draws[3] and len(set(draws)) == 3
+
+
+def test_without_torchrun_there_is_one_rank_and_no_process_group():
+    assert common.setup_distributed("cpu") == ALONE and not td.is_initialized()
+    with pytest.raises(ValueError, match="--device=tpu"):
+        common.setup_distributed("tpu")
+
+
+if __name__ == "__main__":
+    on_two_ranks(sys.argv[1])

@@ -1,0 +1,282 @@
+"""weights.py and convert.py: model folders in and out, full accounting, refusals in one line."""
+import contextlib
+import io
+import json
+import shutil
+import sys
+import types
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import convert
+import weights as W
+from configurator import launch
+from model import VLM, LLMConfig, generate
+from test_model import pack, tiny
+from vision import VisionConfig
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    """A Qwen2 tokenizer folder as released, in small: 256 bytes, 22 special tokens, no image tokens."""
+    from data import BYTE_TO_CHAR, SPECIAL_TOKENS
+    folder = tmp_path_factory.mktemp("tokenizer")
+    vocab = {c: i for i, c in enumerate(BYTE_TO_CHAR.values())}
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    decoder = {str(256 + i): {"content": t, "special": True} for i, t in enumerate(SPECIAL_TOKENS[:22])}
+    (folder / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": decoder, "eos_token": "<|im_end|>",
+         "pad_token": "<|endoftext|>", "model_max_length": 131072}))
+    return folder
+
+
+def save(folder, vlm, part="", tokenizer=None, **kw):
+    vision, llm = (None if part == "llm" else vlm.vision), (None if part == "vit" else vlm.llm)
+    W.save_folder(vlm.state_dict(), vision, llm, folder, tokenizer, dtype=torch.float32, **kw)
+    return folder
+
+
+def run(*args):
+    """convert.py with these arguments, in this process. -> return code, stdout, stderr."""
+    out, err, code, argv = io.StringIO(), io.StringIO(), 0, sys.argv
+    sys.argv = ["convert.py", *map(str, args)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            launch(convert.main)
+    except SystemExit as e:
+        code = e.code
+    finally:
+        sys.argv = argv
+    return types.SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+def edit(folder, **changes):
+    """Change entries of config.json, `vision_config__image_size=3` also inside a section."""
+    config = json.loads((folder / "config.json").read_text())
+    for name, value in changes.items():
+        section, _, key = name.rpartition("__")
+        (config[section] if section else config)[key] = value
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+# ---- a model folder --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_saved_model_comes_back_bit_for_bit(tmp_path, tied):
+    vlm = tiny(tie_embeddings=tied, rope_theta=5e5)
+    back, raw = W.load_folder(save(tmp_path / "m", vlm, extra=dict(max_dynamic_patch=6), template="internvl2_5"))
+    assert (back.vision, back.llm) == (vlm.vision, vlm.llm)
+    assert raw["max_dynamic_patch"] == 6 and raw["template"] == "internvl2_5" and raw["min_dynamic_patch"] == 1
+    assert vlm.state_dict().keys() == back.state_dict().keys()
+    assert all(torch.equal(a, b) for a, b in zip(vlm.state_dict().values(), back.state_dict().values()))
+    assert (back.language_model.lm_head.weight is back.language_model.model.embed_tokens.weight) == tied
+    names = load_file(tmp_path / "m/model.safetensors").keys()
+    assert names == {n for n in vlm.state_dict() if not (tied and "lm_head" in n)}
+    half, _ = W.load_folder(tmp_path / "m", dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+
+
+def test_a_stored_head_decides_whether_it_is_tied(tmp_path):
+    vlm = tiny()
+    folder = save(tmp_path / "m", vlm)
+    edit(folder, llm_config__tie_word_embeddings=True)          # the config says tied, the file holds another head
+    back, _ = W.load_folder(folder)
+    assert torch.equal(back.language_model.lm_head.weight, vlm.language_model.lm_head.weight)
+    assert not back.llm.tie_embeddings
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop("language_model.lm_head.weight")
+    edit(folder, llm_config__tie_word_embeddings=False)         # the config says untied, the file holds no head
+    save_file(tensors, folder / "model.safetensors")
+    back, _ = W.load_folder(folder)
+    assert back.language_model.lm_head.weight is back.language_model.model.embed_tokens.weight
+    assert back.llm.tie_embeddings
+
+
+def test_shards_and_index_hold_the_same_model_with_readable_files(tmp_path, monkeypatch):
+    vlm = tiny()
+    monkeypatch.setattr(W, "SHARD_BYTES", 100_000)
+    folder = save(tmp_path / "m", vlm)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 5
+    assert index["metadata"]["total_size"] == sum(t.numel() * 4 for t in vlm.state_dict().values())
+    assert all(oct(f.stat().st_mode)[-3:] == "644" for f in folder.iterdir())
+    back, _ = W.load_folder(folder)
+    assert all(torch.equal(a, b) for a, b in zip(vlm.state_dict().values(), back.state_dict().values()))
+    (folder / "model-00002-of-00013.safetensors").unlink(missing_ok=True)
+    next(f for f in folder.glob("model-00003*")).unlink()
+    with pytest.raises(FileNotFoundError, match="missing; the folder is incomplete"):
+        W.load_folder(folder)
+
+
+def test_the_language_model_alone_can_be_loaded_from_a_whole_folder(tmp_path):
+    vlm = tiny()
+    text, _ = W.load_folder(save(tmp_path / "m", vlm), vision=False)
+    assert text.vision is None and all(n.startswith("language_model.") for n in text.state_dict())
+    tokens, labels, positions, cu, _ = pack((9, 30))
+    assert torch.equal(text(tokens, labels, positions, cu), vlm(tokens, labels, positions, cu))
+
+
+def test_saving_replaces_an_old_model_folder_and_nothing_else(tmp_path, monkeypatch):
+    folder = save(tmp_path / "m", tiny())
+    save(folder, tiny(seed=1))
+    assert torch.equal(W.load_folder(folder)[0].mlp1[1].weight, tiny(seed=1).mlp1[1].weight)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/a.txt").write_text("mine")
+    with pytest.raises(ValueError, match="exists and is not a model folder"):
+        save(tmp_path / "notes", tiny())
+    monkeypatch.setattr(W, "save_file", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        save(folder, tiny(seed=2))
+    assert torch.equal(W.load_folder(folder)[0].mlp1[1].weight, tiny(seed=1).mlp1[1].weight)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "notes"]
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(architectures=["InternVLChatModelX"]), "architecture InternVLChatModelX is not supported"),
+    (dict(vision_config__architectures=["AIMv2Model"]), "vision encoder AIMv2Model is not supported, only InternViT"),
+    (dict(llm_config__architectures=["InternLM2ForCausalLM"]), "language model InternLM2ForCausalLM is not supported"),
+    (dict(vision_config__qk_normalization=True), "qk_normalization = True is not supported"),
+    (dict(llm_config__rope_scaling={"type": "yarn"}), "rope_scaling = .* is not supported"),
+    (dict(ps_version="v1"), "ps_version = 'v1' is not supported, only 'v2'"),
+    (dict(select_layer=-4), "select_layer = -4 is not supported"),
+    (dict(force_image_size=224), "force_image_size 224 differs"),
+    (dict(downsample_ratio=0.3), "downsample_ratio 0.3"),
+    (dict(llm_config={"architectures": ["Qwen2ForCausalLM"]}), "lacks vocab_size, hidden_size"),
+    (dict(llm_config__intermediate_size=97),
+     r"mlp.down_proj.weight has shape \(64, 96\), config.json asks for \(64, 97\)"),
+    (dict(llm_config__num_hidden_layers=4),
+     "12 parameters without a tensor: language_model.model.layers.3.*and 7 more"),
+    (dict(vision_config__num_hidden_layers=1), "14 tensors without a parameter: vision_model.encoder.layers.1"),
+])
+def test_a_config_that_does_not_fit_is_refused_in_words(tmp_path, change, words):
+    edit(save(tmp_path / "m", tiny()), **change)
+    with pytest.raises(ValueError, match=words):
+        W.load_folder(tmp_path / "m")
+
+
+def test_damaged_folders_are_refused_in_words(tmp_path):
+    def fresh():
+        shutil.rmtree(tmp_path / "m", ignore_errors=True)
+        return save(tmp_path / "m", tiny())
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        W.load_folder(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="no config.json, so this is not a model folder"):
+        W.load_folder(tmp_path)
+    file = fresh() / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="damaged or cut short"):
+        W.load_folder(tmp_path / "m")
+    (fresh() / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        W.load_folder(tmp_path / "m")
+    tensors = load_file(fresh() / "model.safetensors")
+    save_file(tensors | {"mlp1.0.bias": tensors["mlp1.0.bias"].to(torch.int8)}, tmp_path / "m/model.safetensors")
+    with pytest.raises(ValueError, match="mlp1.0.bias is stored as I8"):
+        W.load_folder(tmp_path / "m")
+    with pytest.raises(ValueError, match="vision encoder only; join it"):
+        W.load_folder(save(tmp_path / "vit", tiny(), "vit"))
+
+
+# ---- convert.py ------------------------------------------------------------------------------------------------------
+
+def test_assemble_joins_released_parts_and_adds_the_image_tokens(tmp_path, tokenizer):
+    from data import SPECIAL_TOKENS, Tokenizer
+    one, two = tiny(seed=1), tiny(seed=2, tie_embeddings=True)
+    save(tmp_path / "vit", one, "vit")
+    save(tmp_path / "llm", two, "llm", tokenizer)
+    join = ("assemble", "--dtype=float32")
+    done = run(*join, f"--vision={tmp_path}/vit", f"--llm={tmp_path}/llm", f"--out={tmp_path}/all")
+    assert done.returncode == 0, done.stderr
+    vlm, raw = W.load_folder(tmp_path / "all")
+    assert raw["template"] == "sailvl-chat" and vlm.image_token_id == 256 + 24
+    state = vlm.state_dict()
+    for name, tensor in state.items():
+        if not name.startswith("mlp1."):
+            assert torch.equal(tensor, (one if name.startswith("vision") else two).state_dict()[name])
+    assert 0.015 < state["mlp1.1.weight"].std() < 0.025 and not state["mlp1.1.bias"].any()
+    read = Tokenizer(tmp_path / "all")
+    assert read.special == {t: 256 + i for i, t in enumerate(SPECIAL_TOKENS)} and read.image_id == vlm.image_token_id
+    again = run(*join, f"--vision={tmp_path}/all", f"--llm={tmp_path}/all", f"--out={tmp_path}/all2", "--seed=9")
+    assert again.returncode == 0
+    assert run("check", tmp_path / "all2").stdout.endswith("every parameter filled once\n")
+    assert not torch.equal(W.load_folder(tmp_path / "all2")[0].mlp1[1].weight, state["mlp1.1.weight"])
+
+
+def test_assemble_never_resizes_the_vocabulary(tmp_path, tokenizer):
+    vlm = tiny(vocab_size=285)
+    save(tmp_path / "vit", vlm, "vit")
+    save(tmp_path / "llm", vlm, "llm", tokenizer)
+    done = run("assemble", f"--vision={tmp_path}/vit", f"--llm={tmp_path}/llm", f"--out={tmp_path}/all")
+    assert done.returncode == 2 and "has 285 rows, token ids go up to 286" in done.stderr
+    assert not (tmp_path / "all").exists()
+
+
+def test_wrong_commands_end_with_one_line_and_code_2(tmp_path):
+    for args, words in (((), "usage:"), (("check",), "usage:"), (("check", tmp_path / "x"), "no such folder"),
+                        (("assemble", "--vision=a"), "--llm=DIR is missing"),
+                        (("export", "a", "b", "--layot=x"), "layout"),
+                        (("export", tmp_path / "x", tmp_path / "y"), "no such folder")):
+        done = run(*args)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+        assert words in done.stderr and not done.stdout
+
+
+def test_both_exports_keep_the_model(tmp_path, tokenizer):
+    t = pytest.importorskip("transformers", reason="transformers reads the export; pip install -r requirements-dev.txt")
+    vlm = tiny(tie_embeddings=True, vocab_size=330)
+    save(tmp_path / "vit", vlm, "vit")
+    save(tmp_path / "llm", vlm, "llm", tokenizer)
+    done = run("assemble", f"--vision={tmp_path}/vit", f"--llm={tmp_path}/llm", f"--out={tmp_path}/a",
+               "--dtype=float32")
+    assert done.returncode == 0
+    for layout in ("internvl", "transformers"):
+        assert run("export", tmp_path / "a", tmp_path / layout, f"--layout={layout}").returncode == 0
+    ours, (again, _) = W.load_folder(tmp_path / "a")[0].eval(), W.load_folder(tmp_path / "internvl")
+    assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), again.state_dict().values()))
+    theirs, info = t.InternVLForConditionalGeneration.from_pretrained(
+        tmp_path / "transformers", output_loading_info=True)
+    assert not any(info.values()), info
+    tokens, _, positions, cu, tiles = pack((30,), (3,))
+    tokens[tokens == 319] = ours.image_token_id
+    from vision import normalize
+    pixels = normalize(tiles)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.logits(tokens, positions, cu, tiles), theirs.eval()(
+            input_ids=tokens[None], pixel_values=pixels).logits[0], atol=1e-4, rtol=1e-4)
+    answer = theirs.generate(input_ids=tokens[None], pixel_values=pixels, max_new_tokens=8, do_sample=False,
+                             eos_token_id=-1)
+    assert generate(ours, [tokens.tolist()], [tiles], 8, set()) == [answer[0, -8:].tolist()]
+    words = t.AutoTokenizer.from_pretrained(tmp_path / "transformers")
+    assert words.convert_tokens_to_ids("<IMG_CONTEXT>") == ours.image_token_id == words.context_image_token_id
+    from data import Tokenizer, chat_ids
+    turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}
+    rendered = words.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+    mine = Tokenizer(tmp_path / "a")
+    expected = chat_ids(mine, "sailvl-chat", [("<image>\nwhat?", None)], [0], 4)
+    got = words(rendered.replace("<IMG_CONTEXT>", "<img></img>"))["input_ids"]
+    assert got == expected
+
+
+def test_a_plain_qwen2_folder_is_read_by_transformers_with_equal_logits(tmp_path):
+    t = pytest.importorskip("transformers", reason="transformers reads the folder; pip install -r requirements-dev.txt")
+    vlm = tiny(vision=False, rope_theta=1e6)
+    theirs = t.Qwen2ForCausalLM.from_pretrained(save(tmp_path / "llm", vlm, "llm")).eval()
+    tokens, _, positions, cu, _ = pack((30,))
+    torch.testing.assert_close(vlm.logits(tokens, positions, cu), theirs(tokens[None]).logits[0], atol=1e-4, rtol=1e-4)
+    theirs.save_pretrained(tmp_path / "again")                  # and what transformers 5 writes is read here
+    back, _ = W.load_folder(tmp_path / "again")
+    torch.testing.assert_close(vlm.logits(tokens, positions, cu), back.logits(tokens, positions, cu))
+
+
+def test_the_2b_and_8b_shapes_are_those_of_the_released_checkpoints():
+    for llm, total in (("qwen2.5-1.5b", 2_089_762_304), ("qwen2.5-7b", 7_947_169_280)):
+        shapes = W.parameter_shapes(VisionConfig(), LLMConfig(**LLMConfig.PRESETS[llm]))
+        assert len(shapes) == 685 and sum(torch.Size(s).numel() for s in shapes.values()) == total
+    with torch.device("meta"):
+        tied = VLM(VisionConfig(), LLMConfig(tie_embeddings=True), 0)
+    assert sum(p.numel() for p in tied.parameters()) == 1_856_388_608

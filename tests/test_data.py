@@ -1,0 +1,246 @@
+"""data.py: tokens, labels, sources, order, packs, and that nothing is lost."""
+import io, json, tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from PIL import Image
+
+import data
+from data import IGNORE, SPECIAL_TOKENS, Packs, Tokenizer, chat_ids, make_loader, open_sources, permute, render
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
+TOY = Tokenizer(ROOT / "config" / "toy_tokenizer")
+KW = dict(tile_size=84, tokens_per_tile=9, max_tiles=4, tokens_per_pack=300, tiles_per_pack=20)
+
+
+def picture(width=84, height=84, color=(200, 30, 30)):
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), color).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_rows(folder, rows, name="rows.jsonl"):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return str(folder / name)
+
+
+def talk(question="What?", answer="This.", **more):
+    return {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}], **more}
+
+
+def some_rows(folder, n, seed=0):
+    """n rows about pictures of several shapes, some without a picture."""
+    rng, rows = np.random.default_rng(seed), []
+    folder.mkdir(parents=True, exist_ok=True)
+    for k, size in enumerate([(84, 84), (168, 84), (84, 252), (168, 168)]):
+        (folder / f"{k}.png").write_bytes(picture(*size))
+    for i in range(n):
+        row = talk("How many? " * int(rng.integers(1, 12)), "Some answer. " * int(rng.integers(1, 9)), id=f"r{i}")
+        rows.append(row | ({"image": f"{rng.integers(4)}.png"} if rng.random() < 0.8 else {}))
+    return write_rows(folder, rows)
+
+
+# ---- tokenizer and template ----
+
+@given(st.text(max_size=60))
+@settings(max_examples=200, deadline=None)
+def test_any_text_survives_the_tokenizer(text):
+    import unicodedata
+    assert TOY.decode(TOY.encode(text)) == unicodedata.normalize("NFC", text)
+
+
+@pytest.mark.parametrize("token", SPECIAL_TOKENS)
+def test_a_special_token_typed_by_a_user_is_plain_text(token):
+    ids = TOY.encode(f"look {token} here")
+    assert not set(ids) & TOY.special_ids and TOY.decode(ids) == f"look {token} here"
+
+
+@pytest.mark.skipif(not (SHARED / "tokenizer").exists(), reason="the Qwen tokenizer is not part of this repository")
+def test_the_qwen_tokenizer_has_the_published_special_ids():
+    tok = Tokenizer(SHARED / "tokenizer" / "qwen2")
+    assert tok.n_vocab == 151674 and tok.eos_id == 151645 and tok.image_id == 151667
+    assert [tok.special[t] for t in ("<|endoftext|>", "<img>", "</img>", "</box>")] == [151643, 151665, 151666, 151673]
+    assert tok.encode("Hello, world! 你好 123") == [9707, 11, 1879, 0, 220, 108386, 220, 16, 17, 18]
+
+
+def test_the_prompt_is_the_released_template_character_by_character():
+    ids = chat_ids(TOY, "sailvl-chat", [("What is it?", None)], [2], 9)
+    text = TOY.decode(ids, skip_special=False)
+    assert text == ("<|im_start|>system\n你是由抖音内容理解组开发的多模态大模型，英文名叫UniVL, 是一个有用无害的人工智能助手。<|im_end|>"
+                    "<|im_start|>user\n<img>" + "<IMG_CONTEXT>" * 18 + "</img>\nWhat is it?<|im_end|><|im_start|>assistant\n")
+    text = TOY.decode(chat_ids(TOY, "internvl2_5", [("a", "b"), ("c", None)], [], 9), skip_special=False)
+    assert text.endswith("<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+                         "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n")
+
+
+@given(st.lists(st.tuples(st.text(min_size=1, max_size=20), st.text(min_size=1, max_size=20)), min_size=1, max_size=4))
+@settings(max_examples=100, deadline=None)
+def test_supervised_tokens_are_the_answers_and_their_end_and_nothing_else(turns):
+    import unicodedata
+    turns = [(q.replace("<image>", ""), a) for q, a in turns]
+    turns = [(q if q.strip() else "q", a if a.strip() else "a") for q, a in turns]
+    row = {"id": "x", "conversations": [{"from": f, "value": v} for q, a in turns for f, v in (("human", q), ("gpt", a))]}
+    ids, labels = render(row, TOY, "sailvl-chat", [], 9)
+    said = TOY.decode([int(i) for i in labels if i != IGNORE], skip_special=False)
+    assert said == "".join(unicodedata.normalize("NFC", a) + "<|im_end|>" for _, a in turns)
+    assert all(labels[t] in (IGNORE, ids[t + 1]) for t in range(len(ids) - 1)) and labels[-1] == IGNORE
+
+
+def test_a_wrong_number_of_image_placeholders_is_refused():
+    with pytest.raises(ValueError, match="2 <image> placeholders for 1 images"):
+        render(talk("<image><image> what?", id="x"), TOY, "sailvl-chat", [1], 9)
+
+
+# ---- formats ----
+
+def test_every_source_format_gives_the_same_documents(tmp_path):
+    picture_file = picture(168, 84)
+    llava = [talk("<image>\nWhat?", "Red.", id="a", image="p.png")]
+    parts = [{"type": "image", "image": "p.png"}, {"type": "text", "text": "What?"}]
+    messages = [{"id": "a", "messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "Red."}]}]
+    for name in ("jsonl", "json", "messages", "folder", "tar"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "p.png").write_bytes(picture_file)
+    write_rows(tmp_path / "jsonl", llava)
+    (tmp_path / "json" / "rows.json").write_text(json.dumps(llava))
+    write_rows(tmp_path / "messages", messages)
+    (tmp_path / "folder" / "p.json").write_text(json.dumps(talk("<image>\nWhat?", "Red.")))
+    with tarfile.open(tmp_path / "tar" / "s.tar", "w") as tar:
+        for name, content in (("a.json", json.dumps(llava[0]).encode()), ("a.png", picture_file)):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    (tmp_path / "meta.json").write_text(json.dumps({"m": {"root": "jsonl", "annotation": "jsonl/rows.jsonl"}}))
+    batches = []
+    for spec in ("jsonl/rows.jsonl", "json/rows.json", "messages/rows.jsonl", "folder", "tar/s.tar", "meta.json"):
+        packs = Packs(open_sources(str(tmp_path / spec), TOY, "sailvl-chat"), TOY, "sailvl-chat", **KW)
+        batches.append(packs[next(packs.sequence())])
+    for batch in batches[1:]:
+        assert torch.equal(batch["tokens"], batches[0]["tokens"]) and torch.equal(batch["labels"], batches[0]["labels"])
+        assert torch.equal(batch["tiles"], batches[0]["tiles"]) and batch["tiles"].shape == (3, 3, 84, 84)
+
+
+def test_a_folder_of_captioned_pictures_and_a_brace_pattern_of_tars_are_read(tmp_path):
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "a.jpg").write_bytes(picture())
+    (tmp_path / "f" / "a.txt").write_text("a red square")
+    for k in range(3):
+        with tarfile.open(tmp_path / f"s-{k:03d}.tar", "w") as tar:
+            for name, content in ((f"{k}.txt", b"red"), (f"{k}.jpg", picture())):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    sources = open_sources(f"{tmp_path}/f,{tmp_path}/s-{{000..002}}.tar", TOY, "sailvl-chat")
+    assert len(sources) == 4 and sum(len(s.rows) for s in sources) == 4
+    assert data.conversation(sources[0].row(0))[1] == [(data.CAPTION_PROMPT, "a red square")]
+
+
+@pytest.mark.skipif(not (SHARED / "data").exists(), reason="the real pictures are not part of this repository")
+def test_real_photos_charts_and_receipts_go_through_in_their_own_formats(tmp_path):
+    import shutil
+    tok = Tokenizer(SHARED / "tokenizer" / "qwen2")
+    for name, file in (("receipts", "receipts.jsonl"), ("charts", "charts.json")):
+        shutil.copytree(SHARED / "data" / name, tmp_path / name, copy_function=shutil.copyfile)
+        packs = Packs(open_sources(str(tmp_path / name / file), tok, "sailvl-chat"), tok, "sailvl-chat", tile_size=448,
+                      tokens_per_tile=256, max_tiles=6, tokens_per_pack=8192, tiles_per_pack=24)
+        batch = packs[next(packs.sequence())]
+        assert packs.n_bad <= 1 and not batch["bad"] and len(batch["tiles"]) > 1   # one receipt has an empty answer
+        assert (batch["tokens"] == tok.image_id).sum() == 256 * len(batch["tiles"])
+
+
+# ---- order and packs ----
+
+@given(st.integers(1, 3000), st.integers(0, 5), st.integers(0, 3))
+@settings(max_examples=60, deadline=None)
+def test_the_order_of_an_epoch_is_a_permutation(n, seed, epoch):
+    order = permute(np.arange(n), n, seed, epoch)
+    assert sorted(order) == list(range(n))
+    assert n < 50 or (order != permute(np.arange(n), n, seed, epoch + 1)).any()
+
+
+def test_every_sample_comes_exactly_once_an_epoch_and_budgets_hold(tmp_path):
+    sources = open_sources(some_rows(tmp_path, 301), TOY, "sailvl-chat")
+    packs, seen, dropped = Packs(sources, TOY, "sailvl-chat", seed=3, window=64, **KW), [], 0
+    for pack in packs.sequence():
+        if pack.position[0] == 1:
+            break
+        assert pack.tokens <= 300 and pack.tiles <= 20
+        seen += [row for _, row, _ in pack.samples]
+        counts = pack.counts
+    dropped = sum(v for k, v in counts.items() if k != "used")
+    assert len(seen) == len(set(seen)) == counts["used"] and counts["used"] + dropped == 301
+
+
+def test_a_sample_that_is_too_long_gets_fewer_tiles_or_is_dropped_whole_and_counted(tmp_path):
+    (tmp_path / "p.png").write_bytes(picture(168, 168))
+    spec = write_rows(tmp_path, [talk("<image>\nWhat?", "Red.", image="p.png"), talk("long " * 400, "Red.")])
+    packs = Packs(open_sources(spec, TOY, "sailvl-chat"), TOY, "sailvl-chat", **(KW | dict(tokens_per_pack=70)))
+    pack = next(packs.sequence())
+    assert len(pack.samples) == 1 and pack.counts == {"used": 1, "too_long": 1}
+    batch = packs[pack]
+    assert len(batch["tiles"]) == 3 and (batch["tokens"] == TOY.image_id).sum() == 27   # 5 tiles do not fit, 3 do
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_the_global_sequence_of_packs_does_not_depend_on_ranks_workers_or_where_it_resumed(tmp_path, world):
+    sources = open_sources(some_rows(tmp_path, 120), TOY, "sailvl-chat")
+    packs = Packs(sources, TOY, "sailvl-chat", window=50, packs_per_step=4, **KW)
+    want = [packs[p]["ids"] for p, _ in zip(packs.sequence(), range(24))]
+    for workers in (0, 2):
+        loaders = [iter(make_loader(packs, rank, world, workers)) for rank in range(world)]
+        got = [next(loaders[k % world]) for k in range(16)]
+        assert [b["ids"] for b in got] == want[:16]
+    again = iter(make_loader(packs, 0, 1, 0, got[-1]["position"], got[-1]["counts"]))
+    assert [next(again)["ids"] for _ in range(8)] == want[16:]
+
+
+def test_documents_of_a_pack_are_the_documents_alone(tmp_path):
+    packs = Packs(open_sources(some_rows(tmp_path, 12), TOY, "sailvl-chat"), TOY, "sailvl-chat", **KW)
+    batch = packs[next(packs.sequence())]
+    for a, b in zip(batch["cu_seqlens"], batch["cu_seqlens"][1:]):
+        assert batch["positions"][a:b].tolist() == list(range(b - a)) and batch["labels"][b - 1] == IGNORE
+
+
+def test_unreadable_samples_are_left_out_named_and_counted(tmp_path):
+    (tmp_path / "good.png").write_bytes(picture())
+    (tmp_path / "half.png").write_bytes(picture(800, 800)[:-1500])
+    (tmp_path / "page.png").write_text("<html>not found</html>")
+    rows = [talk(image="good.png", id="good"), talk(image="half.png", id="half"), talk(image="page.png", id="page"),
+            talk(image="gone.png", id="gone"), talk("<image><image>?", image="good.png", id="two"),
+            talk(answer=" ", image="good.png", id="empty")]
+    spec = write_rows(tmp_path, rows)
+    with open(spec, "a") as file:
+        file.write("{broken json\n")
+    packs = Packs(open_sources(spec, TOY, "sailvl-chat"), TOY, "sailvl-chat", **KW)
+    batch = packs[next(packs.sequence())]
+    assert batch["ids"] == ["good"] and [b["id"] for b in batch["bad"]] == ["half"]
+    reasons = " ".join(b["reason"] for b in packs.sources[0].meta["bad"])
+    assert packs.n_bad == 5 and "gone.png" in reasons and "placeholders" in reasons and "empty assistant" in reasons
+
+
+def test_an_empty_data_set_is_refused_with_what_to_do(tmp_path):
+    with pytest.raises(ValueError, match="no usable sample.*data.py check"):
+        Packs(open_sources(write_rows(tmp_path, []), TOY, "sailvl-chat"), TOY, "sailvl-chat", **KW)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        open_sources(str(tmp_path / "nothing.jsonl"), TOY, "sailvl-chat")
+
+
+def test_the_index_is_rebuilt_when_the_file_changes(tmp_path):
+    spec = write_rows(tmp_path, [talk()])
+    assert len(open_sources(spec, TOY, "sailvl-chat")[0].rows) == 1
+    write_rows(tmp_path, [talk(), talk()])
+    assert len(open_sources(spec, TOY, "sailvl-chat")[0].rows) == 2
+
+
+def test_check_names_the_line_and_show_prints_what_the_model_sees(tmp_path, capsys):
+    (tmp_path / "p.png").write_bytes(picture())
+    spec = write_rows(tmp_path, [talk("<image>\nWhat?", "Red.", image="p.png", id="a"), {"id": "b", "conversations": []}])
+    assert data.check([spec]) == 1
+    assert "line 2" in capsys.readouterr().out
+    data.show(spec, 1, TOY, "sailvl-chat", 84, 9, 4)
+    assert "<img><IMG_CONTEXT x 9></img>\nWhat?<|im_end|><|im_start|>assistant\n[[Red.<|im_end|>]]" in capsys.readouterr().out

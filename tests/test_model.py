@@ -1,0 +1,294 @@
+"""model.py: exactness against transformers, packing, loss, frozen parts, generation, FLOPs."""
+import random
+
+import pytest
+import torch
+
+import model as M
+from model import IGNORE, LLMConfig, VLM, generate, generate_stream, train_flops
+from vision import VisionConfig
+
+torch.set_num_threads(1)
+VISION = dict(image_size=56, patch_size=14, dim=64, n_layers=2, n_heads=4, ffn_dim=128)         # 4 tokens per tile
+LLM = dict(vocab_size=320, dim=64, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=96, rope_theta=1e4)
+IMG = 319
+
+
+def tiny(seed=0, vision=True, std=0.2, **llm):
+    """A small random model; the wide std makes mistakes visible."""
+    vlm = VLM(VisionConfig(**VISION) if vision else None, LLMConfig(**{**LLM, **llm}), IMG).init_weights(seed, std=std)
+    g = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for name, p in vlm.named_parameters():
+            if p.dim() == 1:                    # also biases, norms and layer scales away from 0 and 1
+                p.add_(0.1 * torch.randn(p.shape, generator=g))
+    return vlm
+
+
+def pack(lengths, n_tiles=(), seed=0):
+    """Random documents; document i holds n_tiles[i] tiles. -> tokens, labels, positions, cu_seqlens, tiles."""
+    g = torch.Generator().manual_seed(seed)
+    cu = torch.tensor([0, *lengths]).cumsum(0)
+    tokens = torch.randint(0, 300, (sum(lengths),), generator=g)
+    for start, n in zip(cu.tolist(), n_tiles):
+        tokens[start + 1:start + 1 + 4 * n] = IMG
+    labels = torch.randint(0, 300, tokens.shape, generator=g)
+    labels[torch.rand(tokens.shape, generator=g) < 0.5] = IGNORE
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    tiles = torch.randint(0, 256, (sum(n_tiles), 3, 56, 56), generator=g, dtype=torch.uint8)
+    return tokens, labels, positions, cu.int(), tiles
+
+
+def transformers_twin(vlm):
+    """The same weights in transformers' own InternVL classes (an independent implementation)."""
+    t = pytest.importorskip("transformers", reason="transformers is the oracle; pip install -r requirements-dev.txt")
+    v, c = vlm.vision, vlm.llm
+    vision = t.InternVLVisionConfig(
+        hidden_size=v.dim, num_hidden_layers=v.n_layers, num_attention_heads=v.n_heads, intermediate_size=v.ffn_dim,
+        image_size=[v.image_size] * 2, patch_size=[v.patch_size] * 2, attention_bias=True, norm_type="layer_norm",
+        layer_norm_eps=v.norm_eps, use_mean_pooling=True)
+    text = t.Qwen2Config(
+        vocab_size=c.vocab_size, hidden_size=c.dim, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
+        num_key_value_heads=c.n_kv_heads, intermediate_size=c.ffn_dim, rms_norm_eps=c.norm_eps, head_dim=c.head_dim,
+        rope_parameters=dict(rope_type="default", rope_theta=c.rope_theta), tie_word_embeddings=False)
+    twin = t.InternVLForConditionalGeneration(t.InternVLConfig(
+        vision_config=vision.to_dict(), text_config=text.to_dict(), image_token_id=IMG, tie_word_embeddings=False))
+    names = [("vision_model.embeddings.class_embedding", "model.vision_tower.embeddings.cls_token"),
+             ("vision_model.embeddings.position_embedding", "model.vision_tower.embeddings.position_embeddings"),
+             ("vision_model.embeddings.patch_embedding", "model.vision_tower.embeddings.patch_embeddings.projection"),
+             ("vision_model.encoder.layers", "model.vision_tower.encoder.layer"),
+             (".attn.proj.", ".attention.projection_layer."), (".norm1.", ".layernorm_before."),
+             (".norm2.", ".layernorm_after."), (".ls1", ".lambda_1"), (".ls2", ".lambda_2"),
+             ("mlp1.0", "model.multi_modal_projector.layer_norm"), ("mlp1.1", "model.multi_modal_projector.linear_1"),
+             ("mlp1.3", "model.multi_modal_projector.linear_2"), ("language_model.lm_head", "lm_head"),
+             ("language_model.model.", "model.language_model.")]
+    state = {}
+    for name, tensor in vlm.state_dict().items():
+        for ours, theirs in names:
+            name = name.replace(ours, theirs) if not name.startswith("model.language_model.") else name
+        for part, rows in zip("qkv", tensor.chunk(3)) if ".attn.qkv." in name else ():
+            state[name.replace(".attn.qkv.", f".attention.{part}_proj.")] = rows
+        if ".attn.qkv." not in name:
+            state[name] = tensor
+    assert set(state) == set(twin.state_dict()), set(state) ^ set(twin.state_dict())
+    twin.load_state_dict(state)
+    return twin.eval()
+
+
+def test_logits_and_gradients_equal_transformers():
+    vlm = tiny()
+    twin = transformers_twin(vlm)
+    lengths, n_tiles = (9, 30, 14, 21), (1, 3, 0, 2)
+    tokens, labels, positions, cu, tiles = pack(lengths, n_tiles)
+    ours = vlm.logits(tokens, positions, cu, tiles)
+    from vision import normalize
+    first, theirs = 0, []
+    for doc, n in zip(tokens.split(lengths), n_tiles):
+        pixels = normalize(tiles[first:first + n]) if n else None
+        theirs.append(twin(input_ids=doc[None], pixel_values=pixels).logits[0])
+        first += n
+    theirs = torch.cat(theirs)
+    assert ours.std() > 0.5
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    vlm(tokens, labels, positions, cu, tiles).backward()
+    torch.nn.functional.cross_entropy(theirs, labels, reduction="sum").backward()
+    vit, llm = vlm.vision_model, vlm.language_model.model
+    for a, b in ((vit.embeddings.patch_embedding, "model.vision_tower.embeddings.patch_embeddings.projection"),
+                 (vlm.mlp1[1], "model.multi_modal_projector.linear_1"),
+                 (llm.embed_tokens, "model.language_model.embed_tokens"),
+                 (llm.layers[0].self_attn.k_proj, "model.language_model.layers.0.self_attn.k_proj")):
+        a, b = a.weight, twin.get_parameter(b + ".weight").grad
+        assert (a.grad - b).abs().max() <= 1e-3 * b.abs().max()
+
+
+def test_documents_of_a_pack_do_not_see_each_other():
+    vlm = tiny()
+    tokens, labels, positions, cu, tiles = pack((9, 30, 14, 21), (1, 3, 0, 2))
+    before = vlm.logits(tokens, positions, cu, tiles)
+    tokens, tiles = tokens.clone(), tiles.clone()
+    tokens[25:39] = torch.arange(14)                            # text and pictures of the second document
+    tiles[1:4] = 255 - tiles[1:4]
+    after = vlm.logits(tokens, positions, cu, tiles)
+    assert torch.equal(before[:9], after[:9]) and torch.equal(before[39:], after[39:])
+    assert not torch.equal(before[9:39], after[9:39])
+
+
+def test_loss_is_the_weighted_sum_over_supervised_positions(monkeypatch):
+    vlm = tiny()
+    tokens, labels, positions, cu, tiles = pack((9, 30, 14), (1, 3, 0))
+    weights = torch.rand(tokens.shape)
+    rows = labels != IGNORE
+    logits = vlm.logits(tokens, positions, cu, tiles)
+    each = torch.nn.functional.cross_entropy(logits[rows], labels[rows], reduction="none")
+    torch.testing.assert_close(vlm(tokens, labels, positions, cu, tiles), each.sum())
+    torch.testing.assert_close(vlm(tokens, labels, positions, cu, tiles, weights), (each * weights[rows]).sum())
+    monkeypatch.setattr(M, "HEAD_ROWS", 7)                      # the head in pieces: same loss, same gradient
+    grads = []
+    for size in (7, 4096):
+        monkeypatch.setattr(M, "HEAD_ROWS", size)
+        vlm.zero_grad()
+        vlm(tokens, labels, positions, cu, tiles, weights).backward()
+        grads.append(vlm.language_model.lm_head.weight.grad.clone())
+    torch.testing.assert_close(*grads)
+
+
+def test_a_pack_without_supervision_gives_zero_loss_and_zero_gradients():
+    vlm = tiny()
+    tokens, labels, positions, cu, tiles = pack((9, 30), (1, 3))
+    loss = vlm(tokens, torch.full_like(labels, IGNORE), positions, cu, tiles)
+    loss.backward()
+    assert loss == 0 and all(p.grad is not None and not p.grad.any() for p in vlm.parameters())
+
+
+def test_a_pack_without_tiles_still_reaches_every_trainable_parameter():
+    vlm = tiny()
+    tokens, labels, positions, cu, tiles = pack((9, 30))
+    assert len(tiles) == 0
+    plain = vlm.eval()(tokens, labels, positions, cu, tiles)
+    loss = vlm.train()(tokens, labels, positions, cu, tiles)
+    loss.backward()
+    assert torch.equal(loss, plain) and all(p.grad is not None for p in vlm.parameters())
+    assert not vlm.mlp1[1].weight.grad.any()
+
+
+def test_frozen_parts_get_no_gradients_and_a_frozen_vit_keeps_no_activations():
+    vlm = tiny()
+    batch = pack((9, 30), (1, 3))
+    vlm(*batch).backward()
+    full = vlm.mlp1[1].weight.grad.clone()
+    vlm.zero_grad(set_to_none=True)
+    vlm.vision_model.requires_grad_(False)
+    vlm.language_model.requires_grad_(False)
+    seen = []
+    hook = vlm.vision_model.encoder.layers[-1].register_forward_hook(lambda m, args, out: seen.append(out.grad_fn))
+    vlm(*batch).backward()
+    hook.remove()
+    assert seen == [None]
+    assert all((p.grad is not None) == name.startswith("mlp1.") for name, p in vlm.named_parameters())
+    torch.testing.assert_close(vlm.mlp1[1].weight.grad, full)
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    vlm = tiny()
+    batch, grads = pack((9, 30), (1, 3)), []
+    for on in (False, True):
+        vlm.activation_checkpointing = vlm.vision_model.activation_checkpointing = on
+        vlm.zero_grad()
+        vlm(*batch).backward()
+        grads.append([p.grad.clone() for p in vlm.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+def test_frozen_bf16_and_trainable_fp32_run_together_under_autocast():
+    vlm = tiny(std=0.05)
+    vlm.vision_model.to(torch.bfloat16).requires_grad_(False)
+    vlm.language_model.to(torch.bfloat16).requires_grad_(False)
+    batch = pack((9, 30, 14), (1, 3, 0))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = vlm(*batch)
+    loss.backward()
+    assert loss.dtype == torch.float32 and vlm.mlp1[1].weight.grad.dtype == torch.float32
+    exact = vlm.float()(*batch)
+    assert abs(loss - exact) < 0.01 * exact
+
+
+def test_wrong_number_of_image_tokens_is_refused_with_both_numbers():
+    vlm = tiny()
+    tokens, labels, positions, cu, tiles = pack((9, 30), (1, 3))
+    with pytest.raises(ValueError, match="16 <IMG_CONTEXT> tokens, but its 3 tiles give 12"):
+        vlm(tokens, labels, positions, cu, tiles[:3])
+    with pytest.raises(ValueError, match="prompt 0 has 39 tokens and 16 <IMG_CONTEXT>; its tiles need 0"):
+        generate(vlm, [tokens.tolist()], [None], 4, set())
+
+
+def test_a_model_without_vision_or_without_layers_works():
+    tokens, labels, positions, cu, _ = pack((9, 30))
+    text = tiny(vision=False)
+    assert not [n for n, _ in text.named_parameters() if not n.startswith("language_model.")]
+    assert text(tokens, labels, positions, cu) > 0
+    assert tiny(n_layers=0)(tokens, labels, positions, cu) > 0
+
+
+def test_init_weights_gives_the_same_numbers_after_meta_and_keeps_the_tie():
+    one = VLM(VisionConfig(**VISION), LLMConfig(**LLM, tie_embeddings=True), IMG).init_weights(3)
+    with torch.device("meta"):
+        two = VLM(VisionConfig(**VISION), LLMConfig(**LLM, tie_embeddings=True), IMG)
+    two.to_empty(device="cpu").init_weights(3)
+    assert two.language_model.lm_head.weight is two.language_model.model.embed_tokens.weight
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values()))
+
+
+# ---- generation ------------------------------------------------------------------------------------------------------
+
+def prompts_and_tiles(n, seed=0):
+    rng, prompts, tiles = random.Random(seed), [], []
+    for i in range(n):
+        k = rng.choice((0, 0, 1, 2))
+        tokens, _, _, _, t = pack([rng.randrange(10, 40)], [k], seed=i)
+        prompts.append(tokens.tolist())
+        tiles.append(t if k else None)
+    return prompts, tiles
+
+
+def test_greedy_answers_equal_recomputing_the_whole_sequence():
+    vlm = tiny().eval()
+    prompts, tiles = prompts_and_tiles(3)
+    for prompt, t, answer in zip(prompts, tiles, generate(vlm, prompts, tiles, 8, set())):
+        sequence = list(prompt)
+        for token in answer:
+            n = len(sequence)
+            logits = vlm.logits(torch.tensor(sequence), torch.arange(n), torch.tensor([0, n]), t)
+            assert token == logits[-1, :IMG].argmax()            # <IMG_CONTEXT> is never an answer
+            sequence.append(token)
+        assert len(answer) == 8
+
+
+def test_batch_of_one_and_of_64_give_the_same_greedy_answers(monkeypatch):
+    vlm = tiny().eval()
+    prompts, tiles = prompts_and_tiles(64)
+    stop = set(range(0, 320, 9))                                # rows end at different steps and are retired
+    together = generate(vlm, prompts, tiles, 24, stop)
+    assert together == [generate(vlm, [p], [t], 24, stop)[0] for p, t in zip(prompts, tiles)]
+    assert len({len(a) for a in together}) > 5 and not any(stop & set(a) for a in together)
+    monkeypatch.setattr(M, "PREFILL_TOKENS", 100)               # prompts in several packs
+    assert together == generate(vlm, prompts, tiles, 24, stop)
+
+
+def test_streamed_tokens_equal_the_answer_and_sampling_is_reproducible():
+    vlm = tiny().eval()
+    (prompt,), (t,) = prompts_and_tiles(1)
+    kw = dict(max_new_tokens=12, stop_ids={5}, temperature=1.0, top_p=0.9, top_k=50)
+    answer = generate(vlm, [prompt], [t], seed=1, **kw)[0]
+    assert list(generate_stream(vlm, prompt, t, seed=1, **kw)) == answer
+    assert generate(vlm, [prompt], [t], seed=2, **kw)[0] != answer
+    assert generate(vlm, [prompt], [t], 12, {5}, temperature=1.0, top_k=1) == generate(vlm, [prompt], [t], 12, {5})
+    assert generate(vlm, [], [], 4, set()) == [] and generate(vlm, [prompt], [t], 0, set()) == [[]]
+
+
+def test_sampling_draws_with_the_probabilities_of_the_softmax():
+    logits = torch.tensor([[1.0, 3.0, 2.0, -50.0]])
+    noise = torch.arange(0, 1, 1e-4)
+    drawn = M.sample(logits.expand(len(noise), -1), 2.0, 1.0, 0, noise)
+    torch.testing.assert_close(drawn.bincount(minlength=4) / len(noise), (logits[0] / 2).softmax(-1), atol=2e-4, rtol=0)
+    assert set(M.sample(logits.expand(len(noise), -1), 2.0, 1.0, 2, noise).tolist()) == {1, 2}
+    assert set(M.sample(logits.expand(len(noise), -1), 2.0, 0.3, 0, noise).tolist()) == {1}
+
+
+# ---- FLOPs -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("llm, sample, align, advance, sft", [
+    ("qwen2.5-1.5b", (1, 320, 48), 2.48, 3.93, 4.79), ("qwen2.5-1.5b", (7, 2048, 192), 17.1, 27.3, 32.7),
+    ("qwen2.5-1.5b", (11, 3840, 768), 32.7, 48.7, 59.1), ("qwen2.5-7b", (1, 320, 48), 9.28, 10.7, 15.0),
+    ("qwen2.5-7b", (7, 2048, 192), 61.7, 71.9, 98.8), ("qwen2.5-7b", (11, 3840, 768), 119, 135, 186)])
+def test_strict_flops_equal_the_published_hand_count(llm, sample, align, advance, sft):
+    tiles, tokens, supervised = sample
+    cfg = LLMConfig(**LLMConfig.PRESETS[llm])
+    for train, teraflops in (((0, 1, 0), align), ((1, 1, 0), advance), ((1, 1, 1), sft)):
+        got = train_flops(VisionConfig(), cfg, tiles, [tokens], supervised, train)
+        assert isinstance(got, int) and f"{got / 1e12:.3g}" == f"{teraflops:.3g}"
+
+
+def test_strict_flops_count_attention_only_inside_documents():
+    cfg = LLMConfig(**LLM)
+    one, two = (train_flops(None, cfg, 0, lengths, 10, (False, False, True)) for lengths in ([64], [32, 32]))
+    assert one - two == 3 * 3 * 4 * 4 * 16 * (32 * 32)

@@ -1,0 +1,116 @@
+"""toy.py: exact truth, determinism, a clean split, real tiling."""
+import json, random, time
+from pathlib import Path
+
+import pytest
+
+import toy
+from data import Tokenizer, open_sources, Packs
+from vision import count_tiles, tile_grid
+
+TOY = Tokenizer(Path(__file__).parent.parent / "config" / "toy_tokenizer")
+
+
+def test_samples_are_a_pure_function_of_the_seed():
+    for part in toy.LEVELS:
+        (a, boards_a), (b, boards_b) = toy.record(5, part, 7), toy.record(5, part, 7)
+        assert a == b and [toy.jpeg(toy.render(*x)) for x in boards_a] == [toy.jpeg(toy.render(*x)) for x in boards_b]
+        assert toy.record(6, part, 7)[0] != a
+
+
+def test_training_and_benchmarks_share_no_board_and_no_sign_word():
+    truth = lambda board: (board.grid, tuple(sorted(board.cells.items())))
+    train = [board for i in range(1500) for board, _ in toy.record(1, "knowledge", i)[1]]
+    held = [toy.bench_row(name, 1, i)[1] for name in toy.BENCHMARKS for i in range(200)]
+    assert not {truth(b) for b in train} & {truth(b) for b in held}
+    words = lambda boards: {b.things[0] for b in boards if b.kind == "sign"}
+    assert not words(train) & words(held) and words(held)
+
+
+def test_every_board_is_tiled_as_its_truth_says_whatever_the_size_of_the_picture():
+    grids = set()
+    for i in range(400):
+        row, boards = toy.record(2, "pretrain", i)
+        (board, rng), = boards
+        image = toy.render(board, rng)
+        assert tile_grid(*image.size, 1, 4, 84) == board.grid
+        assert len(row["cells"][0]) == 9 * count_tiles(*image.size, 1, 4, 84)
+        grids.add(board.grid)
+    assert len(grids) >= 6
+
+
+def test_every_cell_word_is_one_token_and_no_unseen_word_is():
+    assert all(len(TOY.encode(word)) == 1 for word in toy.CELL_WORDS)
+    assert len(TOY.encode("MATEKU")) == 6
+    for i in range(300):
+        assert all(w in toy.CELL_WORDS for cells in toy.record(3, "instruction", i)[0]["cells"] for w in cells)
+
+
+def test_answers_agree_with_the_truth():
+    for i in range(300):
+        row, board, _ = toy.bench_row("toy_count", 4, i)
+        word = row["question"].split()[2]
+        kind = {"crosses": "cross"}.get(word, word[:-1])
+        n = sum(word in ("shapes",) or t[1] == word or t[2] == kind for t in board.things)
+        assert row["answer"] == str(n), row
+        row, board, _ = toy.bench_row("toy_halluc", 4, i)
+        color, kind = row["question"].split()[3:5]
+        assert row["answer"] == toy.yes(any(t[1:3] == (color, kind) for t in board.things))
+        row, board, _ = toy.bench_row("toy_ocr", 4, i)
+        if board.kind == "sign":
+            assert row["answer"] == board.things[0]
+        row, board, _ = toy.bench_row("toy_chart", 4, i)
+        if row["question"].startswith("What is the value of"):
+            assert row["answer"] == str(dict(board.things)[row["question"][-2]])
+        row, board, _ = toy.bench_row("toy_general", 4, i)
+        assert row["answer"] in row and len({row[x] for x in "ABCD" if x in row}) == sum(x in row for x in "ABCD")
+
+
+def test_answers_cannot_be_guessed_from_the_question():
+    answers = [toy.bench_row("toy_halluc", 1, i)[0]["answer"] for i in range(400)]
+    assert 0.4 < answers.count("Yes") / 400 < 0.6
+    letters = [toy.bench_row("toy_general", 1, i)[0]["answer"] for i in range(400)]
+    assert all(letters.count(x) > 60 for x in "AB")
+
+
+def test_alt_text_says_less_than_the_caption():
+    rows = [toy.record(1, "pretrain", i)[0] for i in range(200)]
+    assert sum(len(r["alt_text"]) for r in rows) < 0.7 * sum(len(r["caption"]) for r in rows)
+
+
+def test_shards_are_ordinary_webdataset_tars_and_a_finished_shard_is_kept(tmp_path, monkeypatch):
+    cfg = toy.Config(out=str(tmp_path), n=40)
+    toy.write_parts(cfg, ["instruction"])
+    path = tmp_path / "instruction-000000.tar"
+    before = path.stat().st_mtime_ns
+    toy.write_parts(cfg, ["instruction"])
+    assert path.stat().st_mtime_ns == before
+    packs = Packs(open_sources(str(path), TOY, "sailvl-chat"), TOY, "sailvl-chat", tile_size=84, tokens_per_tile=9,
+                  max_tiles=4, tokens_per_pack=600, tiles_per_pack=40)
+    assert packs.n == 40 and packs.n_bad == 0
+    batch = packs[next(packs.sequence())]
+    assert not batch["bad"] and (batch["tokens"] == TOY.image_id).sum() == 9 * len(batch["tiles"])
+
+
+def test_words_and_dense_labels_stand_where_the_visual_tokens_stand(tmp_path):
+    toy.write_parts(toy.Config(out=str(tmp_path), n=20), ["pretrain"])
+    batches = {}
+    for image_as in ("pixels", "words", "dense"):
+        packs = Packs(open_sources(f"{tmp_path}/*.tar", TOY, "sailvl-chat", image_as), TOY, "sailvl-chat", tile_size=84,
+                      tokens_per_tile=9, max_tiles=4, tokens_per_pack=4000, tiles_per_pack=200, image_as=image_as)
+        batches[image_as] = packs[next(packs.sequence())]
+    at = batches["pixels"]["tokens"] == TOY.image_id
+    assert batches["pixels"]["ids"] == batches["words"]["ids"] == batches["dense"]["ids"]
+    assert at.any() and (batches["words"]["tokens"][at] == batches["dense"]["labels"][at]).all()
+    assert (batches["dense"]["labels"][~at] == -100).all() and not len(batches["words"]["tiles"])
+
+
+def test_drawing_is_fast_enough_to_be_free(capsys):
+    start = time.perf_counter()
+    for i in range(60):
+        for board, rng in toy.record(1, "pretrain", i)[1]:
+            toy.jpeg(toy.render(board, rng))
+    rate = 60 / (time.perf_counter() - start)
+    with capsys.disabled():
+        print(f" [{rate:.0f} samples/s on this machine]", end="")
+    assert rate > 0

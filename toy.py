@@ -1,0 +1,584 @@
+"""The toy world: pictures with exact truth, unlimited in number, that a 3 M parameter model can learn on two CPU cores.
+
+    python toy.py --out=shards/toy --n=4000                    # training shards (tar) and benchmark files (tsv)
+    python toy.py --out=shards/toy_text --n=100000 --parts=text  # the same questions with every picture given as words
+    python toy.py --out=config/toy_tokenizer --parts=tokenizer   # the small byte-level BPE of the toy language model
+
+Every picture is a board of 28-pixel cells, so that after 14-pixel patches and a 2x2 pixel shuffle one visual token sees
+one cell; a tile is 3x3 cells. Boards of 1x1 to 3x1 and 2x2 tiles go through the same dynamic tiling, thumbnail included,
+as real photos. What a cell shows is one word of the toy vocabulary (`LargeRedCircle`, `K`, `7`, `BarSix`, `Empty`); the
+words of all visual tokens of a picture, tile by tile, are its `cells`. They are the exact truth: captions, alt-texts,
+transcriptions and question-answer turns of three levels are made from the same board.
+
+A board is held out when a checksum of its truth says so, hence training and benchmark pictures are disjoint by
+construction, in any number and under any seed; words on signs are split by the word itself, so benchmark words are unseen.
+"""
+import base64, collections, csv, io, json, os, random, re, tarfile, zlib
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from configurator import configure, launch
+from data import BYTE_ORDER, BYTE_TO_CHAR, SPECIAL_TOKENS, TEMPLATES
+
+@dataclass(slots=True)
+class Config:
+    out: str = "shards/toy"          # folder to write
+    n: int = 4000                    # samples of each training part
+    n_bench: int = 200               # questions of each benchmark
+    seed: int = 1                    # another seed: other samples, same world
+    parts: str = "pretrain,knowledge,instruction,preference,bench"  # also: text, tokenizer
+    debug: bool = False              # show tracebacks
+
+CELL, SIDE = 28, 3                   # pixels of a cell, cells along a tile
+TILE = CELL * SIDE                   # 84 pixels
+KINDS = ("circle", "square", "triangle", "star", "cross")
+COLORS = {"red": (215, 35, 40), "green": (30, 150, 60), "blue": (40, 80, 215), "yellow": (240, 200, 20),
+          "purple": (150, 50, 170), "black": (25, 25, 25)}
+SIZES = ("small", "large")
+LETTERS = "ABCDEFGHJKLMNPRSTUVWXYZ"  # without I, O and Q, which look like 1, 0 and 0
+NUMBERS = ("Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight")
+MAX_VALUE = 8                        # of a chart column; 7 pixels each, two cells high
+THUMBS = {(2, 1): "ThumbWide", (3, 1): "ThumbWider", (1, 2): "ThumbTall", (1, 3): "ThumbTaller", (2, 2): "ThumbSquare"}
+CELL_WORDS = (["Empty", "BarEnd", "PointTop"] + [(s.title() + c.title() + k.title()) for s in SIZES for c in COLORS
+              for k in KINDS] + list(LETTERS) + list("0123456789") + [f"Bar{v}" for v in NUMBERS[1:]]
+              + [f"Point{v}" for v in NUMBERS[1:]] + list(THUMBS.values()))
+DIRECTIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
+PLACES = {"top left": (0, 0), "top right": (0, 2), "bottom left": (2, 0), "bottom right": (2, 2)}
+
+# ---- boards: what is in a picture --------------------------------------------------------------------------------
+@dataclass(slots=True)
+class Board:
+    kind: str                        # scene, sign, note, list, table, bars, line
+    grid: tuple                      # (columns, rows) of tiles
+    cells: dict = field(default_factory=dict)   # (row, column) -> word; everything else is Empty
+    things: list = field(default_factory=list)  # facts in reading order: (size, color, kind, row, col), lines, (label, ...)
+
+    def words(self):
+        """The word of every visual token, in the order of dynamic tiling: tiles row-major, thumbnail last."""
+        columns, rows = self.grid
+        out = [self.cells.get((SIDE * j + r, SIDE * i + c), "Empty")
+               for j in range(rows) for i in range(columns) for r in range(SIDE) for c in range(SIDE)]
+        return out + ([THUMBS[self.grid]] * SIDE ** 2 if columns * rows > 1 else [])
+
+    def held_out(self):
+        """One board in eight belongs to the benchmarks, by a checksum of its truth; a sign goes by its word alone."""
+        truth = self.things[0] if self.kind == "sign" else repr((self.grid, sorted(self.cells.items())))
+        return zlib.crc32(truth.encode()) % 8 == 0
+
+def make_word(rng, length):
+    """A random word of `length` letters, half of them pronounceable."""
+    if rng.random() < 0.5:
+        return "".join(rng.choice(LETTERS) for _ in range(length))
+    vowels, consonants = "AEUY", "BCDFGHJKLMNPRSTVWXZ"
+    start = rng.random() < 0.5
+    return "".join(rng.choice(vowels if (i + start) % 2 else consonants) for i in range(length))
+
+def make_board(rng, kind, grid=None):
+    """Draw the truth of one board of the given kind from `rng`."""
+    grids = {"scene": [(1, 1)] * 6 + [(2, 1), (1, 2), (2, 2)], "sign": [(1, 1), (2, 1), (2, 1), (3, 1)],
+             "note": [(1, 1)], "list": [(1, 1), (1, 1), (1, 2), (1, 3)], "table": [(1, 1), (1, 1), (1, 2)],
+             "bars": [(1, 1), (1, 1), (1, 2)], "line": [(1, 1), (1, 1), (2, 1)]}[kind]
+    board = Board(kind, grid or rng.choice(grids))
+    wide, high = SIDE * board.grid[0], SIDE * board.grid[1]
+    if kind == "scene":
+        n = rng.randint(1, 6) if board.grid == (1, 1) else rng.randint(3, 9)
+        colors, kinds = rng.sample(list(COLORS), rng.randint(1, 4)), rng.sample(KINDS, rng.randint(1, 4))
+        for row, column in sorted(rng.sample([(r, c) for r in range(high) for c in range(wide)], n)):
+            thing = (rng.choice(SIZES), rng.choice(colors), rng.choice(kinds))
+            board.cells[row, column] = "".join(w.title() for w in thing)
+            board.things.append((*thing, row, column))
+        # reading order is the order of the visual tokens: tile by tile, row-major inside a tile
+        board.things.sort(key=lambda t: (t[3] // SIDE, t[4] // SIDE, t[3], t[4]))
+    elif kind == "sign":
+        word = make_word(rng, rng.randint({1: 1, 2: 3, 3: 6}[board.grid[0]], wide))
+        row, start = rng.randrange(high), rng.randint(0, wide - len(word))
+        board.cells = {(row, start + i): letter for i, letter in enumerate(word)}
+        board.things = [word]
+    elif kind == "note":
+        for row in sorted(rng.sample(range(high), rng.randint(2, 3))):
+            word = make_word(rng, rng.randint(1, 3))
+            board.cells |= {(row, i): letter for i, letter in enumerate(word)}
+            board.things.append(word)
+    elif kind in ("list", "table"):
+        rows = sorted(rng.sample(range(high), rng.randint(2, min(high, 6))))
+        for row, label in zip(rows, rng.sample(LETTERS, len(rows))):
+            digits = [str(rng.randrange(1, 10)), str(rng.randrange(0 if kind == "list" else 1, 10))]
+            board.cells |= {(row, i): w for i, w in enumerate([label, *digits])}
+            board.things.append((label, *map(int, digits)))
+    elif kind == "bars":                                               # a label, then a bar of up to two cells
+        rows = sorted(rng.sample(range(high), rng.randint(2, min(high, 6))))
+        values = rng.sample(range(1, MAX_VALUE + 1), len(rows))
+        for row, label, value in zip(rows, rng.sample(LETTERS, len(rows)), values):
+            board.cells |= {(row, 0): label, (row, 1): "Bar" + NUMBERS[value]}
+            if value > MAX_VALUE // 2:
+                board.cells[row, 2] = "BarEnd"
+            board.things.append((label, value))
+    else:                                                              # line: two cells of plot above the labels
+        n = rng.randint(2 if wide == 3 else 4, wide)
+        columns, labels = sorted(rng.sample(range(wide), n)), sorted(rng.sample(LETTERS, n))
+        for column, label, value in zip(columns, labels, rng.sample(range(1, MAX_VALUE + 1), n)):
+            board.cells |= {(2, column): label, (1, column): "Point" + NUMBERS[value]}
+            if value > MAX_VALUE // 2:
+                board.cells[0, column] = "PointTop"
+            board.things.append((label, value))
+    return board
+
+def draw_board(rng, kind, held_out, grid=None):
+    """A board of the wanted side of the split, by rejection."""
+    while True:
+        board = make_board(rng, kind, grid)
+        if board.held_out() == held_out:
+            return board
+
+# ---- pixels -------------------------------------------------------------------------------------------------------
+_fonts = {}
+
+def text(draw, x, y, word, size, ink, bold):
+    """Draw a word centred at (x, y)."""
+    if size not in _fonts:
+        _fonts[size] = ImageFont.load_default(size)
+    draw.text((x, y), word, fill=ink, font=_fonts[size], anchor="mm", stroke_width=bold)
+
+def shape(draw, kind, x, y, r, ink):
+    if kind == "circle":
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=ink)
+    elif kind == "square":
+        draw.rectangle((x - 0.88 * r, y - 0.88 * r, x + 0.88 * r, y + 0.88 * r), fill=ink)
+    elif kind == "triangle":
+        draw.polygon([(x, y - r), (x + r, y + 0.8 * r), (x - r, y + 0.8 * r)], fill=ink)
+    elif kind == "cross":
+        draw.rectangle((x - r, y - 0.3 * r, x + r, y + 0.3 * r), fill=ink)
+        draw.rectangle((x - 0.3 * r, y - r, x + 0.3 * r, y + r), fill=ink)
+    else:                                                              # a star of five points
+        angles = np.arange(10) * np.pi / 5 - np.pi / 2
+        radii = np.where(np.arange(10) % 2, 0.45 * r, 1.1 * r)
+        draw.polygon(list(zip(x + radii * np.cos(angles), y + radii * np.sin(angles))), fill=ink)
+
+def render(board, rng):
+    """Picture of a board, PIL RGB. Backgrounds, jitter, font sizes, line styles, noise and size vary with `rng`."""
+    wide, high = SIDE * board.grid[0] * CELL, SIDE * board.grid[1] * CELL
+    dark = board.kind in ("sign", "note") and rng.random() < 0.3
+    tone = rng.randint(15, 60) if dark else rng.randint(205, 250)
+    paper = tuple(min(255, max(0, tone + rng.randint(-15, 15))) for _ in range(3))
+    image = Image.new("RGB", (wide, high), paper)
+    draw = ImageDraw.Draw(image)
+    ink = tuple(rng.randint(200, 255) if dark else rng.randint(0, 70) for _ in range(3))
+    size, bold = rng.randint(16, 24), rng.randint(0, 1)
+    centre = lambda row, column: (CELL * column + CELL // 2, CELL * row + CELL // 2)
+    if board.kind == "table":
+        for row in range(high // CELL + 1):
+            draw.line((0, row * CELL, wide, row * CELL), fill=(150, 150, 150))
+        for column in range(SIDE + 1):
+            draw.line((column * CELL, 0, column * CELL, high), fill=(150, 150, 150))
+    unit, color = 2 * CELL // MAX_VALUE, COLORS[rng.choice(list(COLORS))]
+    faint, half = tuple(max(0, p - 25) for p in paper), rng.randint(6, 10)
+    if board.kind == "bars":
+        for x in range(CELL, wide + 1, 2 * unit):                      # faint grid lines every two units
+            draw.line((x, 0, x, high), fill=faint)
+        for (_, value), row in zip(board.things, sorted(r for r, c in board.cells if c == 0)):
+            y = centre(row, 0)[1] + rng.randint(-2, 2)
+            draw.rectangle((CELL, y - half, CELL + unit * value, y + half), fill=color)
+        draw.line((CELL, 0, CELL, high), fill=(60, 60, 60))
+    if board.kind == "line":
+        base, points = 2 * CELL, []
+        for y in range(0, base, 2 * unit):
+            draw.line((0, y, wide, y), fill=faint)
+        for (_, value), column in zip(board.things, sorted(c for r, c in board.cells if r == 2)):
+            points.append((centre(2, column)[0], base - unit * value))
+        draw.line(points, fill=color, width=2)
+        for x, y in points:
+            draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=color)
+        draw.line((0, base, wide, base), fill=(60, 60, 60))
+    if board.kind == "scene":
+        for s, color, kind, row, column in board.things:
+            x, y = centre(row, column)
+            r = rng.uniform(10, 12) if s == "large" else rng.uniform(5, 6.5)
+            shape(draw, kind, x + rng.randint(-2, 2), y + rng.randint(-2, 2), r, COLORS[color])
+    else:
+        for (row, column), word in board.cells.items():
+            if len(word) == 1:
+                x, y = centre(row, column)
+                text(draw, x + rng.randint(-2, 2), y + rng.randint(-2, 2), word, size, ink, bold)
+    if rng.random() < 0.2:                                             # pictures come in odd sizes too
+        image = image.resize((round(wide * rng.uniform(0.96, 1.05)), round(high * rng.uniform(0.96, 1.05))))
+    pixels = np.asarray(image, np.int16)
+    noise = np.frombuffer(rng.randbytes(pixels.size), np.uint8).reshape(pixels.shape) >> 4   # 0..15
+    return Image.fromarray(np.clip(pixels + noise - 8, 0, 255).astype(np.uint8))
+
+# ---- captions -----------------------------------------------------------------------------------------------------
+def caption(board):
+    """The detailed, exact caption: every fact once, in reading order."""
+    if board.kind == "scene":
+        listed = ", ".join(f"{s} {c} {k}" for s, c, k, *_ in board.things)
+        return f"{len(board.things)} shape{'s' * (len(board.things) > 1)}: {listed}."
+    if board.kind in ("sign", "note"):
+        return f"A {board.kind} that says: {' '.join(board.things)}"
+    if board.kind in ("list", "table"):
+        join = "" if board.kind == "list" else " "
+        return f"A {board.kind}: " + ", ".join(f"{label} {a}{join}{b}" for label, a, b in board.things) + "."
+    name = "bar" if board.kind == "bars" else "line"
+    return f"A {name} chart: " + ", ".join(f"{label} {value}" for label, value in board.things) + "."
+
+def alt_text(board, rng):
+    """What the web would say: short, vague, and wrong one time in four."""
+    if rng.random() < 0.25:
+        return rng.choice(["a sunny day", "my favourite star", "a red square", "a table of prices", "holiday sale"])
+    if board.kind == "scene":
+        return rng.choice(["some shapes", "a picture with a " + board.things[0][2], "colourful shapes"])
+    return {"sign": "a sign", "note": "a note", "list": "prices", "table": "numbers"}.get(board.kind, "a chart")
+
+def transcription(board):
+    """All text of the picture in reading order; empty for a scene."""
+    if board.kind in ("sign", "note"):
+        return " ".join(board.things)
+    if board.kind == "list":
+        return " ".join(f"{label} {a}{b}" for label, a, b in board.things)
+    if board.kind == "table":
+        return " ".join(f"{label} {a} {b}" for label, a, b in board.things)
+    return " ".join(label for label, _ in board.things) if board.kind != "scene" else ""
+
+# ---- questions ----------------------------------------------------------------------------------------------------
+LETTER_HINT = "Answer with the option's letter from the given choices directly."
+SHORT_HINT = "Answer the question using a single word or phrase."
+
+def yes(flag):
+    return "Yes" if flag else "No"
+
+def named(thing):
+    return f"{thing[1]} {thing[2]}"
+
+def count_question(board, rng):
+    """Number of things of one colour, of one kind, or of all."""
+    test = rng.randrange(5)
+    if test == 0:
+        return "How many shapes are there?", str(len(board.things))
+    if test < 3:
+        color = rng.choice([t[1] for t in board.things] + [rng.choice(list(COLORS))])
+        return f"How many {color} shapes are there?", str(sum(t[1] == color for t in board.things))
+    kind = rng.choice([t[2] for t in board.things] + [rng.choice(KINDS)])
+    return f"How many {kind if kind != 'cross' else 'crosse'}s are there?", str(sum(t[2] == kind for t in board.things))
+
+def exists_question(board, rng):
+    """Half yes; most of the noes name a colour and a kind that are there, but not together."""
+    present = {(t[1], t[2]) for t in board.things}
+    if rng.random() < 0.5:
+        color, kind = rng.choice(sorted(present))
+    else:
+        near = [(c, k) for c, _ in present for _, k in present if (c, k) not in present]
+        far = [(c, k) for c in COLORS for k in KINDS if (c, k) not in present]
+        color, kind = rng.choice(sorted(near) if near and rng.random() < 0.6 else far)
+    return f"Is there a {color} {kind} in the image?", yes((color, kind) in present)
+
+def attribute_question(board, rng):
+    """Colour, kind or size of the only thing that fits, the thing next to another, or the one in a corner: (q, a, pool)."""
+    things, single = board.things, board.grid == (1, 1)
+    only = lambda key: [t for t in things if sum(key(u) == key(t) for u in things) == 1]
+    asks = []
+    for t in only(lambda t: t[2]):
+        asks.append((f"What colour is the {t[2]}?", t[1], list(COLORS)))
+    for t in only(lambda t: t[1]):
+        asks.append((f"What shape is {t[1]}?", t[2], list(KINDS)))
+    for t in only(lambda t: t[1:3]):
+        asks.append((f"What size is the {named(t)}?", t[0], list(SIZES)))
+    at = {(t[3], t[4]): t for t in things}
+    pool = [f"{c} {k}" for c in COLORS for k in KINDS] + ["nothing"]
+    near = []
+    for t in only(lambda t: t[1:3]):
+        for name, (dr, dc) in DIRECTIONS.items():
+            r, c = t[3] + dr, t[4] + dc
+            if r // SIDE == t[3] // SIDE and c // SIDE == t[4] // SIDE and r >= 0 and c >= 0:   # inside the same tile
+                ask = (f"What is just {name} the {named(t)}?", named(at[r, c]) if (r, c) in at else "nothing", pool)
+                near += [ask] * (3 if (r, c) in at else 1)
+    if single:
+        for name, place in PLACES.items():
+            ask = (f"What is in the {name} corner?", named(at[place]) if place in at else "nothing", pool)
+            near += [ask] * (2 if place in at else 1)
+    asks = [asks] * bool(asks) + [near] * bool(near)
+    return rng.choice(rng.choice(asks)) if asks else None
+
+def reading_question(board, rng):
+    if board.kind in ("sign", "note"):
+        return "What is written in the image?", " ".join(board.things)
+    label, a, b = rng.choice(board.things)
+    if board.kind == "list":
+        return (f"What is the number after {label}?", f"{a}{b}") if rng.random() < 0.7 else (
+            "What is written in the image?", transcription(board))
+    which = rng.random() < 0.5
+    return f"What is the {'first' if which else 'second'} number of row {label}?", str(a if which else b)
+
+def chart_question(board, rng, steps=None):
+    """One fact of a chart or a table, or (steps=True) two facts compared."""
+    steps = rng.random() < 0.5 if steps is None else steps
+    if board.kind == "table":
+        if not steps:
+            return reading_question(board, rng)
+        label, a, b = rng.choice(board.things)
+        return f"Which number of row {label} is larger?", ("first" if a > b else "second" if b > a else "same")
+    if not steps:
+        label, value = rng.choice(board.things)
+        return f"What is the value of {label}?", str(value)
+    (p, u), (q, v) = rng.sample(board.things, 2)
+    high, low = max(board.things, key=lambda t: t[1]), min(board.things, key=lambda t: t[1])
+    return rng.choice([("Which is the highest?", high[0]), ("Which is the lowest?", low[0]),
+                       ("What is the highest value?", str(high[1])), ("What is the lowest value?", str(low[1])),
+                       (f"Is {p} higher than {q}?", yes(u > v)),
+                       (f"How much higher is {(p, q)[u < v]} than {(q, p)[u < v]}?", str(abs(u - v)))])
+
+def as_options(question, answer, pool, rng):
+    """The question as multiple choice of up to four: (question, options, letter)."""
+    options = rng.sample([p for p in pool if p != answer], min(3, len(pool) - 1)) + [answer]
+    rng.shuffle(options)
+    return question, options, "ABCD"[options.index(answer)]
+
+def choice_text(question, options):
+    return f"{question}\n" + "".join(f"{x}. {o}\n" for x, o in zip("ABCD", options)) + LETTER_HINT
+
+def choice_question(board, rng):
+    """Multiple choice about a scene as (question, options, letter); None where nothing can be asked."""
+    ask = attribute_question(board, rng)
+    if ask is None:
+        return None
+    question, answer, pool = ask
+    if len(pool) > 6:                                                  # prefer distractors that are in the picture
+        seen = [p for p in dict.fromkeys(named(t) for t in board.things) if p != answer]
+        pool = list(dict.fromkeys(seen + rng.sample(pool, 5) + ["nothing"]))[:7] + [answer]
+        pool = list(dict.fromkeys(pool))
+    return as_options(question, answer, pool, rng)
+
+def turns(board, rng, level):
+    """Question-answer turns of one level: knowledge (one fact), instruction (formats), preference (several steps)."""
+    out = []
+    if board.kind == "scene":
+        for _ in range(4):
+            test = rng.choices((0, 1, 2), (2, 1, 1) if level != "knowledge" else (1, 1, 1))[0]
+            if level != "knowledge" and test == 0:
+                ask = choice_question(board, rng)
+                if ask:
+                    out.append((choice_text(*ask[:2]), ask[2]))
+                    continue
+            if test == 0:
+                ask = attribute_question(board, rng)
+                question, answer = ask[:2] if ask else count_question(board, rng)
+            else:
+                question, answer = (count_question if test == 1 else exists_question)(board, rng)
+            if level == "preference" and test == 1:
+                a, b = rng.sample(KINDS, 2)
+                u, v = (sum(t[2] == k for t in board.things) for k in (a, b))
+                if rng.random() < 0.3:
+                    question, answer = f"Are there more {a} than {b} shapes? Explain.", f"{u} {a}, {v} {b}: {yes(u > v)}"
+            if level != "knowledge" and not question.startswith(("Is ", "Are ")) and rng.random() < 0.3:
+                question += "\n" + SHORT_HINT
+            out.append((question, answer))
+        return out
+    if board.kind in ("sign", "note", "list"):
+        out.append(("What is written in the image?", transcription(board)))
+        if board.kind == "list":
+            out += [reading_question(board, rng) for _ in range(2)]
+        elif level == "instruction" and rng.random() < 0.3:
+            out.append(("How many letters are there?", str(sum(map(len, board.things)))))
+        elif level == "preference" and rng.random() < 0.3:
+            out.append(("Read the text backwards.", " ".join(board.things)[::-1]))
+        return out
+    for _ in range(4):
+        question, answer = chart_question(board, rng, steps=False if level == "knowledge" and rng.random() < 0.6 else None)
+        if level == "preference" and question.startswith("How much") and rng.random() < 0.3:
+            p, q = question.split()[4], question.rstrip("?").split()[6]
+            values = dict(board.things)
+            question, answer = question + " Explain.", f"{p} {values[p]}, {q} {values[q]}: {answer}"
+        elif level != "knowledge" and rng.random() < 0.3:
+            question += "\n" + SHORT_HINT
+        out.append((question, answer))
+    return out
+
+# ---- records ------------------------------------------------------------------------------------------------------
+LEVELS = ("pretrain", "knowledge", "instruction", "preference")
+MIX = {"scene": 12, "sign": 3, "note": 2, "list": 2, "table": 2, "bars": 4, "line": 3}
+
+def record(seed, part, i, easy=False):
+    """Sample i of a training part: (row, [(board, rng)]). A pure function of (seed, part, i); never a held-out board.
+
+    easy: one tile, captions and single facts only; the first fifth of the text part, so that copying and looking up are
+    learned before they are combined.
+    """
+    rng = random.Random(f"{seed}/{part}/{i}")
+    kinds = rng.choices(list(MIX), list(MIX.values()), k=2)
+    pair = part in ("instruction", "text") and rng.random() < 0.08 and not easy   # multi-image
+    boards = [draw_board(rng, k, False, (1, 1) if easy else None) for k in (["scene", "scene"] if pair else kinds[:1])]
+    board = boards[0]
+    if pair:
+        n = [len(b.things) for b in boards]
+        talk = [("How many shapes are in the first image?", str(n[0])), ("How many shapes are in the second image?", str(n[1])),
+                ("Do both images have the same number of shapes?", yes(n[0] == n[1]))]
+    else:
+        level = part if part != "text" else rng.choices(
+            LEVELS, (3, 7, 0, 0) if easy else (1, 3, 4, 3))[0]
+        if level == "pretrain":
+            talk = [("Describe the image.", caption(board))]
+            if transcription(board):
+                talk.append(("What is written in the image?", transcription(board)))
+        else:
+            talk = turns(board, rng, level)
+        rng.shuffle(talk)
+        if part == "text" and level != "pretrain" and rng.random() < 0.5:
+            talk.append(("Describe the image.", caption(board)))       # last, so that no answer can be read from it
+    conversations = []
+    for k, (question, answer) in enumerate(talk):
+        conversations.append({"from": "human", "value": ("<image>\n" * len(boards) if k == 0 else "") + question})
+        conversations.append({"from": "gpt", "value": answer})
+    row = {"id": f"{part}-{i:08d}", "cells": [b.words() for b in boards], "alt_text": alt_text(board, rng),
+           "caption": caption(board), "ocr": transcription(board), "conversations": conversations}
+    return row, [(b, rng) for b in boards]
+
+def jpeg(image):
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=92)
+    return file.getvalue()
+
+def write_shard(cfg, part, start, stop, path):
+    """Samples start..stop of a part as one WebDataset tar: KEY.json and KEY.jpg, or KEY.0.jpg and KEY.1.jpg."""
+    with tarfile.open(f"{path}.tmp", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for i in range(start, stop):
+            row, boards = record(cfg.seed, part, i)
+            names = [f"{row['id']}.{k}.jpg" if len(boards) > 1 else f"{row['id']}.jpg" for k in range(len(boards))]
+            row["image"] = names if len(names) > 1 else names[0]
+            files = [(f"{row['id']}.json", json.dumps(row).encode())]
+            files += [(name, jpeg(render(board, rng))) for name, (board, rng) in zip(names, boards)]
+            for name, data in files:
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    os.replace(f"{path}.tmp", path)
+
+def write_parts(cfg, parts, per_shard=500):
+    """Training shards of all parts, in parallel; a shard that is there already stays as it is."""
+    jobs = [(cfg, part, start, min(start + per_shard, cfg.n), Path(cfg.out) / f"{part}-{start // per_shard:06d}.tar")
+            for part in parts for start in range(0, cfg.n, per_shard)]
+    jobs = [job for job in jobs if not job[-1].exists()]
+    with ProcessPoolExecutor() as pool:
+        for done in tqdm(as_completed([pool.submit(write_shard, *job) for job in jobs]), total=len(jobs), desc="toy shards"):
+            done.result()
+
+def write_text(cfg):
+    """The words of the pictures in place of the pictures: what the toy language model reads before it ever sees one."""
+    with open(Path(cfg.out) / "text.jsonl", "w") as file:
+        for i in tqdm(range(cfg.n), desc="toy text"):
+            row, _ = record(cfg.seed, "text", i, easy=i < cfg.n // 5)
+            file.write(json.dumps({k: row[k] for k in ("id", "cells", "conversations")}) + "\n")
+
+# ---- benchmarks ---------------------------------------------------------------------------------------------------
+def bench_row(name, seed, i):
+    """Question i of a benchmark about a held-out board: (row without its picture, board, rng)."""
+    rng = random.Random(f"{seed}/{name}/{i}")
+    while True:
+        kind = {"toy_general": "scene", "toy_count": "scene", "toy_halluc": "scene",
+                "toy_ocr": rng.choice(["sign", "sign", "note", "list"]),
+                "toy_chart": rng.choice(["bars", "line", "table"])}[name]
+        board = draw_board(rng, kind, True)
+        row = {"index": i, "category": kind}
+        if name == "toy_general":
+            ask = choice_question(board, rng)
+            if ask is None:
+                continue
+            row |= {"question": ask[0], "answer": ask[2], **dict(zip("ABCD", ask[1]))}
+        else:
+            question, answer = {"toy_ocr": reading_question, "toy_chart": chart_question, "toy_count": count_question,
+                                "toy_halluc": exists_question}[name](board, rng)
+            row |= {"question": question, "answer": answer}
+        return row, board, rng
+
+BENCHMARKS = ("toy_general", "toy_ocr", "toy_chart", "toy_count", "toy_halluc")
+
+def write_benchmarks(cfg):
+    """Held-out questions in the tab-separated form of VLMEvalKit: index, image (base64), question, A..D, answer, category."""
+    for name in tqdm(BENCHMARKS, desc="toy benchmarks"):
+        path = Path(cfg.out) / f"{name}.tsv"
+        if path.exists():
+            continue
+        with open(f"{path}.tmp", "w", newline="") as file:
+            columns = ["index", "image", "question", *("ABCD" if name == "toy_general" else ""), "answer", "category"]
+            out = csv.DictWriter(file, columns, delimiter="\t", restval="")
+            out.writeheader()
+            for i in range(cfg.n_bench):
+                row, board, rng = bench_row(name, cfg.seed, i)
+                out.writerow({**row, "image": base64.b64encode(jpeg(render(board, rng))).decode()})
+        os.replace(f"{path}.tmp", path)
+
+# ---- tokenizer ----------------------------------------------------------------------------------------------------
+def write_tokenizer(cfg, n_texts=3000, min_count=20):
+    """Train the toy byte-level BPE and write the files of a Qwen tokenizer folder, special tokens included.
+
+    Upper-case letters never merge, so an unseen word is read and written letter by letter, while every cell word and
+    every common word is one token.
+    """
+    pieces = re.compile(r"[^\r\n\w]?[^\W\d_]+|\d| ?[^\s\w]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+    counts = collections.Counter({word: 10 ** 6 for word in CELL_WORDS})
+    for i in range(n_texts):
+        row, _ = record(cfg.seed, "text", i)
+        for turn in row["conversations"]:
+            counts.update(pieces.findall(turn["value"]))
+    for template in TEMPLATES.values():
+        counts.update(dict.fromkeys(pieces.findall("system\n" + template["system"] + "\nuser\nassistant\n"), 10 ** 5))
+    words = {tuple(bytes([b]) for b in piece.encode()): n for piece, n in counts.items()
+             if n >= min_count and not re.fullmatch(r"\W?[A-Z]+", piece)}
+    vocabulary, merges = [bytes([b]) for b in BYTE_ORDER], []
+    while any(len(word) > 1 for word in words):
+        pairs = collections.Counter()
+        for word, n in words.items():
+            for pair in zip(word, word[1:]):
+                pairs[pair] += n
+        (a, b), _ = max(pairs.items(), key=lambda item: (item[1], item[0]))
+        merges.append((a, b))
+        vocabulary.append(a + b)
+        merged = {}
+        for word, n in words.items():
+            parts, i = [], 0
+            while i < len(word):
+                both = word[i:i + 2] == (a, b)
+                parts.append(a + b if both else word[i])
+                i += 1 + both
+            merged[tuple(parts)] = n
+        words = merged
+    spell = lambda piece: "".join(BYTE_TO_CHAR[b] for b in piece)
+    out, base = Path(cfg.out), len(vocabulary)
+    special = {token: base + k for k, token in enumerate(SPECIAL_TOKENS)}
+    (out / "vocab.json").write_text(json.dumps({spell(p): i for i, p in enumerate(vocabulary)}, ensure_ascii=False))
+    (out / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{spell(a)} {spell(b)}\n" for a, b in merges))
+    (out / "added_tokens.json").write_text(json.dumps(special, indent=2))
+    (out / "special_tokens_map.json").write_text(json.dumps(
+        {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}, indent=2))
+    (out / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "Qwen2Tokenizer", "add_bos_token": False, "bos_token": None, "unk_token": None,
+         "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "errors": "replace", "model_max_length": 131072,
+         "clean_up_tokenization_spaces": False, "split_special_tokens": False,
+         "added_tokens_decoder": {str(i): {"content": token, "lstrip": False, "normalized": False, "rstrip": False,
+                                           "single_word": False, "special": True} for token, i in special.items()}},
+        indent=2))
+    print(f"{out}: {base} pieces, {len(merges)} merges, {len(special)} special tokens")
+
+# ---- main ---------------------------------------------------------------------------------------------------------
+def main():
+    cfg = Config()
+    configure(cfg)
+    out, parts = Path(cfg.out), cfg.parts.split(",")
+    writers = {"bench": write_benchmarks, "text": write_text, "tokenizer": write_tokenizer}
+    for part in parts:
+        if part not in (*LEVELS, *writers):
+            raise ValueError(f"unknown part {part!r}: choose from {', '.join([*LEVELS, *writers])}")
+    out.mkdir(parents=True, exist_ok=True)
+    made = json.dumps({"n": cfg.n, "n_bench": cfg.n_bench, "seed": cfg.seed, "world": zlib.crc32(Path(__file__).read_bytes())})
+    if (out / "toy.json").exists() and (out / "toy.json").read_text() != made:
+        for old in (*out.glob("*.tar"), *out.glob("toy_*.tsv"), *out.glob("text.jsonl")):
+            old.unlink()                                               # of other settings or an older world
+    (out / "toy.json").write_text(made)
+    write_parts(cfg, [part for part in parts if part in LEVELS])
+    for part in parts:
+        if part in writers:
+            writers[part](cfg)
+
+if __name__ == "__main__":
+    launch(main)

@@ -1,0 +1,159 @@
+"""Pretraining in two stages: alignment (projector), then advance (ViT + projector). The language model stays frozen.
+
+    torchrun --nproc_per_node=8 train.py config/pretrain_2b.py                 # 8 GPUs
+    python train.py config/pretrain_2b.py --grad_accum_steps=64                # 1 GPU, the same global batch
+    python train.py config/toy.py                                              # CPU, a minute
+    python train.py config/pretrain_2b.py --dry_run=True                       # parameters, memory, FLOPs, days
+    python train.py config/pretrain_2b.py --stages=advance --init_from=out/pretrain_2b/alignment
+
+Everything of a run is in --out_dir: log.jsonl, config.json, checkpoints/, bad_samples.jsonl, loss.png and, after each
+stage, a model folder of the stage's name. The same command goes on where it stopped. `base` is the stage that made the
+toy world's own ViT and language model (config/toy_vit.py, config/toy_llm.py).
+"""
+import contextlib, math, os, statistics, time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import common
+from common import RunConfig, Stage
+from configurator import configure, launch, resolved
+from data import IGNORE, Tokenizer, make_loader, model_inputs, stage_packs
+from model import LLMConfig, compile_blocks, train_flops
+from plan import print_plan
+from vision import VisionConfig
+from weights import save_folder, start_model
+
+# ---- settings -------------------------------------------------------------------------------------------------------
+
+@dataclass(slots=True)
+class Config(RunConfig):
+    stages: str = "alignment,advance"                                    # run in this order
+    vision: VisionConfig = field(default_factory=VisionConfig)           # a preset name, or field by field
+    llm: LLMConfig = field(default_factory=LLMConfig)                    # a preset name, or field by field
+    alignment: Stage = field(default_factory=lambda: Stage(lr_projector=2e-4))
+    advance: Stage = field(default_factory=lambda: Stage(lr_vision=2e-5, lr_projector=2e-5))
+    base: Stage = field(default_factory=Stage)                           # the toy world's own pretrained parts
+    export: Literal["model", "vision"] = "model"                         # what a finished stage writes
+
+def main():
+    cfg = Config()
+    origins = configure(cfg)
+    stages = common.named_stages(cfg)
+    if cfg.dry_run:
+        return print_plan(cfg, stages, int(os.environ.get("WORLD_SIZE", 8)))
+
+    # ---- set-up -----------------------------------------------------------------------------------------------------
+    preemption = common.Preemption()
+    dist = common.setup_distributed(cfg.device, cfg.timeout_s)
+    dtype = common.compute_dtype(cfg.dtype, dist.device)
+    autocast = torch.autocast(dist.device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+    out, peak = Path(cfg.out_dir), common.peak_flops(dist.device)
+    checkpoint = common.open_run(cfg, resolved(cfg), origins, stages, dist)     # the newest good one, or None
+    log = common.open_log(out) if dist.is_main else None
+    folder, first_step = cfg.init_from, 0
+
+    for name, stage in stages:
+        # ---- one stage: model, data, optimizer ----------------------------------------------------------------------
+        steps, accum = min(stage.steps, cfg.max_steps or stage.steps), stage.grad_accum_steps or cfg.grad_accum_steps
+        if (out / name / "config.json").exists():
+            common.say(dist, f"{name}: finished before, its model folder is {out / name}")
+            folder, first_step = str(out / name), first_step + steps
+            continue
+        tokenizer_dir = folder or cfg.tokenizer
+        tokenizer = Tokenizer(tokenizer_dir)
+        model, extra = start_model(cfg, origins, folder, tokenizer, text_only=cfg.image_as == "words")
+        vision, llm, trainable = model.vision, model.llm, common.set_trainable(model, stage)
+        packs = stage_packs(cfg, stage, tokenizer, vision or cfg.vision, packs_per_step=accum * dist.world)
+        common.set_dtypes(model, dtype)
+        if vision is not None:
+            model.vision_model.drop_path = stage.drop_path
+        if cfg.compile == "on" or (cfg.compile == "auto" and dist.device.type == "cuda"):
+            compile_blocks(model)
+        model = common.parallelize(model, cfg, dist).train()
+        optimizer = common.make_optimizer(model, stage, cfg)
+        state = common.resume(checkpoint, name, packs.fingerprint, model, optimizer, dist)
+        common.announce(out, name, model, stage, packs, state, dist)
+        batches = iter(make_loader(packs, dist.rank, dist.world, cfg.num_workers, state["position"], state["counts"]))
+        step, bad_steps, times = state["step"], 0, []
+
+        # ==== the loop ===============================================================================================
+        while step < steps:
+            start = time.perf_counter()
+            common.seed_everything(cfg.seed, first_step + step, dist.rank)   # a resumed run draws the same numbers
+            micro = [next(batches) for _ in range(accum)]
+            waited = time.perf_counter() - start
+            # The loss is one token mean over the whole step: all ranks, all micro-batches, whatever their lengths.
+            lengths = [n for b in micro for n in b["cu_seqlens"].diff().tolist()]
+            tiles, supervised = (sum(x) for x in zip(*((len(b["tiles"]), int((b["labels"] != IGNORE).sum())) for b in micro)))
+            totals = dict(weight=sum(float(b["weights"][b["labels"] != IGNORE].sum()) for b in micro), tokens=sum(lengths),
+                          tiles=tiles, supervised=supervised, samples=len(lengths), bad=sum(len(b["bad"]) for b in micro),
+                          flops=train_flops(vision, llm, tiles, lengths, supervised, trainable))
+            totals = common.all_reduce_dict(totals, dist)
+            scale = common.lr_scale(step, steps, stage.warmup_steps, stage.min_lr_ratio)
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * scale
+            loss_sum = torch.zeros((), device=dist.device)
+            for k, batch in enumerate(micro):
+                common.set_gradient_sync(model, k == accum - 1)
+                with autocast:
+                    loss = model(**model_inputs(batch, dist.device))
+                (loss * (dist.world / max(totals["weight"], 1e-9))).backward()  # averaged over ranks, hence * world
+                loss_sum += loss.detach()
+            loss = common.all_reduce_sum(loss_sum, dist).item() / max(totals["weight"], 1e-9)
+            norm, norms = common.clip_grad_norm(model, cfg.grad_clip)
+            finite = math.isfinite(loss) and bool(norm.isfinite())           # the same on every rank
+            if finite:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step, bad_steps = step + 1, 0 if finite else bad_steps + 1
+            common.log_bad(out, [b for m in micro for b in m["bad"]])
+
+            # ---- what happened ----
+            state |= {"step": step, "position": micro[-1]["position"], "counts": micro[-1]["counts"],
+                      "quarantined": state["quarantined"] + int(totals["bad"]),
+                      "tokens_seen": state["tokens_seen"] + int(totals["tokens"]),
+                      "samples_seen": state["samples_seen"] + int(totals["samples"])}
+            elapsed = time.perf_counter() - start
+            times = [*times[-49:], elapsed]
+            row = {"stage": name, "step": step, "steps": steps, "loss": loss, "grad_norm": norm.item(),
+                   **{f"grad_norm_{k}": v.item() for k, v in norms.items()},
+                   "lr": {g["name"].split("/")[0]: g["lr"] for g in optimizer.param_groups},
+                   "tokens_per_s": totals["tokens"] / elapsed, "tiles_per_s": totals["tiles"] / elapsed,
+                   "mfu": totals["flops"] / elapsed / (peak * dist.world) if peak else None, "data_wait": waited / elapsed,
+                   "seconds": elapsed, "memory_gb": common.peak_memory_gb(), **{k: int(totals[k]) for k in (
+                       "tokens", "tiles", "supervised", "samples")}, "tokens_seen": state["tokens_seen"],
+                   "samples_seen": state["samples_seen"], "dropped": common.dropped(state), "quarantined": state["quarantined"],
+                   "eta_s": statistics.median(times) * (steps - step)}
+            if not finite:
+                row["skipped"] = [i for m in micro for i in m["ids"]]
+                common.say(dist, f"WARNING: step {step}: loss {loss}, gradient norm {norm.item()}: not finite, step skipped")
+            if dist.is_main:
+                common.log_line(log, row)
+                if step % cfg.print_every == 0 or step == steps:
+                    print(common.format_step(row), flush=True)
+            if bad_steps >= 3:
+                raise common.RunStopped(f"three steps in a row without a finite loss and gradient; see {out / 'log.jsonl'}")
+            common.check_quarantine(state, packs.n_bad, out)
+            stop = preemption.stop_requested(dist)
+            if stop or step % cfg.save_every == 0:
+                common.save_checkpoint(out, first_step + step, model, optimizer, state, dist, cfg.keep)
+            if stop:
+                return common.say(dist, f"stopped by a signal at step {step} of {name}, saved; the same command goes on")
+        # ==== end of the loop ========================================================================================
+
+        parts = dict(model=(vision, llm), vision=(vision, None))[cfg.export]
+        weights = common.full_state(model)
+        if dist.is_main:
+            save_folder(weights, *parts, out / name, tokenizer_dir, cfg.template, extra=extra | dict(
+                min_dynamic_patch=cfg.min_tiles, max_dynamic_patch=cfg.max_tiles, use_thumbnail=cfg.thumbnail))
+        common.barrier()
+        common.say(dist, f"{name}: model folder {out / name}")
+        folder, first_step = str(out / name), first_step + steps
+    if dist.is_main:
+        common.plot_loss(out / "log.jsonl", out / "loss.png")
+
+if __name__ == "__main__":
+    launch(main)

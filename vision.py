@@ -1,0 +1,298 @@
+"""Vision: image bytes -> tiles -> ViT -> pixel shuffle -> projector.
+
+    load_image / image_size     any picture of the web -> PIL RGB, or only its size from the header
+    tile_grid / count_tiles     InternVL's dynamic tiling, arithmetic on sizes
+    make_tiles / normalize      PIL image -> uint8 tiles (N, 3, s, s); uint8 -> normalised floats on the device
+    ViT, pixel_shuffle, Projector    InternViT-300M and the two-layer MLP, with the released checkpoints' names
+
+Shape letters: N tiles (thumbnail included), s tile side in pixels, P patches per tile, C width, H heads, D head dim.
+Sources: InternVL's modeling_intern_vit.py, modeling_internvl_chat.py and dynamic_preprocess (OpenGVLab/InternVL).
+"""
+import functools
+import io
+import math
+import struct
+import warnings
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch.utils.checkpoint import checkpoint
+
+from kernels.attention import attention
+
+# ---- image files -----------------------------------------------------------------------------------------------------
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")             # nothing else is even tried; Pillow opens MPO as JPEG
+MAX_PIXELS = 64_000_000                                     # a larger picture is refused before it is decoded
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error)   # Pillow's ways
+ROTATED = (5, 6, 7, 8)                                      # EXIF orientations that swap width and height
+
+
+def _open(source):
+    """Open bytes or a path with the allowed formats and check the size; no pixel is decoded yet."""
+    name = f"image of {len(source)} bytes" if isinstance(source, bytes) else str(source)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                 # Pillow's own size warning: MAX_PIXELS is ours
+            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise ValueError(f"{name}: more than {MAX_PIXELS / 1e6:.0f} megapixels; shrink it first") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{name}: not a picture in one of the formats {', '.join(FORMATS)}") from None
+    except DAMAGE as e:
+        if getattr(e, "errno", None):                       # no such file, no permission
+            raise
+        raise ValueError(f"{name}: damaged picture ({e})") from None
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{name}: {image.width}x{image.height} is more than {MAX_PIXELS / 1e6:.0f} megapixels; "
+                         "shrink it first")
+    return image, name
+
+
+def load_image(source):
+    """bytes, str or Path -> PIL image in RGB, upright (EXIF), alpha on white, the first frame of an animation.
+
+    Raises ValueError (format, size, damage) or OSError (no such file)."""
+    image, name = _open(source)
+    try:
+        image.load()
+        image = ImageOps.exif_transpose(image)
+    except (*DAMAGE, Image.DecompressionBombError) as e:
+        raise ValueError(f"{name}: damaged picture ({e})") from None
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):   # 16-bit grey: keep the upper byte
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def image_size(source):
+    """(width, height) in pixels as load_image would give them, from the header only. Raises like load_image."""
+    image, name = _open(source)
+    with image:
+        try:
+            turned = image.getexif().get(0x0112) in ROTATED
+        except DAMAGE as e:
+            raise ValueError(f"{name}: damaged picture ({e})") from None
+        return image.size[::-1] if turned else image.size
+
+
+# ---- dynamic tiling --------------------------------------------------------------------------------------------------
+
+@functools.lru_cache
+def _candidates(min_tiles, max_tiles):
+    """All grids (columns, rows) of min..max tiles. Ties in the area keep the order of iterating a Python set of
+    tuples, as in the released code: that order decides between grids equally good, so it is part of the format."""
+    grids = {(i, j) for n in range(min_tiles, max_tiles + 1) for i in range(1, n + 1) for j in range(1, n + 1)
+             if min_tiles <= i * j <= max_tiles}
+    return sorted(grids, key=lambda g: g[0] * g[1])
+
+
+@functools.lru_cache(65536)
+def tile_grid(width, height, min_tiles=1, max_tiles=12, tile_size=448):
+    """The grid (columns, rows) whose aspect ratio is nearest to the image's. On an exact tie a later, larger grid is
+    taken if the image has more than half its pixels. (find_closest_aspect_ratio in InternVL.)"""
+    if not 1 <= min_tiles <= max_tiles:
+        raise ValueError(f"min_tiles={min_tiles} and max_tiles={max_tiles}: need 1 <= min_tiles <= max_tiles")
+    aspect, best, best_gap = width / height, (1, 1), math.inf
+    for columns, rows in _candidates(min_tiles, max_tiles):
+        gap = abs(aspect - columns / rows)
+        if gap < best_gap or (gap == best_gap and width * height > 0.5 * tile_size ** 2 * columns * rows):
+            best, best_gap = (columns, rows), gap
+    return best
+
+
+def count_tiles(width, height, min_tiles=1, max_tiles=12, tile_size=448, thumbnail=True):
+    """How many tiles make_tiles gives for an image of this size, thumbnail included."""
+    columns, rows = tile_grid(width, height, min_tiles, max_tiles, tile_size)
+    return columns * rows + (thumbnail and columns * rows > 1)
+
+
+def make_tiles(image, min_tiles=1, max_tiles=12, tile_size=448, thumbnail=True):
+    """PIL RGB image -> uint8 (N, 3, s, s): the whole image resized (bicubic) to the grid and cut row by row, then,
+    if there is more than one tile, the whole image again as a thumbnail."""
+    s = tile_size
+    columns, rows = tile_grid(*image.size, min_tiles, max_tiles, s)
+    pixels = np.asarray(image.resize((s * columns, s * rows), Image.Resampling.BICUBIC))
+    tiles = torch.from_numpy(pixels.copy()).view(rows, s, columns, s, 3).permute(0, 2, 4, 1, 3)
+    tiles = tiles.reshape(rows * columns, 3, s, s)                          # (rows, columns, 3, s, s) -> (N, 3, s, s)
+    if thumbnail and len(tiles) > 1:
+        small = np.asarray(image.resize((s, s), Image.Resampling.BICUBIC)).copy()
+        tiles = torch.cat([tiles, torch.from_numpy(small).permute(2, 0, 1)[None]])
+    return tiles.contiguous()
+
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # ImageNet, as in InternVL
+
+
+def normalize(tiles, dtype=torch.float32):
+    """uint8 (N, 3, s, s) -> (tiles / 255 - mean) / std in `dtype`, on the tiles' device, computed in fp32."""
+    mean, std = (255 * torch.tensor(x, device=tiles.device).view(3, 1, 1) for x in (MEAN, STD))
+    return tiles.float().sub_(mean).div_(std).to(dtype)
+
+
+# ---- the ViT ---------------------------------------------------------------------------------------------------------
+
+@dataclass(slots=True)
+class VisionConfig:
+    image_size: int = 448               # side of a tile in pixels
+    patch_size: int = 14                # side of a patch in pixels
+    dim: int = 1024                     # width C
+    n_layers: int = 24
+    n_heads: int = 16
+    ffn_dim: int = 4096
+    norm_eps: float = 1e-6
+    qkv_bias: bool = True
+    init_values: float = 1.0            # layer scale of a fresh model (InternVL: initializer_factor)
+    downsample: int = 2                 # pixel shuffle: this many patches per side become one visual token
+    PRESETS: ClassVar[dict[str, dict]] = {
+        "internvit-300m": {},
+        "toy": dict(image_size=84, dim=192, n_layers=3, n_heads=6, ffn_dim=768),
+    }
+
+    @property
+    def n_patches(self):
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def tokens_per_tile(self):
+        return self.n_patches // self.downsample ** 2
+
+
+def working_dtype(x):
+    """The dtype matmuls on x run in: autocast's where it is on. Norms hand it out, so that nothing is cast twice."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x):
+        """In fp32 whatever comes in, out in the dtype of the matmul that follows."""
+        y = F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+        return y.to(working_dtype(x))
+
+
+class VisionEmbeddings(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.class_embedding = nn.Parameter(torch.empty(1, 1, cfg.dim))
+        self.patch_embedding = nn.Conv2d(3, cfg.dim, cfg.patch_size, cfg.patch_size)
+        self.position_embedding = nn.Parameter(torch.empty(1, 1 + cfg.n_patches, cfg.dim))
+
+    def forward(self, tiles):                                               # (N, 3, s, s)
+        x = self.patch_embedding(tiles)                                     # (N, C, rows, columns)
+        rows, columns = x.shape[2:]
+        x = x.flatten(2).transpose(1, 2)                                    # (N, P, C)
+        table = self.position_embedding
+        side = math.isqrt(table.shape[1] - 1)
+        if (rows, columns) != (side, side):
+            grid = table[:, 1:].float().view(1, side, side, -1).permute(0, 3, 1, 2)             # (1, C, side, side)
+            grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)
+            table = torch.cat([table[:, :1], grid.flatten(2).transpose(1, 2).to(table.dtype)], 1)
+        first = (self.class_embedding + table[:, :1]).expand(x.shape[0], -1, -1)                # (N, 1, C)
+        return torch.cat([first, x + table[:, 1:]], 1)                      # (N, 1 + P, C)
+
+
+class VisionAttention(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.n_heads = cfg.n_heads
+        self.qkv = nn.Linear(cfg.dim, 3 * cfg.dim, bias=cfg.qkv_bias)
+        self.proj = nn.Linear(cfg.dim, cfg.dim)
+
+    def forward(self, x, cu_seqlens):                                       # (N, 1 + P, C)
+        N, L, C = x.shape
+        q, k, v = self.qkv(x).view(N * L, 3, self.n_heads, C // self.n_heads).unbind(1)         # (N*L, H, D) each
+        return self.proj(attention(q, k, v, cu_seqlens, L, causal=False).reshape(N, L, C))
+
+
+class VisionMLP(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.fc1 = nn.Linear(cfg.dim, cfg.ffn_dim)
+        self.fc2 = nn.Linear(cfg.ffn_dim, cfg.dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.attn = VisionAttention(cfg)
+        self.mlp = VisionMLP(cfg)
+        self.norm1 = LayerNorm(cfg.dim, eps=cfg.norm_eps)
+        self.norm2 = LayerNorm(cfg.dim, eps=cfg.norm_eps)
+        self.ls1 = nn.Parameter(torch.empty(cfg.dim))
+        self.ls2 = nn.Parameter(torch.empty(cfg.dim))
+
+    def forward(self, x, cu_seqlens, drop):
+        x = x + drop_path(self.attn(self.norm1(x), cu_seqlens) * self.ls1, drop)
+        return x + drop_path(self.mlp(self.norm2(x)) * self.ls2, drop)
+
+
+def drop_path(x, rate):
+    """Stochastic depth (arXiv 1603.09382): drop a tile's residual branch with probability `rate`, scale the others."""
+    if rate == 0.0:
+        return x
+    keep = torch.rand(x.shape[0], 1, 1, device=x.device) >= rate
+    return x * (keep / (1 - rate)).to(x.dtype)
+
+
+class VisionEncoder(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.layers = nn.ModuleList(VisionBlock(cfg) for _ in range(cfg.n_layers))
+
+
+class ViT(nn.Module):
+    """InternViT: class token, learned positions, pre-norm blocks with layer scale, no final norm."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        assert cfg.dim % cfg.n_heads == 0, f"dim {cfg.dim} does not divide by n_heads {cfg.n_heads}"
+        assert cfg.image_size % (cfg.patch_size * cfg.downsample) == 0, \
+            f"image_size {cfg.image_size} does not divide by patch_size {cfg.patch_size} x downsample {cfg.downsample}"
+        self.embeddings = VisionEmbeddings(cfg)
+        self.encoder = VisionEncoder(cfg)
+        self.drop_path = 0.0                        # rate of the last block; grows linearly from 0 over the depth
+        self.activation_checkpointing = False       # recompute each block in the backward pass
+
+    def forward(self, tiles):
+        """Normalised tiles (N, 3, s, s) -> patch vectors (N, P, C) of the last block, without the class token."""
+        x = self.embeddings(tiles)
+        N, L, _ = x.shape
+        cu_seqlens = torch.arange(0, (N + 1) * L, L, dtype=torch.int32)
+        top = self.drop_path / max(1, len(self.encoder.layers) - 1) if self.training else 0.0
+        for i, block in enumerate(self.encoder.layers):
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, cu_seqlens, top * i, use_reentrant=False)
+            else:
+                x = block(x, cu_seqlens, top * i)
+        return x[:, 1:]
+
+
+# ---- to the language model -------------------------------------------------------------------------------------------
+
+def pixel_shuffle(x, factor=2):
+    """(N, P, C) -> (N, P/f^2, f^2*C): each f x f square of patches becomes one token, channels in the order
+    (row offset, column offset, channel). InternVL's ps_version "v2"."""
+    N, P, C = x.shape
+    side = math.isqrt(P)
+    assert side * side == P and side % factor == 0, f"{P} patches are no square whose side divides by {factor}"
+    x = x.reshape(N, side // factor, factor, side // factor, factor, C).permute(0, 1, 3, 2, 4, 5)
+    return x.reshape(N, P // factor ** 2, factor ** 2 * C)
+
+
+class Projector(nn.Sequential):
+    """InternVL's mlp1: LayerNorm, Linear, GELU, Linear; (N, P/f^2, f^2*C of the ViT) -> (N, P/f^2, C of the LLM)."""
+
+    def __init__(self, cfg, llm_dim):
+        width = cfg.dim * cfg.downsample ** 2
+        super().__init__(LayerNorm(width, eps=1e-5), nn.Linear(width, llm_dim), nn.GELU(), nn.Linear(llm_dim, llm_dim))
