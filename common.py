@@ -577,9 +577,28 @@ def check_quarantine(state, n_bad, out_dir):
         raise RunStopped(f"{bad} unreadable samples of {state['samples_seen'] + n_bad}: see "
                          f"{Path(out_dir) / 'bad_samples.jsonl'} and mend or remove them")
 
-def dropped(state):
-    """Samples dropped so far, for whatever reason."""
-    return sum(n for reason, n in state["counts"].items() if reason != "used")
+def next_state(state, step, batch, totals):
+    """What a checkpoint after this step must know: where the data go on, and the counts so far."""
+    return state | {"step": step, "position": batch["position"], "counts": batch["counts"],
+                    "quarantined": state["quarantined"] + int(totals["bad"]),
+                    "tokens_seen": state["tokens_seen"] + int(totals["tokens"]),
+                    "samples_seen": state["samples_seen"] + int(totals["samples"])}
+
+
+def step_row(name, step, steps, loss, norm, norms, optimizer, totals, state, start, waited, peak, dist):
+    """The line of log.jsonl of one step, which began at `start` and waited `waited` seconds for data. mfu is strict:
+    FLOPs the gradients need, over the peak of all GPUs; None on a CPU."""
+    seconds = time.perf_counter() - start
+    return {"stage": name, "step": step, "steps": steps, "loss": loss, "grad_norm": norm.item(),
+            **{f"grad_norm_{k}": v.item() for k, v in norms.items()},
+            "lr": {g["name"].split("/")[0]: g["lr"] for g in optimizer.param_groups},
+            **{k: int(totals[k]) for k in ("tokens", "tiles", "supervised", "samples")}, "seconds": seconds,
+            "tokens_per_s": totals["tokens"] / seconds, "tiles_per_s": totals["tiles"] / seconds,
+            "mfu": totals["flops"] / seconds / (peak * dist.world) if peak else None, "data_wait": waited / seconds,
+            "memory_gb": peak_memory_gb(), "tokens_seen": state["tokens_seen"], "samples_seen": state["samples_seen"],
+            "dropped": sum(n for reason, n in state["counts"].items() if reason != "used"),
+            "quarantined": state["quarantined"], "eta_s": seconds * (steps - step)}
+
 
 def all_reduce_dict(values, dist):
     """{name: sum over the ranks} of plain numbers, exact up to 2**53."""

@@ -529,11 +529,15 @@ class Packs(torch.utils.data.Dataset):
         if not ids:                                                    # nothing readable: one token that asks for nothing
             ids, labels, positions = [np.array([self.tokenizer.eos_id])], [np.array([IGNORE])], [np.array([0])]
             weights, lengths = [np.ones(1, np.float32)], [0, 1]
-        cat = lambda parts: torch.from_numpy(np.concatenate(parts))
-        s = self.tile_size
-        return {"tokens": cat(ids), "labels": cat(labels), "positions": cat(positions), "weights": cat(weights), "cu_seqlens": torch.tensor(np.cumsum(lengths), dtype=torch.int32),
-                "tiles": torch.cat(tiles) if tiles else torch.zeros(0, 3, s, s, dtype=torch.uint8), "ids": names, "bad": bad,
-                "position": pack.position, "counts": pack.counts}
+        ids, labels, positions, weights = map(np.concatenate, (ids, labels, positions, weights))
+        supervised, s = labels != IGNORE, self.tile_size
+        tiles = torch.cat(tiles) if tiles else torch.zeros(0, 3, s, s, dtype=torch.uint8)
+        size = {"tokens": len(ids), "tiles": len(tiles), "samples": len(names), "bad": len(bad),
+                "supervised": int(supervised.sum()), "weight": float(weights[supervised].sum())}
+        arrays = {"tokens": ids, "labels": labels, "positions": positions, "weights": weights,
+                  "cu_seqlens": np.cumsum(lengths, dtype=np.int32)}
+        return {k: torch.from_numpy(v) for k, v in arrays.items()} | {
+            "tiles": tiles, "ids": names, "bad": bad, "size": size, "position": pack.position, "counts": pack.counts}
 
 def make_loader(packs, rank=0, world=1, num_workers=0, position=(0, 0, 0), counts=None):
     """DataLoader over this rank's packs of the global sequence, from a position on; the same for any number of workers."""

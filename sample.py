@@ -5,10 +5,8 @@
     python sample.py --model=DIR --image=photos/ --prompt="Describe the image." --out=answers.jsonl
     python sample.py --model=DIR --image=questions.jsonl --out=answers.jsonl     # rows {"image": ..., "prompt": ...}
     python sample.py --model=DIR                                                 # chat
-
-Shape letters: N tiles, T tokens of a prompt.
 """
-import dataclasses, itertools, json, os, sys
+import contextlib, dataclasses, itertools, json, os, sys
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +22,6 @@ from weights import load_folder
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 HELP = "/image PATH adds a picture, /tiles N sets the most tiles of the next one, /reset starts anew, Ctrl-D ends"
 
-
 @dataclasses.dataclass(slots=True)
 class Config:
     model: str = ""                       # model folder
@@ -36,59 +33,44 @@ class Config:
     top_p: float = 1.0                    # sample among the likeliest tokens of this total probability
     top_k: int = 0                        # sample among so many tokens; 0 = all
     seed: int = 0                         # of the sampling
-    min_tiles: int = 1                    # fewest tiles of a picture
     max_tiles: int = 0                    # most tiles of a picture, thumbnail not counted; 0 = as the model folder says
-    template: str = ""                    # chat template; empty = as the model folder says
     batch_size: int = 16                  # questions answered together, with --out
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"    # auto: bfloat16 on a GPU, float32 elsewhere
     device: str = "auto"                  # auto | cpu | cuda
     debug: bool = False                   # show the traceback of an error
 
-
 class Assistant:
-    """A loaded model folder with the settings of a run; the one place where words and pictures become ids and tiles."""
-
-    def __init__(self, cfg):
-        if not cfg.model:
+    """A loaded model folder with the settings of `generate`. Shapes: T tokens of a prompt, N tiles of side s."""
+    def __init__(self, folder, device, dtype, vision=True, max_tiles=0, **settings):
+        if not folder:
             raise ValueError("give a model folder with --model=DIR")
-        for path in cfg.image:                                         # before the model is loaded
-            if not os.path.exists(path):
-                raise FileNotFoundError(f"{path}: no such picture")
-            if os.path.isdir(path) and not cfg.out:
-                raise ValueError(f"{path} is a folder; give --out=answers.jsonl as well to ask about all its pictures")
-        device = common.setup_distributed(cfg.device).device
-        self.cfg, self.tokenizer = cfg, Tokenizer(cfg.model)
-        self.model, folder = load_folder(cfg.model, device, common.compute_dtype(cfg.dtype, device))
+        self.tokenizer, (self.model, about) = Tokenizer(folder), load_folder(folder, device, dtype, vision)
+        if vision and self.model.vision is None:
+            raise ValueError(f"{folder}: a language model without vision; give a whole model folder")
         self.model.eval()
-        self.template = cfg.template or folder.get("template", "sailvl-chat")
-        self.max_tiles, self.thumbnail = cfg.max_tiles or folder["max_dynamic_patch"], folder["use_thumbnail"]
+        self.settings = {"stop_ids": {self.tokenizer.eos_id}, **settings}
+        self.template, self.thumbnail = about.get("template", "sailvl-chat"), about.get("use_thumbnail", True)
+        self.max_tiles = max_tiles or about.get("max_dynamic_patch", 12)
 
     def tiles(self, path):
-        """Picture file -> tiles (N, 3, s, s) uint8."""
-        image, size = load_image(path), self.model.vision.image_size
-        return make_tiles(image, self.cfg.min_tiles, self.max_tiles, size, self.thumbnail)
+        """Picture file -> uint8 tiles (N, 3, s, s)."""
+        return make_tiles(load_image(path), 1, self.max_tiles, self.model.vision.image_size, self.thumbnail)
 
     def prompt(self, turns, tiles):
         """[(question, answer), ..., (question, None)] and each picture's tiles -> (ids (T,), tiles (N, 3, s, s))."""
-        vision = self.model.vision
-        ids = chat_ids(self.tokenizer, self.template, turns, [len(t) for t in tiles], vision.tokens_per_tile)
-        none = torch.zeros(0, 3, vision.image_size, vision.image_size, dtype=torch.uint8)
-        return ids, torch.cat([none, *tiles])
+        counts, per_tile = [len(t) for t in tiles], self.model.vision.tokens_per_tile
+        return chat_ids(self.tokenizer, self.template, turns, counts, per_tile), torch.cat(tiles) if tiles else None
 
-    def settings(self):
-        cfg = self.cfg
-        return dict(max_new_tokens=cfg.max_new_tokens, stop_ids={self.tokenizer.eos_id}, temperature=cfg.temperature,
-                    top_p=cfg.top_p, top_k=cfg.top_k, seed=cfg.seed)
-
-    def answers(self, prompts):
+    def answers(self, prompts, **settings):
         """[(ids, tiles), ...] -> answers, all generated together."""
-        ids = generate(self.model, [p for p, _ in prompts], [t for _, t in prompts], **self.settings())
+        ids, tiles = [ids for ids, _ in prompts], [tiles for _, tiles in prompts]
+        ids = generate(self.model, ids, tiles, **self.settings | settings)
         return [self.tokenizer.decode(one, skip_special=True).strip() for one in ids]
 
     def stream(self, ids, tiles):
         """Yield the answer piece by piece; a character of several tokens comes when it is whole."""
         said, shown = [], ""
-        for token in itertools.chain(generate_stream(self.model, ids, tiles, **self.settings()), [None]):
+        for token in itertools.chain(generate_stream(self.model, ids, tiles, **self.settings), [None]):
             said += [] if token is None else [token]
             text = self.tokenizer.decode(said, skip_special=True).lstrip()
             text = text.rstrip() if token is None else text.rstrip("\ufffd").rstrip()      # closing spaces stay unsaid
@@ -96,57 +78,54 @@ class Assistant:
                 yield text[len(shown):]
                 shown = text
 
-
-# ---- one question, a batch, a chat -------------------------------------------------------------------------------
-
-def ask(assistant, cfg):
-    """Print the answer, nothing else, on stdout; as it comes when that is a terminal."""
-    ids, tiles = assistant.prompt([(cfg.prompt, None)], [assistant.tiles(path) for path in cfg.image])
-    if sys.stdout.isatty():
-        for piece in assistant.stream(ids, tiles):
-            print(piece, end="", flush=True)
-        print()
-    else:
-        print(*assistant.answers([(ids, tiles)]))
+def load(cfg):
+    """The Assistant of a run; refuses missing pictures before the model is loaded."""
+    for path in cfg.image:
+        if not os.path.isfile(path) and not cfg.out:
+            raise ValueError(f"{path}: no such picture; a folder of them needs --out=answers.jsonl too")
+    device = common.setup_distributed(cfg.device).device
+    names = ("max_tiles", "max_new_tokens", "temperature", "top_p", "top_k", "seed")
+    return Assistant(cfg.model, device, common.compute_dtype(cfg.dtype, device), **{k: getattr(cfg, k) for k in names})
 
 def questions(cfg):
     """--image, a folder or a .jsonl of {"image": path, list of paths or absent, "prompt"} -> (rows, base folder)."""
-    path = Path(cfg.image[0]) if len(cfg.image) == 1 else None
-    if path is None or not (path.is_dir() or path.suffix == ".jsonl"):
-        raise ValueError("--out needs one folder or one .jsonl as --image")
-    if path.is_dir():
-        rows = [{"image": str(p)} for p in sorted(path.iterdir()) if p.suffix.lower() in PICTURES]
+    source = Path(cfg.image[0] if len(cfg.image) == 1 else "none")
+    if source.is_dir():
+        found = [p for p in sorted(source.iterdir()) if p.suffix.lower() in PICTURES]
+        base, lines = Path(), [json.dumps({"image": str(p)}) for p in found]
+    elif source.suffix == ".jsonl":
+        base, lines = source.parent, source.read_bytes().split(b"\n")
     else:
-        rows = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-            try:
-                rows += [dict(json.loads(line))] if line.strip() else []
-            except (ValueError, TypeError) as e:
-                raise ValueError(f"{path} line {number}: not a JSON object: {e}") from e
-    for number, row in enumerate(rows, 1):
-        row["prompt"] = row.get("prompt") or cfg.prompt
-        if not row["prompt"]:
-            raise ValueError(f"{path} row {number} has no prompt; give one for all with --prompt=...")
+        raise ValueError("--out needs one folder or one .jsonl as --image")
+    rows = []
+    for number, line in ((number, line) for number, line in enumerate(lines, 1) if line.strip()):
+        try:
+            rows.append({**json.loads(line)})
+        except (ValueError, TypeError) as e:
+            raise ValueError(f"{source} line {number}: not a JSON object: {e}") from e
+        rows[-1]["prompt"] = rows[-1].get("prompt") or cfg.prompt
+        if not rows[-1]["prompt"]:
+            raise ValueError(f"{source} line {number} has no prompt; give one for all with --prompt=...")
     if not rows:
-        raise ValueError(f"{path}: nothing to ask; it needs pictures ({', '.join(PICTURES)}) or rows")
-    return rows, Path() if path.is_dir() else path.parent
+        raise ValueError(f"{source}: nothing to ask; it needs pictures ({', '.join(PICTURES)}) or rows")
+    return rows, base
 
 def batch(cfg):
     """Answer every question of a folder or .jsonl; rows of --out are the questions with `answer`, or with `error`."""
-    (rows, base), failed, assistant = questions(cfg), 0, Assistant(cfg)
+    (rows, base), failed = questions(cfg), 0
+    assistant = load(cfg)
     with open(cfg.out + ".partial", "w", encoding="utf-8") as f:
         for start in tqdm(range(0, len(rows), cfg.batch_size), desc="answers", unit="batch", disable=None):
             good = []
             for row in (chunk := rows[start:start + cfg.batch_size]):
-                images = row.get("image") or []
+                images = [row["image"]] if isinstance(row.get("image"), str) else row.get("image") or []
                 try:
-                    tiles = [assistant.tiles(base / path) for path in ([images] if isinstance(images, str) else images)]
+                    tiles = [assistant.tiles(base / path) for path in images]
                     good.append((row, assistant.prompt([(row["prompt"], None)], tiles)))
                 except (ValueError, OSError) as e:
-                    row["error"] = str(e)
-                    failed += 1
-                    print(f"{images}: {e}", file=sys.stderr)
-            for (row, _), text in zip(good, assistant.answers([p for _, p in good]) if good else [], strict=True):
+                    row["error"], failed = str(e), failed + 1
+                    print(f"{row.get('image')}: {e}", file=sys.stderr)
+            for (row, _), text in zip(good, assistant.answers([prompt for _, prompt in good])):
                 row["answer"] = text
             f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in chunk)
     os.replace(cfg.out + ".partial", cfg.out)
@@ -154,60 +133,49 @@ def batch(cfg):
 
 def chat(assistant, cfg):
     """Read questions from stdin until it ends; only answers go to stdout."""
-    say = lambda text: print(text, file=sys.stderr)
-    turns, seen, new = [], [], []                                      # dialogue, its pictures, pictures added since
-
-    def add(path):
-        new.append(assistant.tiles(path))
-        say(f"{path}: {len(new[-1])} tiles, {len(new[-1]) * assistant.model.vision.tokens_per_tile} tokens")
-
-    for path in cfg.image:
-        add(path)
-    say(HELP)
+    note = lambda text: print(text, file=sys.stderr)
+    turns, seen, new = [], [], [assistant.tiles(path) for path in cfg.image]   # dialogue, its pictures, newer ones
+    note(HELP)
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return
-        command, _, value = line.partition(" ")
-        try:
+            command, _, value = line.partition(" ")
             if command == "/image" and value:
-                add(os.path.expanduser(value.strip().strip("'\"")))
-            elif command == "/tiles" and value.strip().isdigit() and int(value) >= cfg.min_tiles:
+                new.append(assistant.tiles(os.path.expanduser(value.strip(" '\""))))
+                note(f"{value}: {len(new[-1])} tiles, {len(new[-1]) * assistant.model.vision.tokens_per_tile} tokens")
+            elif command == "/tiles" and value.isdigit() and int(value) > 0:
                 assistant.max_tiles = int(value)
-                say(f"at most {value} tiles from the next picture on")
+                note(f"at most {value} tiles from the next picture on")
             elif command == "/reset":
                 turns, seen, new = [], [], []
-                say("a new dialogue, without pictures")
+                note("a new dialogue, without pictures")
             elif command.startswith("/"):
-                say(HELP)
+                note(HELP)
             elif line:
-                turns.append(("<image>\n" * len(new) * ("<image>" not in line) + line, None))
-                said = ""
-                try:
-                    for piece in assistant.stream(*assistant.prompt(turns, seen + new)):
+                question, said = "<image>\n" * len(new) * ("<image>" not in line) + line, ""
+                prompt = assistant.prompt([*turns, (question, None)], seen + new)
+                with contextlib.suppress(KeyboardInterrupt):           # stops the answer, not the chat
+                    for piece in assistant.stream(*prompt):
                         print(piece, end="", flush=True)
                         said += piece
-                except KeyboardInterrupt:                              # stops the answer, not the chat
-                    pass
-                except BaseException:
-                    turns.pop()
-                    raise
                 print()
-                turns[-1], seen, new = (turns[-1][0], said), seen + new, []
+                turns, seen, new = [*turns, (question, said)], seen + new, []
+        except EOFError:
+            return
         except (ValueError, OSError) as e:
-            say(f"error: {e}")
-
+            note(f"error: {e}")
 
 def main():
     configurator.configure(cfg := Config())
     if cfg.out:
-        batch(cfg)
-    elif cfg.prompt:
-        ask(Assistant(cfg), cfg)
-    else:
-        chat(Assistant(cfg), cfg)
-
+        return batch(cfg)
+    assistant = load(cfg)
+    if not cfg.prompt:
+        return chat(assistant, cfg)
+    pieces = assistant.stream(*assistant.prompt([(cfg.prompt, None)], [assistant.tiles(path) for path in cfg.image]))
+    for piece in pieces if sys.stdout.isatty() else ["".join(pieces)]:   # to a file or pipe it goes whole or not at all
+        print(piece, end="", flush=True)
+    print()
 
 if __name__ == "__main__":
     configurator.launch(main)

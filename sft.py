@@ -8,7 +8,7 @@
 A one-stage run to compare with: --stages=knowledge --knowledge.data=a.jsonl,b.jsonl,c.jsonl. The run folder, the loop and
 the way it goes on are those of train.py; the two differ in their settings only, and a test holds them to it.
 """
-import contextlib, math, os, statistics, time
+import contextlib, math, os, time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import torch
 import common
 from common import RunConfig, Stage
 from configurator import configure, launch, resolved
-from data import IGNORE, Tokenizer, make_loader, model_inputs, stage_packs
+from data import Tokenizer, make_loader, model_inputs, stage_packs
 from model import LLMConfig, compile_blocks, train_flops
 from plan import print_plan
 from vision import VisionConfig
@@ -73,7 +73,7 @@ def main():
         state = common.resume(checkpoint, name, packs.fingerprint, model, optimizer, dist)
         common.announce(out, name, model, stage, packs, state, dist)
         batches = iter(make_loader(packs, dist.rank, dist.world, cfg.num_workers, state["position"], state["counts"]))
-        step, bad_steps, times = state["step"], 0, []
+        step, bad_steps = state["step"], 0
 
         # ==== the loop ===============================================================================================
         while step < steps:
@@ -82,11 +82,9 @@ def main():
             micro = [next(batches) for _ in range(accum)]
             waited = time.perf_counter() - start
             # The loss is one token mean over the whole step: all ranks, all micro-batches, whatever their lengths.
+            totals = {key: sum(b["size"][key] for b in micro) for key in micro[0]["size"]}
             lengths = [n for b in micro for n in b["cu_seqlens"].diff().tolist()]
-            tiles, supervised = (sum(x) for x in zip(*((len(b["tiles"]), int((b["labels"] != IGNORE).sum())) for b in micro)))
-            totals = dict(weight=sum(float(b["weights"][b["labels"] != IGNORE].sum()) for b in micro), tokens=sum(lengths),
-                          tiles=tiles, supervised=supervised, samples=len(lengths), bad=sum(len(b["bad"]) for b in micro),
-                          flops=train_flops(vision, llm, tiles, lengths, supervised, trainable))
+            totals["flops"] = train_flops(vision, llm, totals["tiles"], lengths, totals["supervised"], trainable)
             totals = common.all_reduce_dict(totals, dist)
             scale = common.lr_scale(step, steps, stage.warmup_steps, stage.min_lr_ratio)
             for group in optimizer.param_groups:
@@ -105,26 +103,13 @@ def main():
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step, bad_steps = step + 1, 0 if finite else bad_steps + 1
-            common.log_bad(out, [b for m in micro for b in m["bad"]])
+            common.log_bad(out, [bad for b in micro for bad in b["bad"]])
 
             # ---- what happened ----
-            state |= {"step": step, "position": micro[-1]["position"], "counts": micro[-1]["counts"],
-                      "quarantined": state["quarantined"] + int(totals["bad"]),
-                      "tokens_seen": state["tokens_seen"] + int(totals["tokens"]),
-                      "samples_seen": state["samples_seen"] + int(totals["samples"])}
-            elapsed = time.perf_counter() - start
-            times = [*times[-49:], elapsed]
-            row = {"stage": name, "step": step, "steps": steps, "loss": loss, "grad_norm": norm.item(),
-                   **{f"grad_norm_{k}": v.item() for k, v in norms.items()},
-                   "lr": {g["name"].split("/")[0]: g["lr"] for g in optimizer.param_groups},
-                   "tokens_per_s": totals["tokens"] / elapsed, "tiles_per_s": totals["tiles"] / elapsed,
-                   "mfu": totals["flops"] / elapsed / (peak * dist.world) if peak else None, "data_wait": waited / elapsed,
-                   "seconds": elapsed, "memory_gb": common.peak_memory_gb(), **{k: int(totals[k]) for k in (
-                       "tokens", "tiles", "supervised", "samples")}, "tokens_seen": state["tokens_seen"],
-                   "samples_seen": state["samples_seen"], "dropped": common.dropped(state), "quarantined": state["quarantined"],
-                   "eta_s": statistics.median(times) * (steps - step)}
+            state = common.next_state(state, step, micro[-1], totals)
+            row = common.step_row(name, step, steps, loss, norm, norms, optimizer, totals, state, start, waited, peak, dist)
             if not finite:
-                row["skipped"] = [i for m in micro for i in m["ids"]]
+                row["skipped"] = [i for b in micro for i in b["ids"]]
                 common.say(dist, f"WARNING: step {step}: loss {loss}, gradient norm {norm.item()}: not finite, step skipped")
             if dist.is_main:
                 common.log_line(log, row)

@@ -6,7 +6,7 @@
 
 Every picture is a board of 28-pixel cells, so that after 14-pixel patches and a 2x2 pixel shuffle one visual token sees
 one cell; a tile is 3x3 cells. Boards of 1x1 to 3x1 and 2x2 tiles go through the same dynamic tiling, thumbnail included,
-as real photos. What a cell shows is one word of the toy vocabulary (`LargeRedCircle`, `K`, `7`, `BarSix`, `Empty`); the
+as real photos. What a cell shows is one word of the toy vocabulary (`LargeRedCircle`, `K`, `7`, `BlueBarSix`, `Empty`); the
 words of all visual tokens of a picture, tile by tile, are its `cells`. They are the exact truth: captions, alt-texts,
 transcriptions and question-answer turns of three levels are made from the same board.
 
@@ -42,11 +42,11 @@ COLORS = {"red": (215, 35, 40), "green": (30, 150, 60), "blue": (40, 80, 215), "
 SIZES = ("small", "large")
 LETTERS = "ABCDEFGHJKLMNPRSTUVWXYZ"  # without I, O and Q, which look like 1, 0 and 0
 NUMBERS = ("Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight")
-MAX_VALUE = 8                        # of a chart column; 7 pixels each, two cells high
+MAX_VALUE, UNIT = 8, 10              # of a chart, and pixels per unit: the longest bar fills three cells
 THUMBS = {(2, 1): "ThumbWide", (3, 1): "ThumbWider", (1, 2): "ThumbTall", (1, 3): "ThumbTaller", (2, 2): "ThumbSquare"}
-CELL_WORDS = (["Empty", "BarEnd", "PointTop"] + [(s.title() + c.title() + k.title()) for s in SIZES for c in COLORS
-              for k in KINDS] + list(LETTERS) + list("0123456789") + [f"Bar{v}" for v in NUMBERS[1:]]
-              + [f"Point{v}" for v in NUMBERS[1:]] + list(THUMBS.values()))
+CELL_WORDS = ["Empty", "BarEnd", "PointTop", *LETTERS, *"0123456789", *THUMBS.values()] + [
+    s.title() + c.title() + k.title() for s in SIZES for c in COLORS for k in KINDS] + [
+    c.title() + mark + value for c in COLORS for mark in ("Bar", "Point") for value in NUMBERS[1:]]
 DIRECTIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
 PLACES = {"top left": (0, 0), "top right": (0, 2), "bottom left": (2, 0), "bottom right": (2, 2)}
 
@@ -80,7 +80,7 @@ def make_word(rng, length):
 
 def make_board(rng, kind, grid=None):
     """Draw the truth of one board of the given kind from `rng`."""
-    grids = {"scene": [(1, 1)] * 6 + [(2, 1), (1, 2), (2, 2)], "sign": [(1, 1), (2, 1), (2, 1), (3, 1)],
+    grids = {"scene": [(1, 1)] * 7 + [(2, 1), (1, 2), (2, 2)], "sign": [(1, 1), (2, 1), (2, 1), (3, 1)],
              "note": [(1, 1)], "list": [(1, 1), (1, 1), (1, 2), (1, 3)], "table": [(1, 1), (1, 1), (1, 2)],
              "bars": [(1, 1), (1, 1), (1, 2)], "line": [(1, 1), (1, 1), (2, 1)]}[kind]
     board = Board(kind, grid or rng.choice(grids))
@@ -110,22 +110,17 @@ def make_board(rng, kind, grid=None):
             digits = [str(rng.randrange(1, 10)), str(rng.randrange(0 if kind == "list" else 1, 10))]
             board.cells |= {(row, i): w for i, w in enumerate([label, *digits])}
             board.things.append((label, *map(int, digits)))
-    elif kind == "bars":                                               # a label, then a bar of up to two cells
-        rows = sorted(rng.sample(range(high), rng.randint(2, min(high, 6))))
-        values = rng.sample(range(1, MAX_VALUE + 1), len(rows))
-        for row, label, value in zip(rows, rng.sample(LETTERS, len(rows)), values):
-            board.cells |= {(row, 0): label, (row, 1): "Bar" + NUMBERS[value]}
-            if value > MAX_VALUE // 2:
-                board.cells[row, 2] = "BarEnd"
-            board.things.append((label, value))
-    else:                                                              # line: two cells of plot above the labels
-        n = rng.randint(2 if wide == 3 else 4, wide)
-        columns, labels = sorted(rng.sample(range(wide), n)), sorted(rng.sample(LETTERS, n))
-        for column, label, value in zip(columns, labels, rng.sample(range(1, MAX_VALUE + 1), n)):
-            board.cells |= {(2, column): label, (1, column): "Point" + NUMBERS[value]}
-            if value > MAX_VALUE // 2:
-                board.cells[0, column] = "PointTop"
-            board.things.append((label, value))
+    else:                                                              # one mark of each colour, of distinct values
+        along = high if kind == "bars" else wide
+        lanes = sorted(rng.sample(range(along), rng.randint(2, min(along, 6))))
+        values = rng.sample(range(1, MAX_VALUE + 1), len(lanes))
+        for lane, color, value in zip(lanes, rng.sample(list(COLORS), len(lanes)), values):
+            last, name = (UNIT * value - 1) // CELL, color.title() + ("Bar" if kind == "bars" else "Point") + NUMBERS[value]
+            if kind == "bars":                                         # from the left edge to the right
+                board.cells |= {(lane, k): "BarEnd" for k in range(1, last + 1)} | {(lane, 0): name}
+            else:                                                      # from the bottom to the top
+                board.cells |= ({(2 - last, lane): "PointTop"} if last else {}) | {(2, lane): name}
+            board.things.append((color, value))
     return board
 
 def draw_board(rng, kind, held_out, grid=None):
@@ -175,25 +170,20 @@ def render(board, rng):
             draw.line((0, row * CELL, wide, row * CELL), fill=(150, 150, 150))
         for column in range(SIDE + 1):
             draw.line((column * CELL, 0, column * CELL, high), fill=(150, 150, 150))
-    unit, color = 2 * CELL // MAX_VALUE, COLORS[rng.choice(list(COLORS))]
     faint, half = tuple(max(0, p - 25) for p in paper), rng.randint(6, 10)
-    if board.kind == "bars":
-        for x in range(CELL, wide + 1, 2 * unit):                      # faint grid lines every two units
-            draw.line((x, 0, x, high), fill=faint)
-        for (_, value), row in zip(board.things, sorted(r for r, c in board.cells if c == 0)):
-            y = centre(row, 0)[1] + rng.randint(-2, 2)
-            draw.rectangle((CELL, y - half, CELL + unit * value, y + half), fill=color)
-        draw.line((CELL, 0, CELL, high), fill=(60, 60, 60))
-    if board.kind == "line":
-        base, points = 2 * CELL, []
-        for y in range(0, base, 2 * unit):
-            draw.line((0, y, wide, y), fill=faint)
-        for (_, value), column in zip(board.things, sorted(c for r, c in board.cells if r == 2)):
-            points.append((centre(2, column)[0], base - unit * value))
-        draw.line(points, fill=color, width=2)
-        for x, y in points:
-            draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=color)
-        draw.line((0, base, wide, base), fill=(60, 60, 60))
+    bottom, points = SIDE * CELL, []
+    lanes = sorted({c if board.kind == "line" else r for r, c in board.cells})
+    for (color, value), lane in zip(board.things, lanes) if board.kind in ("bars", "line") else ():
+        middle = CELL * lane + CELL // 2 + rng.randint(-2, 2)
+        if board.kind == "bars":
+            draw.rectangle((0, middle - half, UNIT * value, middle + half), fill=COLORS[color])
+        else:                                                          # a marker on a stem of its colour
+            x, y = middle, bottom - UNIT * value
+            draw.rectangle((x - 3, y, x + 3, bottom), fill=COLORS[color])
+            draw.ellipse((x - 6, y - 2, x + 6, y + 10), fill=COLORS[color])
+            points.append((x, y + 4))
+    if points:
+        draw.line(points, fill=faint, width=1)
     if board.kind == "scene":
         for s, color, kind, row, column in board.things:
             x, y = centre(row, column)
@@ -219,10 +209,9 @@ def caption(board):
     if board.kind in ("sign", "note"):
         return f"A {board.kind} that says: {' '.join(board.things)}"
     if board.kind in ("list", "table"):
-        join = "" if board.kind == "list" else " "
-        return f"A {board.kind}: " + ", ".join(f"{label} {a}{join}{b}" for label, a, b in board.things) + "."
+        return f"A {board.kind}: {', '.join(transcription(board).split())}."
     name = "bar" if board.kind == "bars" else "line"
-    return f"A {name} chart: " + ", ".join(f"{label} {value}" for label, value in board.things) + "."
+    return f"A {name} chart: " + ", ".join(f"{color} {value}" for color, value in board.things) + "."
 
 def alt_text(board, rng):
     """What the web would say: short, vague, and wrong one time in four."""
@@ -233,14 +222,12 @@ def alt_text(board, rng):
     return {"sign": "a sign", "note": "a note", "list": "prices", "table": "numbers"}.get(board.kind, "a chart")
 
 def transcription(board):
-    """All text of the picture in reading order; empty for a scene."""
+    """All text of the picture in reading order; empty for scenes and charts."""
     if board.kind in ("sign", "note"):
         return " ".join(board.things)
-    if board.kind == "list":
-        return " ".join(f"{label} {a}{b}" for label, a, b in board.things)
-    if board.kind == "table":
-        return " ".join(f"{label} {a} {b}" for label, a, b in board.things)
-    return " ".join(label for label, _ in board.things) if board.kind != "scene" else ""
+    if board.kind in ("list", "table"):
+        return " ".join(f"{label}{a}{'/' * (board.kind == 'table')}{b}" for label, a, b in board.things)
+    return ""
 
 # ---- questions ----------------------------------------------------------------------------------------------------
 LETTER_HINT = "Answer with the option's letter from the given choices directly."
@@ -275,7 +262,7 @@ def exists_question(board, rng):
     return f"Is there a {color} {kind} in the image?", yes((color, kind) in present)
 
 def attribute_question(board, rng):
-    """Colour, kind or size of the only thing that fits, the thing next to another, or the one in a corner: (q, a, pool)."""
+    """Colour or kind of the only thing that fits, the thing next to another, or the one in a corner: (q, a, pool)."""
     things, single = board.things, board.grid == (1, 1)
     only = lambda key: [t for t in things if sum(key(u) == key(t) for u in things) == 1]
     asks = []
@@ -283,8 +270,6 @@ def attribute_question(board, rng):
         asks.append((f"What colour is the {t[2]}?", t[1], list(COLORS)))
     for t in only(lambda t: t[1]):
         asks.append((f"What shape is {t[1]}?", t[2], list(KINDS)))
-    for t in only(lambda t: t[1:3]):
-        asks.append((f"What size is the {named(t)}?", t[0], list(SIZES)))
     at = {(t[3], t[4]): t for t in things}
     pool = [f"{c} {k}" for c in COLORS for k in KINDS] + ["nothing"]
     near = []
@@ -302,29 +287,20 @@ def attribute_question(board, rng):
     return rng.choice(rng.choice(asks)) if asks else None
 
 def reading_question(board, rng):
-    if board.kind in ("sign", "note"):
-        return "What is written in the image?", " ".join(board.things)
-    label, a, b = rng.choice(board.things)
-    if board.kind == "list":
-        return (f"What is the number after {label}?", f"{a}{b}") if rng.random() < 0.7 else (
-            "What is written in the image?", transcription(board))
-    which = rng.random() < 0.5
-    return f"What is the {'first' if which else 'second'} number of row {label}?", str(a if which else b)
+    """All of the text, or the first or the last row of a list or a table."""
+    rows = transcription(board).split()
+    if board.kind in ("list", "table") and rng.random() < 0.4:
+        return rng.choice([("What is the first row?", rows[0]), ("What is the last row?", rows[-1])])
+    return "What is written in the image?", " ".join(rows)
 
 def chart_question(board, rng, steps=None):
-    """One fact of a chart or a table, or (steps=True) two facts compared."""
-    steps = rng.random() < 0.5 if steps is None else steps
-    if board.kind == "table":
-        if not steps:
-            return reading_question(board, rng)
-        label, a, b = rng.choice(board.things)
-        return f"Which number of row {label} is larger?", ("first" if a > b else "second" if b > a else "same")
-    if not steps:
-        label, value = rng.choice(board.things)
-        return f"What is the value of {label}?", str(value)
+    """One fact of a chart, or (steps=True) several facts compared."""
+    if not (rng.random() < 0.5 if steps is None else steps):
+        color, value = rng.choice(board.things)
+        return f"What is the value of {color}?", str(value)
     (p, u), (q, v) = rng.sample(board.things, 2)
     high, low = max(board.things, key=lambda t: t[1]), min(board.things, key=lambda t: t[1])
-    return rng.choice([("Which is the highest?", high[0]), ("Which is the lowest?", low[0]),
+    return rng.choice([("Which colour is the highest?", high[0]), ("Which colour is the lowest?", low[0]),
                        ("What is the highest value?", str(high[1])), ("What is the lowest value?", str(low[1])),
                        (f"Is {p} higher than {q}?", yes(u > v)),
                        (f"How much higher is {(p, q)[u < v]} than {(q, p)[u < v]}?", str(abs(u - v)))])
@@ -371,14 +347,14 @@ def turns(board, rng, level):
                 u, v = (sum(t[2] == k for t in board.things) for k in (a, b))
                 if rng.random() < 0.3:
                     question, answer = f"Are there more {a} than {b} shapes? Explain.", f"{u} {a}, {v} {b}: {yes(u > v)}"
-            if level != "knowledge" and not question.startswith(("Is ", "Are ")) and rng.random() < 0.3:
+            if level != "knowledge" and not question.startswith(("Is ", "Are ")) and rng.random() < 0.2:
                 question += "\n" + SHORT_HINT
             out.append((question, answer))
         return out
-    if board.kind in ("sign", "note", "list"):
+    if board.kind in ("sign", "note", "list", "table"):
         out.append(("What is written in the image?", transcription(board)))
-        if board.kind == "list":
-            out += [reading_question(board, rng) for _ in range(2)]
+        if board.kind in ("list", "table"):
+            out.append(reading_question(board, rng))
         elif level == "instruction" and rng.random() < 0.3:
             out.append(("How many letters are there?", str(sum(map(len, board.things)))))
         elif level == "preference" and rng.random() < 0.3:
@@ -390,14 +366,14 @@ def turns(board, rng, level):
             p, q = question.split()[4], question.rstrip("?").split()[6]
             values = dict(board.things)
             question, answer = question + " Explain.", f"{p} {values[p]}, {q} {values[q]}: {answer}"
-        elif level != "knowledge" and rng.random() < 0.3:
+        elif level != "knowledge" and rng.random() < 0.2:
             question += "\n" + SHORT_HINT
         out.append((question, answer))
     return out
 
 # ---- records ------------------------------------------------------------------------------------------------------
 LEVELS = ("pretrain", "knowledge", "instruction", "preference")
-MIX = {"scene": 12, "sign": 3, "note": 2, "list": 2, "table": 2, "bars": 4, "line": 3}
+MIX = {"scene": 12, "sign": 3, "note": 2, "list": 2, "table": 1, "bars": 3, "line": 3}
 
 def record(seed, part, i, easy=False):
     """Sample i of a training part: (row, [(board, rng)]). A pure function of (seed, part, i); never a held-out board.
@@ -424,7 +400,7 @@ def record(seed, part, i, easy=False):
         else:
             talk = turns(board, rng, level)
         rng.shuffle(talk)
-        if part == "text" and level != "pretrain" and rng.random() < 0.5:
+        if part == "text" and level != "pretrain" and rng.random() < 0.35:
             talk.append(("Describe the image.", caption(board)))       # last, so that no answer can be read from it
     conversations = []
     for k, (question, answer) in enumerate(talk):
@@ -476,8 +452,8 @@ def bench_row(name, seed, i):
     rng = random.Random(f"{seed}/{name}/{i}")
     while True:
         kind = {"toy_general": "scene", "toy_count": "scene", "toy_halluc": "scene",
-                "toy_ocr": rng.choice(["sign", "sign", "note", "list"]),
-                "toy_chart": rng.choice(["bars", "line", "table"])}[name]
+                "toy_ocr": rng.choice(["sign", "sign", "note", "list", "table"]),
+                "toy_chart": rng.choice(["bars", "line"])}[name]
         board = draw_board(rng, kind, True)
         row = {"index": i, "category": kind}
         if name == "toy_general":
@@ -494,18 +470,20 @@ def bench_row(name, seed, i):
 BENCHMARKS = ("toy_general", "toy_ocr", "toy_chart", "toy_count", "toy_halluc")
 
 def write_benchmarks(cfg):
-    """Held-out questions in the tab-separated form of VLMEvalKit: index, image (base64), question, A..D, answer, category."""
+    """Held-out questions in the tab-separated form of VLMEvalKit: image (base64), cells, question, A..D, answer, ..."""
     for name in tqdm(BENCHMARKS, desc="toy benchmarks"):
         path = Path(cfg.out) / f"{name}.tsv"
         if path.exists():
             continue
         with open(f"{path}.tmp", "w", newline="") as file:
-            columns = ["index", "image", "question", *("ABCD" if name == "toy_general" else ""), "answer", "category"]
+            options = "ABCD" if name == "toy_general" else ""
+            columns = ["index", "image", "cells", "question", *options, "answer", "category"]
             out = csv.DictWriter(file, columns, delimiter="\t", restval="")
             out.writeheader()
             for i in range(cfg.n_bench):
                 row, board, rng = bench_row(name, cfg.seed, i)
-                out.writerow({**row, "image": base64.b64encode(jpeg(render(board, rng))).decode()})
+                image = base64.b64encode(jpeg(render(board, rng))).decode()
+                out.writerow({**row, "image": image, "cells": " ".join(board.words())})
         os.replace(f"{path}.tmp", path)
 
 # ---- tokenizer ----------------------------------------------------------------------------------------------------
@@ -572,7 +550,7 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     made = json.dumps({"n": cfg.n, "n_bench": cfg.n_bench, "seed": cfg.seed, "world": zlib.crc32(Path(__file__).read_bytes())})
     if (out / "toy.json").exists() and (out / "toy.json").read_text() != made:
-        for old in (*out.glob("*.tar"), *out.glob("toy_*.tsv"), *out.glob("text.jsonl")):
+        for old in (p for name in (*(f"{level}-*.tar" for level in LEVELS), "toy_*.tsv", "text.jsonl") for p in out.glob(name)):
             old.unlink()                                               # of other settings or an older world
     (out / "toy.json").write_text(made)
     write_parts(cfg, [part for part in parts if part in LEVELS])

@@ -1,7 +1,7 @@
 """The toy world's own language model: what Qwen2.5 is to the real recipe. torchrun --nproc_per_node=2 train.py config/toy_llm.py
 
 Text only: every picture is given as the words of its cells, in the places where visual tokens will stand.
-Data first: python toy.py --out=shards/toy_llm --n=140000 --seed=102 --parts=text
+Data first: python toy.py --out=shards/toy_llm --n=160000 --seed=102 --parts=text
 """
 out_dir = "out/toy_llm"
 data = "shards/toy_llm/text.jsonl"
@@ -15,7 +15,7 @@ init_std = 0.05                       # 0.02 is for wider models
 num_workers = 0
 dtype = "float32"
 beta2 = 0.98
-base.steps = 10000
+base.steps = 11000
 base.lr_llm = 1e-3
 base.warmup_steps = 100
 base.weight_decay = 0.02

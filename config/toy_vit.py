@@ -1,7 +1,7 @@
 """The toy world's own ViT: what InternViT-300M is to the real recipe. python train.py config/toy_vit.py
 
 A throw-away head names the cell word that each visual token sees (dense supervision); only the ViT is kept.
-Data first: python toy.py --out=shards/toy_vit --n=24000 --seed=101 --parts=pretrain
+Data first: python toy.py --out=shards/toy_vit --n=16000 --seed=101 --parts=pretrain
 """
 out_dir = "out/toy_vit"
 data = "shards/toy_vit/pretrain-*.tar"
@@ -20,10 +20,11 @@ num_workers = 0
 dtype = "float32"
 beta2 = 0.98
 base.steps = 2400
-base.lr_vision = 2e-3
-base.lr_projector = 2e-3
-base.lr_llm = 2e-3
+base.lr_vision = 1.5e-3
+base.lr_projector = 1.5e-3
+base.lr_llm = 1.5e-3
 base.warmup_steps = 50
 base.weight_decay = 0.02
+init_std = 0.04
 print_every = 50
-save_every = 400
+save_every = 500

@@ -155,8 +155,7 @@ def test_pictures_by_reference_and_by_path(tmp_path):
     assert [row["image"] for row, _ in got] == ["9", "9", "", ""]
     assert got[0][0]["question"] == "a\tb\n\"c\""
     assert got[0][1] == got[1][1] == rows[1]["image"] and got[2][1] == tmp_path / "p.png" and got[3][1] == ""
-    images = [ev.open_picture(*pair) for pair in got]
-    assert [image and image.size for image in images] == [(84, 84), (84, 84), (10, 10), None]
+    assert [ev.open_picture(*pair).size for pair in got[:3]] == [(84, 84), (84, 84), (10, 10)]
     assert len(list(ev.read_rows(tmp_path / "t.tsv", 2))) == 2
 
 @pytest.mark.parametrize("text, message", [
@@ -238,9 +237,38 @@ def test_run_writes_predictions_results_and_report(world, tmp_path, capsys):
     score = ev.score_file(["--benchmark=toy_general", f"--predictions={out / 'toy_general.tsv'}"])
     assert score["score"] == results["toy_general"] and score["details"] == results["details"]["toy_general"]
     said = {v: (out / "predictions" / f"toy_ocr.{v}.rank0.jsonl").read_text() for v in ("model", "blind", "untrained")}
-    assert len({json.dumps([json.loads(x)["prediction"] for x in text.splitlines()]) for text in said.values()}) == 3
+    assert len({json.dumps([json.loads(x)["prediction"] for x in text.split("\n")[1:]]) for text in said.values()}) == 3
     page = (out / "report.html").read_text()
-    assert page.count('<div class="card ') == 5 * 8 + 2 and page.count("data:image/jpeg") >= 42 and "http" not in page
+    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    assert len(data["cards"]) == 5 * 8 and len(data["free"]) == 2 and data["results"] == results and "http" not in page
+    assert all(one["pictures"][0].startswith("data:image/jpeg;base64,") for one in data["cards"] + data["free"])
+    assert sum(card["verdict"] == "right" for card in data["cards"][:8]) == results["details"]["toy_general"]["correct"]
+
+def test_words_in_the_place_of_pictures(world, tmp_path, capsys):
+    tokenizer, words = Tokenizer(world[0]), ["Empty", "LargeRedCircle", "K"]
+    rows = [{"index": i, "image": picture(), "cells": " ".join(words), "question": "What?", "answer": "1"}
+            for i in range(3)]
+    write_tsv(tmp_path / "toy_ocr.tsv", rows)
+    llm = LLMConfig(vocab_size=1024, dim=32, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=16, ffn_dim=64)
+    state = VLM(None, llm, tokenizer.image_id).init_weights(0, std=0.3).state_dict()
+    save_folder(state, None, llm, tmp_path / "llm", ROOT / "config" / "toy_tokenizer", dtype=torch.float32)
+    for folder in (tmp_path / "llm", world[0]):
+        ask = ev.Assistant(folder, "cpu", torch.float32, vision=False)
+        ids, tiles = ev.make_prompt(ask, rows[0], rows[0]["image"], "What?")
+        assert tiles is None and tokenizer.decode(ids, skip_special=False).count(
+            "<img>EmptyLargeRedCircleK</img>\nWhat?<|im_end|>") == 1
+        assert "<img>EmptyEmptyEmpty</img>" in tokenizer.decode(
+            ev.make_prompt(ask, rows[0], rows[0]["image"], "What?", blind=True)[0], skip_special=False)
+        go = ["--image_as=words", "--benchmarks=toy_ocr", f"--data_dir={tmp_path}", f"--model={folder}"]
+        code, _, errors = command(flags(world, tmp_path / f"{folder.name}-out", *go, "--controls=True"), capsys)
+        assert code == 0, errors
+        out = json.loads((tmp_path / f"{folder.name}-out" / "results.json").read_text())
+        assert out["image_as"] == "words" and out["blind"]["toy_ocr"] >= 0 and out["n"] == {"toy_ocr": 3}
+        assert out["protocol"] != ev.protocol_hash(["toy_ocr"], max_new_tokens=5)
+    code, _, errors = command(flags(world, tmp_path / "none", "--image_as=words"), capsys)
+    assert code == 2 and "no column 'cells'" in errors
+    code, _, errors = command(flags(world, tmp_path / "none", f"--model={tmp_path / 'llm'}"), capsys)
+    assert code == 2 and "without vision" in errors
 
 def test_two_ranks_and_any_batch_give_the_same_predictions(world, tmp_path, capsys):
     names = "--benchmarks=toy_ocr,toy_general"
@@ -260,27 +288,26 @@ def test_two_ranks_and_any_batch_give_the_same_predictions(world, tmp_path, caps
     assert [path.read_text().count("\n") for path in parts] == [6, 6]
 
 def local(world, out):
-    """What main() prepares, in this process: (model, tokenizer, template, cfg, dist)."""
+    """What main() prepares, in this process: (assistant, cfg, dist)."""
     cfg = ev.Config(model=str(world[0]), data_dir=str(world[1]), out_dir=str(out), max_new_tokens=4, batch_size=3)
-    model, about = ev.load_folder(cfg.model, "cpu", torch.float32)
-    return model.eval(), Tokenizer(cfg.model), about["template"], cfg, common.Dist()
+    return ev.Assistant(cfg.model, "cpu", torch.float32), cfg, common.Dist()
 
 def test_an_interrupted_run_goes_on(world, tmp_path, monkeypatch):
-    model, tokenizer, template, cfg, dist = local(world, tmp_path)
-    asked, real = [], ev.answer
-    def answer(prompts, *rest):
+    assistant, cfg, dist = local(world, tmp_path)
+    asked, real = [], assistant.answers
+    def answers(prompts, **settings):
         asked.append(len(prompts))
         if len(asked) == 3:
             raise KeyboardInterrupt
-        return real(prompts, *rest)
-    monkeypatch.setattr(ev, "answer", answer)
+        return real(prompts, **settings)
+    monkeypatch.setattr(assistant, "answers", answers)
     def predict(key):
         rows = ev.read_rows(world[1] / "toy_ocr.tsv")
-        return ev.predict("toy_ocr", rows, model, tokenizer, template, key, cfg, dist)
+        return ev.predict("toy_ocr", rows, assistant, key, cfg, dist)
     with pytest.raises(KeyboardInterrupt):
         predict("k")
     path, = (tmp_path / "predictions").glob("*.jsonl")
-    assert len(path.read_text().splitlines()) == 6
+    assert path.read_text().count("\n") == 6
     path.write_text(path.read_text()[:-9])                              # as if killed in the middle of a line
     asked[:] = [0] * 3
     done = predict("k")
@@ -293,16 +320,17 @@ def test_batches_respect_both_limits():
     lengths = [3, 3, 3, 3, 50, 1, 1, 1, 1, 1]
     rows = [({"index": i}, "") for i in range(len(lengths))]
     batches = list(ev.prompt_batches(rows, lambda row, image: ([0] * lengths[row["index"]], None), cfg))
-    assert [[row["index"] for row, *_ in b] for b in batches] == [[0, 1, 2], [3], [4], [5, 6, 7, 8], [9]]
+    assert [[row["index"] for row, _ in b] for b in batches] == [[0, 1, 2], [3], [4], [5, 6, 7, 8], [9]]
 
 def test_blind_tiles_are_gray_and_as_many(world, tmp_path):
-    model, tokenizer, template, *_ = local(world, tmp_path)
+    assistant, *_ = local(world, tmp_path)
     row, image = list(ev.read_rows(world[1] / "toy_ocr.tsv"))[2]
-    ids, tiles = ev.prepare(row, image, "q", 4, model, tokenizer, template)
-    gray_ids, gray = ev.prepare(row, image, "q", 4, model, tokenizer, template, blind=True)
+    ids, tiles = ev.make_prompt(assistant, row, image, "q")
+    gray_ids, gray = ev.make_prompt(assistant, row, image, "q", blind=True)
     assert ids == gray_ids and tiles.shape == gray.shape == (4, 3, 28, 28) and gray.dtype == torch.uint8
-    assert ids.count(tokenizer.image_id) == 4 and (gray.flatten(2) == torch.tensor([124, 116, 104])[:, None]).all()
-    assert len(ev.prepare(row, "", "q", 4, model, tokenizer, template)[1]) == 0
+    assert ids.count(assistant.tokenizer.image_id) == 4
+    assert (gray.flatten(2) == torch.tensor([124, 116, 104])[:, None]).all()
+    assert ev.make_prompt(assistant, row, "", "q")[1] is None
 
 @pytest.mark.parametrize("flag, message", [
     ("--model=nowhere", "nowhere"), ("--untrained=nowhere", "nowhere"),
@@ -315,13 +343,12 @@ def test_refusals(world, tmp_path, capsys, flag, message):
     assert code == 2 and message in errors and len(errors.splitlines()) == 1 and not (tmp_path / "out").exists()
 
 def test_report_escapes_what_the_model_says():
-    card = {"benchmark": "toy_ocr", "row": {"index": "1", "question": "<b>?", "answer": "&"}, "image": "", "prediction":
-            "<script>alert(1)</script>", "read": "x", "right": False}
-    results = {"overall": 0.0, "toy_ocr": 0.0, "chance": {"toy_ocr": 0.0, "overall": 0.0}, "n": {"toy_ocr": 1},
-               "model": "m", "model_sha256": "s", "protocol": "p"}
-    page = ev.report_html(results, [card], [])
-    assert "&lt;script&gt;alert(1)" in page and page.count("<script>") == 1 and "&lt;b&gt;?" in page
-    assert "Free answers" not in page
+    row = {"index": "1", "question": "<b>?", "answer": "&", "prediction": "</script><script>alert(1)</script><!--"}
+    card = ev.question_card("toy_ocr", row, "")
+    page = ev.report_html({"overall": 0.0}, [card], [])
+    data = page.split('id="data">')[1].split("</script>")[0]
+    assert json.loads(data)["cards"] == [card] and "<" not in data and card["verdict"] == "wrong"
+    assert page.count("<script") == 2 and "innerHTML" not in page     # the page makes text of it, never markup
 
 # ---- score -------------------------------------------------------------------------------------------------------
 

@@ -49,16 +49,16 @@ def test_one_question_prints_the_answer_only(world):
 
 def test_max_tiles_and_the_model_folder(world):
     cfg = sample.Config(model=str(world / "model"), device="cpu")
-    one = sample.Assistant(cfg)
+    one = sample.load(cfg)
     assert one.template == "sailvl-chat" and one.max_tiles == 12 and one.thumbnail is True
     photo = world / "photos" / "a.png"
     assert len(one.tiles(photo)) == 3                                   # two tiles and the thumbnail
     cfg.max_tiles = 1
-    assert len(sample.Assistant(cfg).tiles(photo)) == 1
+    assert len(sample.load(cfg).tiles(photo)) == 1
 
 def test_streaming_gives_the_same_text_and_whole_characters(world, monkeypatch):
     cfg = sample.Config(model=str(world / "model"), device="cpu", max_new_tokens=12)
-    one = sample.Assistant(cfg)
+    one = sample.load(cfg)
     prompt = one.prompt([("Hello", None)], [])
     assert "".join(one.stream(*prompt)) == one.answers([prompt])[0]
     ids = one.tokenizer.encode("  naïve 图片 😀 ok\n")
@@ -105,7 +105,7 @@ def test_chat(world):
 
 def test_chat_replays_the_dialogue(world, monkeypatch):
     cfg = sample.Config(model=str(world / "model"), device="cpu")
-    one, asked = sample.Assistant(cfg), []
+    one, asked = sample.load(cfg), []
     monkeypatch.setattr(one.__class__, "stream", lambda self, ids, tiles: asked.append((ids, tiles)) or iter(["fine"]))
     photo = world / "photos" / "a.png"
     lines = ["Q1", f"/image {photo}", f"/image {photo}", "Look at <image>", "Then <image> and <image>", "Q2", ""]

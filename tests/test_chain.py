@@ -1,0 +1,62 @@
+"""The whole chain, as `make demo` runs it but with a handful of steps: data, assemble, five stages, evaluation, an answer."""
+import json, sys
+from pathlib import Path
+
+import pytest
+
+import convert, eval as evaluation, sample, sft, toy, train
+from weights import load_folder
+
+ROOT = Path(__file__).parent.parent
+
+
+def call(script, monkeypatch, *argv):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, argv)])
+    script.main()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Shards and benchmarks of the toy world, and a folder with its two bases and a fresh projector."""
+    out, patch = tmp_path_factory.mktemp("world"), pytest.MonkeyPatch()
+    call(toy, patch, f"--out={out}/toy", "--n=40", "--n_bench=24")
+    call(convert, patch, "assemble", "--vision=config/toy_vit", "--llm=config/toy_llm", f"--out={out}/start")
+    patch.undo()
+    return out
+
+
+def test_the_bases_fit_in_three_megabytes_each():
+    for name in ("toy_vit", "toy_llm"):
+        assert sum(f.stat().st_size for f in (ROOT / "config" / name).iterdir()) <= 3e6
+
+
+def test_the_language_base_answers_every_benchmark_from_words_alone(world, monkeypatch, tmp_path):
+    call(evaluation, monkeypatch, "--model=config/toy_llm", "--image_as=words", f"--data_dir={world}/toy", "--benchmarks=toy",
+         f"--out_dir={tmp_path}")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["overall"] >= 90, results
+
+
+def test_five_stages_evaluation_and_an_answer_run_end_to_end(world, monkeypatch, capsys):
+    data = [f"--{s}.data={world}/toy/{s}-*.tar" for s in ("knowledge", "instruction", "preference")]
+    steps = [f"--max_steps={2}", "--save_every=1000"]
+    call(train, monkeypatch, "config/toy.py", f"--init_from={world}/start", f"--data={world}/toy/pretrain-*.tar",
+         f"--out_dir={world}/pretrain", *steps)
+    call(sft, monkeypatch, "config/toy_sft.py", f"--init_from={world}/pretrain/advance", f"--out_dir={world}/sft", *data, *steps)
+    model = world / "sft" / "preference"
+    assert load_folder(model)[1]["max_dynamic_patch"] == 4
+    call(evaluation, monkeypatch, f"--model={model}", f"--untrained={world}/start", "--controls=True", "--limit=6",
+         f"--data_dir={world}/toy", "--benchmarks=toy", f"--out_dir={world}/eval")
+    results = json.loads((world / "eval" / "results.json").read_text())
+    names = {"overall", *toy.BENCHMARKS}
+    assert names <= results.keys() and all(results[c].keys() >= names for c in ("untrained", "blind", "chance"))
+    assert all(0 <= results[name] <= 100 for name in names)
+    page = (world / "eval" / "report.html").read_text()
+    assert page.count("data:image") >= 6 and "toy_chart" in page
+    board = toy.make_board(__import__("random").Random(3), "sign")
+    (world / "a.jpg").write_bytes(toy.jpeg(toy.render(board, __import__("random").Random(3))))
+    capsys.readouterr()
+    call(sample, monkeypatch, f"--model={model}", f"--image={world}/a.jpg", "--prompt=What is written in the image?",
+         "--max_new_tokens=12")
+    assert capsys.readouterr().out.count("\n") == 1

@@ -1,0 +1,174 @@
+"""train.py and sft.py: what trains, what is frozen, that a run goes on as if nothing had happened, honest refusals."""
+import difflib, json, os, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import sft, toy, train
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--tokenizer=config/toy_tokenizer", "--vision=toy", "--vision.dim=32", "--vision.n_layers=1", "--vision.n_heads=2",
+        "--vision.ffn_dim=64", "--llm=toy", "--llm.dim=32", "--llm.n_layers=1", "--llm.n_heads=2", "--llm.n_kv_heads=1",
+        "--llm.head_dim=16", "--llm.ffn_dim=64", "--num_workers=0", "--max_tiles=4", "--tokens_per_pack=300",
+        "--max_tiles_per_pack=20", "--dtype=float32", "--threads=1", "--seed=7"]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    toy.write_parts(toy.Config(out=str(folder), n=60), ["pretrain"])
+    return f"{folder}/pretrain-*.tar"
+
+
+def argv(out, shards, *more, stages=("alignment", "advance"), steps=4):
+    lrs = {"alignment": ["projector"], "advance": ["vision", "projector"]}
+    flags = [f"--{s}.steps={steps}" for s in stages] + [f"--stages={','.join(stages)}"]
+    flags += [f"--{s}.lr_{m}=1e-3" for s in stages for m in lrs.get(s, ["vision", "projector", "llm"])]
+    return [*TINY, f"--out_dir={out}", f"--data={shards}", *flags, *more]
+
+
+def run(script, arguments, monkeypatch):
+    """The script's main in this process."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *map(str, arguments)])
+    script.main()
+
+
+def launch(script, arguments, ranks=1, **kw):
+    """The script as a user starts it; stderr is joined to stdout."""
+    head = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}",
+                                                "--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    return subprocess.Popen([*head, script, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **kw)
+
+
+def weights(folder):
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def log(out):
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+def test_two_stages_train_what_they_say_and_leave_the_rest_bit_identical(tmp_path, shards, monkeypatch):
+    run(train, argv(tmp_path / "run", shards), monkeypatch)
+    first, second = weights(tmp_path / "run/alignment"), weights(tmp_path / "run/advance")
+    for name in first:
+        frozen = name.startswith("language_model.")
+        assert torch.equal(first[name], second[name]) == frozen, name
+    rows = log(tmp_path / "run")
+    assert [(r["stage"], r["step"]) for r in rows] == [(s, k + 1) for s in ("alignment", "advance") for k in range(4)]
+    assert rows[-1]["lr"].keys() == {"vision_model", "mlp1"} and rows[0]["lr"].keys() == {"mlp1"}
+    about = json.loads((tmp_path / "run/config.json").read_text())
+    assert about["origins"]["alignment.lr_projector"] == "command line" and about["origins"]["beta1"] == "default"
+    run(train, argv(tmp_path / "run", shards), monkeypatch)                       # finished: nothing is done again
+    assert log(tmp_path / "run") == rows
+
+
+def test_a_stopped_run_goes_on_to_the_same_weights_bit_for_bit(tmp_path, shards, monkeypatch):
+    run(train, argv(tmp_path / "whole", shards, steps=7), monkeypatch)
+    for out, stop in (("term", signal.SIGTERM), ("kill", signal.SIGKILL)):
+        arguments = argv(tmp_path / out, shards, "--save_every=2", steps=7)
+        slow = [*arguments, "--print_every=1"]
+        process = launch("train.py", slow)
+        for line in process.stdout:
+            if line.startswith(("alignment 5/", "advance 3/")):
+                process.send_signal(stop)
+        assert process.wait(60) == (0 if stop == signal.SIGTERM else -9)
+        run(train, arguments, monkeypatch)
+        for stage in ("alignment", "advance"):
+            got, want = weights(tmp_path / out / stage), weights(tmp_path / "whole" / stage)
+            assert all(torch.equal(got[k], want[k]) for k in want), (out, stage)
+
+
+def test_one_process_two_ddp_ranks_and_two_fsdp_ranks_take_the_same_steps(tmp_path, shards, monkeypatch):
+    run(train, argv(tmp_path / "one", shards, "--grad_accum_steps=2"), monkeypatch)
+    for parallel in ("ddp", "fsdp"):
+        process = launch("train.py", argv(tmp_path / parallel, shards, f"--parallel={parallel}"), ranks=2)
+        output = process.communicate(timeout=120)[0]
+        assert process.returncode == 0, output
+        for a, b in zip(log(tmp_path / "one"), log(tmp_path / parallel)):
+            assert a["samples"] == b["samples"] and a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        got, want = weights(tmp_path / parallel / "advance"), weights(tmp_path / "one" / "advance")
+        assert max((got[k].float() - want[k].float()).abs().max() for k in want) < 1e-2   # stored in bfloat16
+
+
+def test_sft_and_train_are_one_loop_with_other_settings(tmp_path, shards, monkeypatch):
+    between = [text.split("# ==== the loop")[1].split("# ==== end")[0].splitlines()
+               for text in ((ROOT / f).read_text() for f in ("train.py", "sft.py"))]
+    changed = [x for x in difflib.ndiff(*between) if x[0] in "+-"]
+    assert len(changed) <= 25
+    run(train, argv(tmp_path / "t", shards, "--base.weight_decay=0.01", stages=("base",)), monkeypatch)
+    run(sft, argv(tmp_path / "s", shards, stages=("knowledge",)), monkeypatch)
+    assert [r["loss"] for r in log(tmp_path / "t")] == [r["loss"] for r in log(tmp_path / "s")]
+
+
+def test_the_loss_falls(tmp_path, shards, monkeypatch):
+    run(sft, argv(tmp_path / "s", shards, "--knowledge.lr_llm=1e-2", stages=("knowledge",), steps=40), monkeypatch)
+    losses = [r["loss"] for r in log(tmp_path / "s")]
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--learnin_rate=1"], "unknown"),
+    (["--advance.lr_visoin=1"], "lr_vision"),
+    (["--seed=abc"], "expected int"),
+    (["--llm=toi"], "toy"),
+    (["--stages=alignmnt"], "unknown stage 'alignmnt'"),
+    (["--init_from=nowhere"], "nowhere is not a folder"),
+    (["--data=nowhere.jsonl"], "does not exist"),
+    (["--data="], "no data"),
+    (["config/nothing.py"], "config/nothing.py"),
+    (["--llm.vocab_size=500"], "vocab_size"),
+    (["--alignment.lr_projector=0", "--stages=alignment"], "trains nothing"),
+])
+def test_a_mistake_gets_one_clear_line_and_writes_no_weights(tmp_path, shards, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["train.py", *argv(tmp_path / "run", shards), *arguments])
+    from configurator import launch as guarded
+    with pytest.raises(SystemExit) as stop:
+        guarded(train.main)
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and error.startswith("error: ") and message in error and "\n" not in error
+    assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("step_*"))
+
+
+def test_a_checkpoint_or_folder_of_another_shape_is_refused(tmp_path, shards, monkeypatch):
+    run(train, argv(tmp_path / "a", shards, stages=("alignment",)), monkeypatch)
+    with pytest.raises(ValueError, match="llm.n_layers=2.*has 1"):
+        run(train, argv(tmp_path / "b", shards, f"--init_from={tmp_path}/a/alignment", "--llm.n_layers=2"), monkeypatch)
+    run(train, argv(tmp_path / "c", shards, "--save_every=2", stages=("alignment",)), monkeypatch)
+    import shutil
+    shutil.rmtree(tmp_path / "c" / "alignment")
+    with pytest.raises(ValueError, match="does not fit this model"):
+        run(train, [*argv(tmp_path / "c", shards, stages=("alignment",)), "--llm.dim=64"], monkeypatch)
+    with pytest.raises(ValueError, match="holds an earlier run"):
+        run(train, argv(tmp_path / "c", shards, "--resume=never", stages=("alignment",)), monkeypatch)
+
+
+def test_other_data_under_a_checkpoint_are_refused(tmp_path, shards, monkeypatch):
+    run(train, argv(tmp_path / "a", shards, "--save_every=2", stages=("alignment",)), monkeypatch)
+    import shutil
+    shutil.rmtree(tmp_path / "a" / "alignment")
+    toy.write_parts(toy.Config(out=str(tmp_path), n=50), ["pretrain"])
+    with pytest.raises(ValueError, match="data of stage alignment changed"):
+        run(train, argv(tmp_path / "a", f"{tmp_path}/*.tar", stages=("alignment",)), monkeypatch)
+
+
+@pytest.mark.parametrize("config, parameters", [("pretrain_2b", 2_089_762_304), ("pretrain_8b", 7_947_169_280)])
+def test_dry_run_prints_the_published_sizes_without_building_anything(monkeypatch, capsys, config, parameters):
+    run(train, [f"config/{config}.py", "--dry_run=True"], monkeypatch)
+    text = capsys.readouterr().out
+    assert f"685 tensors, {parameters:,} parameters" in text and "days in all" in text and "GB per GPU" in text
+
+
+def test_unreadable_samples_are_named_and_a_rotten_source_stops_the_run(tmp_path, monkeypatch):
+    toy.write_parts(toy.Config(out=str(tmp_path), n=30), ["pretrain"])
+    (tmp_path / "rows.jsonl").write_text('{"broken\n' * 101 + json.dumps(
+        {"id": "x", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}) + "\n")
+    with pytest.raises(ValueError, match="unreadable samples"):
+        run(train, argv(tmp_path / "r", f"{tmp_path}/pretrain-000000.tar,{tmp_path}/rows.jsonl"), monkeypatch)
+    bad = [json.loads(line) for line in (tmp_path / "r/bad_samples.jsonl").read_text().splitlines()]
+    assert len(bad) == 101 and bad[0]["source"] == "rows" and "JSON" in bad[0]["reason"]
