@@ -585,10 +585,10 @@ def next_state(state, step, batch, totals):
                     "samples_seen": state["samples_seen"] + int(totals["samples"])}
 
 
-def step_row(name, step, steps, loss, norm, norms, optimizer, totals, state, start, waited, peak, dist):
-    """The line of log.jsonl of one step, which began at `start` and waited `waited` seconds for data. mfu is strict:
+def step_row(name, step, steps, loss, norm, norms, optimizer, totals, state, clock, peak, dist):
+    """The line of log.jsonl of one step; clock: its seconds, and those of them that it waited for data. mfu is strict:
     FLOPs the gradients need, over the peak of all GPUs; None on a CPU."""
-    seconds = time.perf_counter() - start
+    seconds, waited = clock
     return {"stage": name, "step": step, "steps": steps, "loss": loss, "grad_norm": norm.item(),
             **{f"grad_norm_{k}": v.item() for k, v in norms.items()},
             "lr": {g["name"].split("/")[0]: g["lr"] for g in optimizer.param_groups},

@@ -17,8 +17,8 @@ from PIL import Image
 from tqdm import tqdm
 
 import common, configurator
+from assistant import Assistant
 from data import _render, place_images
-from sample import Assistant
 from vision import load_image, make_tiles
 
 @dataclasses.dataclass(slots=True)

@@ -4,14 +4,14 @@ import torch
 import common
 from model import VLM, train_flops
 
-SAMPLE = dict(tokens=2048, tiles=7, supervised=192)   # the sample of the estimate: 6 tiles, a thumbnail, 192 answer tokens
+SAMPLE = dict(tokens=2048, tiles=7, supervised=192)   # 6 tiles and a thumbnail
 
 def stage_plan(model, stage, cfg, world):
-    """Costs of one stage as a dict: parameters, trainable, state_gb (per GPU), step_flops, step_tokens, tokens, seconds.
+    """Costs of one stage: parameters, trainable, state_gb (per GPU), step_flops, step_tokens, tokens, seconds.
 
     state_gb: fp32 master, gradient and two Adam moments for what trains (16 bytes), bf16 for what is frozen; under
-    --parallel=fsdp both are shared by all ranks. Activations come on top. FLOPs are strict (model.train_flops), for full
-    packs of SAMPLEs; seconds at `mfu_assumed` of a GPU of 989 TFLOP/s.
+    --parallel=fsdp all ranks share both. Activations come on top. FLOPs are strict (model.train_flops), for full packs
+    of SAMPLEs; seconds at `mfu_assumed` of a GPU of 989 TFLOP/s.
     """
     rows = common.stage_table(model, stage)
     total, trainable = sum(r[1] for r in rows), sum(r[2] for r in rows)
@@ -38,7 +38,7 @@ def print_plan(cfg, stages, world):
         print(f"    {plan['steps']:,} steps x {plan['step_tokens']:,} tokens = {plan['tokens'] / 1e9:.3g}B tokens; "
               f"{plan['step_flops'] / 1e12:,.3g} TFLOP per step\n"
               f"    weights, gradients and moments: {plan['state_gb']:.1f} GB per GPU ({world} x {cfg.parallel}), "
-              f"activations come on top; {plan['seconds'] / 86400:.3g} days at {100 * cfg.mfu_assumed:.0f} % of 989 TFLOP/s")
+              f"plus activations; {plan['seconds'] / 86400:.3g} days at {100 * cfg.mfu_assumed:.0f} % of 989 TFLOP/s")
         days += plan["seconds"] / 86400
     print(f"{sum(1 for _ in model.parameters())} tensors, {sum(p.numel() for p in model.parameters()):,} parameters; "
           f"{days:.3g} days in all on {world} GPU{'s' * (world > 1)}")

@@ -6,18 +6,14 @@
     python sample.py --model=DIR --image=questions.jsonl --out=answers.jsonl     # rows {"image": ..., "prompt": ...}
     python sample.py --model=DIR                                                 # chat
 """
-import contextlib, dataclasses, itertools, json, os, sys
+import contextlib, dataclasses, json, os, sys
 from pathlib import Path
 from typing import Literal
 
-import torch
 from tqdm import tqdm
 
 import common, configurator
-from data import Tokenizer, chat_ids
-from model import generate, generate_stream
-from vision import load_image, make_tiles
-from weights import load_folder
+from assistant import Assistant
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 HELP = "/image PATH adds a picture, /tiles N sets the most tiles of the next one, /reset starts anew, Ctrl-D ends"
@@ -38,45 +34,6 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"    # auto: bfloat16 on a GPU, float32 elsewhere
     device: str = "auto"                  # auto | cpu | cuda
     debug: bool = False                   # show the traceback of an error
-
-class Assistant:
-    """A loaded model folder with the settings of `generate`. Shapes: T tokens of a prompt, N tiles of side s."""
-    def __init__(self, folder, device, dtype, vision=True, max_tiles=0, **settings):
-        if not folder:
-            raise ValueError("give a model folder with --model=DIR")
-        self.tokenizer, (self.model, about) = Tokenizer(folder), load_folder(folder, device, dtype, vision)
-        if vision and self.model.vision is None:
-            raise ValueError(f"{folder}: a language model without vision; give a whole model folder")
-        self.model.eval()
-        self.settings = {"stop_ids": {self.tokenizer.eos_id}, **settings}
-        self.template, self.thumbnail = about.get("template", "sailvl-chat"), about.get("use_thumbnail", True)
-        self.max_tiles = max_tiles or about.get("max_dynamic_patch", 12)
-
-    def tiles(self, path):
-        """Picture file -> uint8 tiles (N, 3, s, s)."""
-        return make_tiles(load_image(path), 1, self.max_tiles, self.model.vision.image_size, self.thumbnail)
-
-    def prompt(self, turns, tiles):
-        """[(question, answer), ..., (question, None)] and each picture's tiles -> (ids (T,), tiles (N, 3, s, s))."""
-        counts, per_tile = [len(t) for t in tiles], self.model.vision.tokens_per_tile
-        return chat_ids(self.tokenizer, self.template, turns, counts, per_tile), torch.cat(tiles) if tiles else None
-
-    def answers(self, prompts, **settings):
-        """[(ids, tiles), ...] -> answers, all generated together."""
-        ids, tiles = [ids for ids, _ in prompts], [tiles for _, tiles in prompts]
-        ids = generate(self.model, ids, tiles, **self.settings | settings)
-        return [self.tokenizer.decode(one, skip_special=True).strip() for one in ids]
-
-    def stream(self, ids, tiles):
-        """Yield the answer piece by piece; a character of several tokens comes when it is whole."""
-        said, shown = [], ""
-        for token in itertools.chain(generate_stream(self.model, ids, tiles, **self.settings), [None]):
-            said += [] if token is None else [token]
-            text = self.tokenizer.decode(said, skip_special=True).lstrip()
-            text = text.rstrip() if token is None else text.rstrip("\ufffd").rstrip()      # closing spaces stay unsaid
-            if len(text) > len(shown):
-                yield text[len(shown):]
-                shown = text
 
 def load(cfg):
     """The Assistant of a run; refuses missing pictures before the model is loaded."""

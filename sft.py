@@ -1,12 +1,12 @@
-"""Supervised fine-tuning as a curriculum of rising complexity: knowledge -> instruction -> preference. Everything trains.
+"""Supervised fine-tuning, a curriculum of rising complexity: knowledge -> instruction -> preference; everything trains.
 
     torchrun --nproc_per_node=8 sft.py config/sft_2b.py --init_from=out/pretrain_2b/advance    # 8 GPUs
     python sft.py config/sft_2b.py --init_from=MODEL_FOLDER --data=my.jsonl --stages=instruction --grad_accum_steps=64
     python sft.py config/toy_sft.py                                            # CPU, a minute
     python sft.py config/sft_2b.py --dry_run=True                              # parameters, memory, FLOPs, days
 
-A one-stage run to compare with: --stages=knowledge --knowledge.data=a.jsonl,b.jsonl,c.jsonl. The run folder, the loop and
-the way it goes on are those of train.py; the two differ in their settings only, and a test holds them to it.
+A one-stage run to compare with: --stages=knowledge --knowledge.data=a.jsonl,b.jsonl,c.jsonl. The run folder, the loop
+and the way it goes on are those of train.py; the two differ in their settings only, and a test holds them to it.
 """
 import contextlib, math, os, time
 from dataclasses import dataclass, field
@@ -107,22 +107,23 @@ def main():
 
             # ---- what happened ----
             state = common.next_state(state, step, micro[-1], totals)
-            row = common.step_row(name, step, steps, loss, norm, norms, optimizer, totals, state, start, waited, peak, dist)
+            clock = time.perf_counter() - start, waited
+            row = common.step_row(name, step, steps, loss, norm, norms, optimizer, totals, state, clock, peak, dist)
             if not finite:
                 row["skipped"] = [i for b in micro for i in b["ids"]]
-                common.say(dist, f"WARNING: step {step}: loss {loss}, gradient norm {norm.item()}: not finite, step skipped")
+                common.say(dist, f"WARNING: step {step} skipped: loss {loss}, gradient norm {norm.item()}")
             if dist.is_main:
                 common.log_line(log, row)
                 if step % cfg.print_every == 0 or step == steps:
                     print(common.format_step(row), flush=True)
             if bad_steps >= 3:
-                raise common.RunStopped(f"three steps in a row without a finite loss and gradient; see {out / 'log.jsonl'}")
+                raise common.RunStopped(f"three steps in a row without a finite loss or gradient, see {out}/log.jsonl")
             common.check_quarantine(state, packs.n_bad, out)
             stop = preemption.stop_requested(dist)
             if stop or step % cfg.save_every == 0:
                 common.save_checkpoint(out, first_step + step, model, optimizer, state, dist, cfg.keep)
             if stop:
-                return common.say(dist, f"stopped by a signal at step {step} of {name}, saved; the same command goes on")
+                return common.say(dist, f"stopped by a signal after {name} {step}, saved; the same command goes on")
         # ==== end of the loop ========================================================================================
 
         weights = common.full_state(model)

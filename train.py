@@ -111,22 +111,23 @@ def main():
 
             # ---- what happened ----
             state = common.next_state(state, step, micro[-1], totals)
-            row = common.step_row(name, step, steps, loss, norm, norms, optimizer, totals, state, start, waited, peak, dist)
+            clock = time.perf_counter() - start, waited
+            row = common.step_row(name, step, steps, loss, norm, norms, optimizer, totals, state, clock, peak, dist)
             if not finite:
                 row["skipped"] = [i for b in micro for i in b["ids"]]
-                common.say(dist, f"WARNING: step {step}: loss {loss}, gradient norm {norm.item()}: not finite, step skipped")
+                common.say(dist, f"WARNING: step {step} skipped: loss {loss}, gradient norm {norm.item()}")
             if dist.is_main:
                 common.log_line(log, row)
                 if step % cfg.print_every == 0 or step == steps:
                     print(common.format_step(row), flush=True)
             if bad_steps >= 3:
-                raise common.RunStopped(f"three steps in a row without a finite loss and gradient; see {out / 'log.jsonl'}")
+                raise common.RunStopped(f"three steps in a row without a finite loss or gradient, see {out}/log.jsonl")
             common.check_quarantine(state, packs.n_bad, out)
             stop = preemption.stop_requested(dist)
             if stop or step % cfg.save_every == 0:
                 common.save_checkpoint(out, first_step + step, model, optimizer, state, dist, cfg.keep)
             if stop:
-                return common.say(dist, f"stopped by a signal at step {step} of {name}, saved; the same command goes on")
+                return common.say(dist, f"stopped by a signal after {name} {step}, saved; the same command goes on")
         # ==== end of the loop ========================================================================================
 
         parts = dict(model=(vision, llm), vision=(vision, None))[cfg.export]

@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node=8 train.py config/pretrain_8b.py --data=META.json
 
-Where a value comes from: [P] published for SAIL-VL; [S2] its successor SAIL-VL2 of the same team; [IVL] InternVL2.5, whose
-architecture it shares; [A] arithmetic from published values; [I] our choice. SAIL-VL published no hyper-parameter table.
+Where a value comes from: [P] published for SAIL-VL; [S2] its successor SAIL-VL2 of the same team; [IVL] InternVL2.5,
+whose architecture it shares; [A] arithmetic from published values; [I] our choice. SAIL-VL published no table of them.
 """
 init_from = ""                        # MODEL_FOLDER from `convert.py assemble`; "": random weights, for tests
 out_dir = "out/pretrain_8b"
@@ -16,7 +16,7 @@ max_tiles, min_tiles = 12, 1          # [P] max_dynamic_patch, min_dynamic_patch
 thumbnail = True                      # [P] use_thumbnail
 tokens_per_pack = 8192                # [S2] packed length 8192
 max_tiles_per_pack = 48               # [IVL] at most 48 tiles in a packed row
-grad_accum_steps = 64                 # [A] 8 GPUs x 64 packs x 4 samples of 2048 tokens = [S2] a global batch of 2048 samples
+grad_accum_steps = 64                 # [A] 8 GPUs x 64 packs x 4 samples of 2048 tokens = [S2] batch 2048
 loss_weight = "token"                 # [I] one mean over tokens; InternVL2.5 has "sqrt"
 beta1, beta2, eps = 0.9, 0.999, 1e-8  # [IVL]
 grad_clip = 1.0                       # [IVL]

@@ -15,7 +15,7 @@ max_tiles, min_tiles = 12, 1          # [P] max_dynamic_patch, min_dynamic_patch
 thumbnail = True                      # [P] use_thumbnail
 tokens_per_pack = 8192                # [S2] packed length 8192
 max_tiles_per_pack = 48               # [IVL] at most 48 tiles in a packed row
-grad_accum_steps = 16                 # [A] 8 GPUs x 16 packs x 4 samples of 2048 tokens = [IVL] a global batch of 512
+grad_accum_steps = 16                 # [A] 8 GPUs x 16 packs x 4 samples of 2048 tokens = [IVL] batch 512
 loss_weight = "sqrt"                  # [IVL] "square": 1/sqrt(n) for a sample of n supervised tokens
 beta1, beta2, eps = 0.9, 0.999, 1e-8  # [IVL]
 grad_clip = 1.0                       # [IVL]
@@ -39,7 +39,7 @@ instruction.drop_path = 0.1           # [IVL]
 
 preference.data = ""                  # small and complex: reasoning (Infinity-MM stage 4 is the public part [P])
 preference.steps = 6835               # [A] 3.5M samples [P] / 512
-preference.lr_vision, preference.lr_projector, preference.lr_llm = 2e-5, 2e-5, 2e-5   # [I] half: the last stage is gentle
+preference.lr_vision, preference.lr_projector, preference.lr_llm = 2e-5, 2e-5, 2e-5   # [I] half, at the end
 preference.warmup_steps = 205         # [IVL] 3 %
 preference.weight_decay = 0.01        # [IVL]
 preference.drop_path = 0.1            # [IVL]

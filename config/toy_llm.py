@@ -1,4 +1,6 @@
-"""The toy world's own language model: what Qwen2.5 is to the real recipe. torchrun --nproc_per_node=2 train.py config/toy_llm.py
+"""The toy world's own language model: what Qwen2.5 is to the real recipe.
+
+    OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 train.py config/toy_llm.py
 
 Text only: every picture is given as the words of its cells, in the places where visual tokens will stand.
 Data first: python toy.py --out=shards/toy_llm --n=160000 --seed=102 --parts=text

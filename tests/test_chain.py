@@ -1,4 +1,4 @@
-"""The whole chain, as `make demo` runs it but with a handful of steps: data, assemble, five stages, evaluation, an answer."""
+"""The whole chain as `make demo` runs it, in a handful of steps: data, assemble, five stages, evaluation, an answer."""
 import json, sys
 from pathlib import Path
 
@@ -32,8 +32,8 @@ def test_the_bases_fit_in_three_megabytes_each():
 
 
 def test_the_language_base_answers_every_benchmark_from_words_alone(world, monkeypatch, tmp_path):
-    call(evaluation, monkeypatch, "--model=config/toy_llm", "--image_as=words", f"--data_dir={world}/toy", "--benchmarks=toy",
-         f"--out_dir={tmp_path}")
+    call(evaluation, monkeypatch, "--model=config/toy_llm", "--image_as=words", f"--data_dir={world}/toy",
+         "--benchmarks=toy", f"--out_dir={tmp_path}")
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["overall"] >= 90, results
 
@@ -43,7 +43,8 @@ def test_five_stages_evaluation_and_an_answer_run_end_to_end(world, monkeypatch,
     steps = [f"--max_steps={2}", "--save_every=1000"]
     call(train, monkeypatch, "config/toy.py", f"--init_from={world}/start", f"--data={world}/toy/pretrain-*.tar",
          f"--out_dir={world}/pretrain", *steps)
-    call(sft, monkeypatch, "config/toy_sft.py", f"--init_from={world}/pretrain/advance", f"--out_dir={world}/sft", *data, *steps)
+    start = f"--init_from={world}/pretrain/advance"
+    call(sft, monkeypatch, "config/toy_sft.py", start, f"--out_dir={world}/sft", *data, *steps)
     model = world / "sft" / "preference"
     assert load_folder(model)[1]["max_dynamic_patch"] == 4
     call(evaluation, monkeypatch, f"--model={model}", f"--untrained={world}/start", "--controls=True", "--limit=6",

@@ -1,8 +1,7 @@
 """toy.py: exact truth, determinism, a clean split, real tiling."""
-import json, random, time
+import time
 from pathlib import Path
 
-import pytest
 
 import toy
 from data import Tokenizer, open_sources, Packs

@@ -1,5 +1,5 @@
 """train.py and sft.py: what trains, what is frozen, that a run goes on as if nothing had happened, honest refusals."""
-import difflib, json, os, signal, subprocess, sys, time
+import difflib, json, os, signal, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 import sft, toy, train
 
 ROOT = Path(__file__).parent.parent
-TINY = ["--tokenizer=config/toy_tokenizer", "--vision=toy", "--vision.dim=32", "--vision.n_layers=1", "--vision.n_heads=2",
-        "--vision.ffn_dim=64", "--llm=toy", "--llm.dim=32", "--llm.n_layers=1", "--llm.n_heads=2", "--llm.n_kv_heads=1",
-        "--llm.head_dim=16", "--llm.ffn_dim=64", "--num_workers=0", "--max_tiles=4", "--tokens_per_pack=300",
-        "--max_tiles_per_pack=20", "--dtype=float32", "--threads=1", "--seed=7"]
+TINY = """--tokenizer=config/toy_tokenizer --vision=toy --vision.dim=32 --vision.n_layers=1 --vision.n_heads=2
+    --vision.ffn_dim=64 --llm=toy --llm.dim=32 --llm.n_layers=1 --llm.n_heads=2 --llm.n_kv_heads=1 --llm.head_dim=16
+    --llm.ffn_dim=64 --num_workers=0 --max_tiles=4 --tokens_per_pack=300 --max_tiles_per_pack=20 --dtype=float32
+    --threads=1 --seed=7""".split()
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +38,9 @@ def run(script, arguments, monkeypatch):
 
 def launch(script, arguments, ranks=1, **kw):
     """The script as a user starts it; stderr is joined to stdout."""
-    head = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}",
-                                                "--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
-    return subprocess.Popen([*head, script, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **kw)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    return subprocess.Popen([sys.executable, *torchrun, script, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **kw)
 
 
 def weights(folder):
