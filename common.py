@@ -3,22 +3,15 @@
 Nothing here owns a loop, takes a callback or imports another file of ours.
     python common.py plot out/run/log.jsonl [MORE.jsonl ...] loss.png
 """
-
-import fcntl, hashlib, importlib.metadata, json, math, os, platform, random, resource, shutil, signal, socket
-import subprocess, sys, time, warnings
+import datetime, fcntl, functools, hashlib, importlib.metadata, json, math, os, platform, resource, shutil, signal
+import socket, subprocess, sys, time, warnings
 from dataclasses import dataclass, fields
-from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
-import torch.distributed as td
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+import torch, torch.distributed as td, torch.distributed.checkpoint as dcp
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -26,11 +19,9 @@ from torch.utils.checkpoint import checkpoint
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # DCP on one process, which is what is meant
 
 # ---- settings -------------------------------------------------------------------------------------------------------
-
 @dataclass(slots=True)
 class Stage:
     """One stage of a run. A learning rate of 0 freezes the module; where 0 or "" says so, the run's own value holds."""
-
     steps: int = 1000  # optimizer updates in this stage
     data: str = ""  # sources as name=path pairs separated by commas; "": the run's
     lr_vision: float = 0.0  # peak learning rate of the ViT; 0: frozen
@@ -47,13 +38,12 @@ class Stage:
 @dataclass(slots=True)
 class RunConfig:
     """What every training run can set; train.Config and sft.Config add their model and their stages."""
-
     out_dir: str = "out/run"  # the run folder: log.jsonl, config.json, checkpoints/, bad_samples.jsonl, loss.png
     data: str = ""  # sources as name=path pairs separated by commas
     init_from: str = ""  # model folder to start from; "": random weights
     tokenizer: str = ""  # folder of the tokenizer, when init_from is empty
     template: str = "sailvl-chat"  # prompt template
-    stages: str = ""  # names of the stages to run, separated by commas; "": all, in order
+    stages: str = ""  # names of the stages to run, in order, separated by commas
     seed: int = 1234  # of weights, data order and stochastic depth
     init_std: float = 0.02  # of random matrices, where no folder gives weights
     max_steps: int = 0  # caps each stage; 0: no cap
@@ -92,14 +82,11 @@ class RunConfig:
     debug: bool = False  # show tracebacks of refusals
 
 # ---- distributed set-up ---------------------------------------------------------------------------------------------
-
 @dataclass(slots=True, frozen=True)
 class Dist:
     """Where this process stands: rank of world processes, on `device`."""
-
     rank: int = 0
     world: int = 1
-    local_rank: int = 0
     device: torch.device = torch.device("cpu")
 
     @property
@@ -107,38 +94,41 @@ class Dist:
         return self.rank == 0
 
 def setup_distributed(device="auto", timeout_s=600):
-    """Join torchrun's process group where there is one (nccl on CUDA, gloo on CPU). Returns Dist; without torchrun
-    world is 1 and no process group exists. Raises ValueError when the device is not there."""
+    """Join torchrun's process group where there is one (nccl on CUDA, gloo on CPU). Returns Dist."""
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    if kind not in ("cuda", "cpu"):
+    gpu = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    if device not in ("auto", "cuda", "cpu"):
         raise ValueError(f"--device={device}: write auto, cuda or cpu")
-    if kind == "cuda" and local >= torch.cuda.device_count():
-        n = torch.cuda.device_count()
+    if gpu and local >= (n := torch.cuda.device_count()):
         raise ValueError(f"process {local} of this machine finds {n} GPUs; use --nproc_per_node={n} or --device=cpu")
-    where = torch.device("cuda", local) if kind == "cuda" else torch.device("cpu")
-    if kind == "cuda":
-        torch.cuda.set_device(where)
+    where = torch.device("cuda", local) if gpu else torch.device("cpu")
+    if gpu: torch.cuda.set_device(where)
     if "RANK" in os.environ and not td.is_initialized():
-        td.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s),
-                              device_id=where if kind == "cuda" else None)
-    return Dist(rank, world, local, where)
+        td.init_process_group("nccl" if gpu else "gloo", timeout=datetime.timedelta(seconds=timeout_s),
+                              device_id=where if gpu else None)
+    return Dist(rank, world, where)
 
 def all_reduce_sum(tensor, dist):
     """Sum `tensor` over the ranks, in place; returns it."""
-    if dist.world > 1:
-        td.all_reduce(tensor)
+    if dist.world > 1: td.all_reduce(tensor)
     return tensor
 
+def all_reduce_dict(values, dist):
+    """{name: sum over the ranks} of plain numbers, exact up to 2**53."""
+    total = torch.tensor(list(values.values()), dtype=torch.float64, device=dist.device)
+    return dict(zip(values, all_reduce_sum(total, dist).tolist(), strict=True))
+
 def barrier():
-    if td.is_initialized():
-        td.barrier()
+    if td.is_initialized(): td.barrier()
 
 def close_distributed():
-    """Leave the process group, the last thing a script does, so that no rank exits while a collective is cleaned up."""
-    if td.is_initialized():
-        td.barrier()
-        td.destroy_process_group()
+    """The last thing a script does: all ranks leave the process group together. Nothing to do without one."""
+    barrier()
+    if td.is_initialized(): td.destroy_process_group()
+
+def say(dist, text):
+    """Print a line, once."""
+    if dist.is_main: print(text, flush=True)
 
 def compute_dtype(name, device):
     """torch dtype of the arithmetic for a --dtype word: auto is bfloat16 on a GPU that has it, else float32."""
@@ -147,31 +137,21 @@ def compute_dtype(name, device):
     return getattr(torch, name)
 
 def parallelize(model, cfg, dist):
-    """Move the model to its device and spread it over the ranks; returns the module to call.
-
-    DDP copies it, FSDP2 shards parameters, gradients and optimizer state: one unit per transformer block of the
-    language model, and one for all the rest. The ViT belongs to the rest so that a rank whose pack holds no tile may
-    skip a frozen ViT without leaving the others waiting in a collective. Both average gradients over ranks, so the
-    caller scales its loss by the number of ranks to get their sum: loss = loss_sum * world / supervised tokens of the
-    whole step. Call it after `set_trainable`, on a fresh
-    model in each stage. Frozen parameters may be bfloat16.
-    """
+    """Move the model to its device and spread it over the ranks; returns the module to call. On a fresh model in each
+    stage, after `set_trainable`. DDP copies it; FSDP2 shards weights, gradients and moments, one unit per block of the
+    language model and one for the rest: the ViT is of the rest so that a rank whose pack holds no tile may skip a
+    frozen ViT and leave nobody waiting in a collective. Both average: loss = loss_sum * world / supervised tokens."""
     vision, blocks = getattr(model, "vision_model", None), list(model.language_model.model.layers)
     if cfg.activation_checkpointing:
         for block in blocks + (list(vision.encoder.layers) if vision is not None else []):
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # in place: names stay
-    if cfg.parallel == "ddp" or not td.is_initialized():
-        model.to(dist.device)
-        if not td.is_initialized():
-            return model
-        ids = [dist.local_rank] if dist.device.type == "cuda" else None
-        return DistributedDataParallel(model, ids, gradient_as_bucket_view=True)
-    mesh = init_device_mesh(dist.device.type, (dist.world,))
-    dtype = compute_dtype(cfg.dtype, dist.device)
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # in place: names stay
+    if not td.is_initialized(): return model.to(dist.device)
+    if cfg.parallel == "ddp":  # without device_ids, with which DDP would move cu_seqlens to the GPU
+        return DistributedDataParallel(model.to(dist.device), gradient_as_bucket_view=True)
+    mesh, dtype = td.init_device_mesh(dist.device.type, (dist.world,)), compute_dtype(cfg.dtype, dist.device)
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)  # so that loss weights stay fp32
     for unit in [*blocks, model]:
         fully_shard(unit, mesh=mesh, mp_policy=policy)
-    register_fsdp_forward_method(model, "logits")
     return model
 
 def unwrap(model):
@@ -179,40 +159,36 @@ def unwrap(model):
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 def set_gradient_sync(model, on):
-    """Before each micro-batch's forward: DDP adds up over ranks only in the last one of a step. FSDP always does,
-    because gradients that wait unsharded would cost the memory it is there to save."""
+    """Before each forward: DDP adds up over ranks in a step's last micro-batch only; FSDP, to save memory, in each."""
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = on
 
 def full_state(model):
-    """{name: whole tensor} of parameters and buffers, on the CPU, on rank 0; {} on the other ranks. All ranks call it.
-    A tensor that lives on the CPU is the live one."""
-    main, state = not td.is_initialized() or td.get_rank() == 0, {}
+    """{name: whole tensor on the CPU} on rank 0, {} on the others; all ranks call it. CPU tensors are the live ones."""
+    state = {}
     for name, tensor in unwrap(model).state_dict().items():
         tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if main:
+        if not td.is_initialized() or td.get_rank() == 0:
             state[name] = tensor.detach().cpu()
     return state
 
 # ---- what trains, and how fast --------------------------------------------------------------------------------------
-
 MODULES = (("vision_model", "lr_vision"), ("mlp1", "lr_projector"), ("language_model", "lr_llm"))
 NO_DECAY = ("embed_tokens.weight", "class_embedding", "position_embedding")  # and everything with one dimension
 
 def parts(model, stage):
     """[(name, module, peak learning rate)] of the modules this model has."""
-    model = unwrap(model)
-    return [(name, getattr(model, name), getattr(stage, lr)) for name, lr in MODULES
-            if getattr(model, name, None) is not None]
+    found = [(name, getattr(unwrap(model), name, None), getattr(stage, lr)) for name, lr in MODULES]
+    return [part for part in found if part[1] is not None]
 
 def set_trainable(model, stage):
-    """Freeze the modules whose learning rate is 0, train the others; returns which of (ViT, projector, language model)
-    train. Raises ValueError when none does."""
-    for _, module, lr in parts(model, stage):
-        module.requires_grad_(lr > 0)
-    if not any(lr > 0 for _, _, lr in parts(model, stage)):
+    """Freeze the modules of learning rate 0; returns which of (ViT, projector, language model) are here and train."""
+    trained = {name for name, _, lr in parts(model, stage) if lr > 0}
+    for name, module, _ in parts(model, stage):
+        module.requires_grad_(name in trained)
+    if not trained:
         raise ValueError("this stage trains nothing: set one of lr_vision, lr_projector, lr_llm above 0")
-    return tuple(getattr(stage, lr) > 0 for _, lr in MODULES)
+    return tuple(name in trained for name, _ in MODULES)
 
 def set_dtypes(model, dtype):
     """What trains is kept in fp32, the master copy of the optimizer; what is frozen in the dtype of the arithmetic."""
@@ -221,11 +197,8 @@ def set_dtypes(model, dtype):
 
 def stage_table(model, stage):
     """Rows (module, parameters, trainable parameters, peak learning rate, weight decay); tied weights count once."""
-    rows = []
-    for name, module, lr in parts(model, stage):
-        n = sum(p.numel() for p in module.parameters())
-        rows.append((name, n, n if lr > 0 else 0, lr, stage.weight_decay if lr > 0 else 0.0))
-    return rows
+    sizes = [(name, sum(p.numel() for p in module.parameters()), lr) for name, module, lr in parts(model, stage)]
+    return [(name, n, n * (lr > 0), lr, stage.weight_decay * (lr > 0)) for name, n, lr in sizes]
 
 def print_stage_table(title, rows):
     print(f"{title:16s} {'parameters':>15s} {'trainable':>15s} {'lr':>9s} {'weight decay':>13s}")
@@ -233,100 +206,78 @@ def print_stage_table(title, rows):
         print(f"{name:16s} {n:15,d} {trainable:15,d} {lr:9.2g} {decay:13.3g}")
     print(f"{'total':16s} {sum(r[1] for r in rows):15,d} {sum(r[2] for r in rows):15,d}", flush=True)
 
-def param_groups(model, stage):
-    """Optimizer groups: each trained module once with decay (matrices) and once without (norms, biases, embeddings,
-    layer scales). Keys: params, name, lr, base_lr (peak; the loop sets lr = base_lr * lr_scale(...)), weight_decay."""
+def make_optimizer(model, stage, cfg):
+    """AdamW; each trained module is a group with decay (matrices) and one without (norms, biases, embeddings, layer
+    scales), named MODULE/decay and MODULE/no_decay. The loop sets lr = base_lr * lr_scale(...) of each group."""
     groups = []
     for name, module, lr in parts(model, stage):
-        for decay in (True, False):
-            params = [p for n, p in module.named_parameters()
-                      if p.requires_grad and decay == (p.ndim >= 2 and not n.endswith(NO_DECAY))]
+        for kind, decay in (("decay", stage.weight_decay), ("no_decay", 0.0)):
+            params = [p for n, p in module.named_parameters() if p.requires_grad
+                      and (kind == "decay") == (p.ndim >= 2 and not n.endswith(NO_DECAY))]
             if params:
-                groups.append({"params": params, "name": f"{name}/{'decay' if decay else 'no_decay'}", "lr": lr,
-                               "base_lr": lr, "weight_decay": stage.weight_decay if decay else 0.0})
-    return groups
-
-def make_optimizer(model, stage, cfg):
-    """AdamW (fused) over `param_groups`."""
-    return torch.optim.AdamW(param_groups(model, stage), betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+                groups.append(dict(params=params, name=f"{name}/{kind}", lr=lr, base_lr=lr, weight_decay=decay))
+    return torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
 
 def lr_scale(step, stage_steps, warmup, min_ratio):
-    """Share of the peak learning rate at update `step` (from 0) of a stage: linear warm-up, then cosine to
-    min_ratio."""
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
+    """Share of the peak rate at update `step` (from 0) of a stage: linear warm-up, then cosine to min_ratio."""
+    if step < warmup: return (step + 1) / (warmup + 1)
     done = min(1.0, (step - warmup) / max(1, stage_steps - warmup))
     return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * done))
 
 def clip_grad_norm(model, max_norm):
-    """Scale all gradients so that their norm is at most max_norm (0: leave them). Returns (norm before, {module:
-    norm}), 0-d fp32 tensors, the same on all ranks. Not finite when any gradient is not."""
-    modules = {name: [p.grad for p in module.parameters() if p.grad is not None]
-               for name, module, _ in parts(model, Stage())}
-    sharded = any(isinstance(g, DTensor) for grads in modules.values() for g in grads)
-    modules = {name: [g.to_local() if sharded else g for g in grads] for name, grads in modules.items() if grads}
-    assert modules, "clip_grad_norm: no parameter has a gradient"
-    squares = torch.stack([torch.nn.utils.get_total_norm(grads) ** 2 for grads in modules.values()])
-    if sharded:
-        td.all_reduce(squares)  # each rank holds its shard
+    """Scale all gradients to a norm of at most max_norm (0: leave them). Returns (norm before, {module: norm}), 0-d
+    fp32 tensors, the same on all ranks; not finite when any gradient is not."""
+    sharded = isinstance(next(model.parameters()), DTensor)
+    grads = {name: [p.grad.to_local() if sharded else p.grad for p in module.parameters() if p.grad is not None]
+             for name, module, _ in parts(model, Stage())}
+    grads = {name: tensors for name, tensors in grads.items() if tensors}
+    squares = torch.stack([torch.nn.utils.get_total_norm(tensors) ** 2 for tensors in grads.values()])
+    if sharded: td.all_reduce(squares)  # each rank holds its shard
     total = squares.sum().sqrt()
-    if max_norm > 0:
-        scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_([g for grads in modules.values() for g in grads], scale)
-    return total, dict(zip(modules, squares.sqrt(), strict=True))
+    if max_norm > 0: torch._foreach_mul_(sum(grads.values(), []), (max_norm / (total + 1e-6)).clamp(max=1.0))
+    return total, dict(zip(grads, squares.sqrt(), strict=True))
 
 def seed_everything(*parts):
-    """Seed torch, numpy and random from integers, e.g. (seed, step, rank): called so before each step, a resumed run
-    draws the same numbers as an undisturbed one and no generator state has to be saved."""
-    seed = int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
+    """Seed torch from integers, (seed, step, rank): a resumed run draws the same numbers without a saved state."""
+    torch.manual_seed(int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1))
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 # checkpoints/step_00001234/ holds DCP files (which reshard when the number of ranks changes), state.json and, written
 # last, manifest.json with size and sha256 of each. The folder has a temporary name until all of it is on the disk.
-
 def write_atomic(path, text):
-    """Write a small file whole or not at all: temporary name, fsync, rename."""
-    tmp = Path(f"{path}.tmp")
-    with open(tmp, "w", encoding="utf-8") as f:
+    """Write a small file whole or not at all, for good: temporary name, fsync, rename, fsync of the folder."""
+    with open(f"{path}.tmp", "w", encoding="utf-8") as f:
         f.write(text)
         f.flush()
         os.fsync(f.fileno())
-    os.replace(tmp, path)
+    os.replace(f"{path}.tmp", path)
+    folder = os.open(Path(path).parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
 
-def fsync_folder(path):
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def sha256(path):
+    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
 def tensors_of(model, optimizer):
-    """{name: tensor} of weights and AdamW moments, the same names for a plain, DDP or FSDP model. The tensors are the
-    live ones. Rates, betas and decay are not among them: on resume the configuration's count."""
-    named = dict(unwrap(model).named_parameters())
-    state = {f"model.{name}": p.detach() for name, p in named.items()}
-    names = {p: name for name, p in named.items()}
-    for p in (p for group in optimizer.param_groups for p in group["params"]) if optimizer else ():
-        moments = optimizer.state[p]
-        if not moments:  # before the first step, to be filled by load_checkpoint
-            moments["step"] = torch.zeros((), device=p.device)
-            moments["exp_avg"], moments["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-        state |= {f"optimizer.{names[p]}.{key}": value for key, value in moments.items()}
+    """{name: live tensor} of weights and AdamW moments; the names are the same for a plain, DDP or FSDP model. Rates,
+    betas and decay are not among them: on resume the configuration's count."""
+    state = {}
+    for name, p in unwrap(model).named_parameters():
+        state[f"model.{name}"] = p.detach()
+        if p.requires_grad:
+            moments = optimizer.state[p]
+            if not moments:  # before the first step, to be filled by load_checkpoint
+                moments["step"] = torch.zeros((), device=p.device)
+                moments["exp_avg"], moments["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+            state |= {f"optimizer.{name}.{key}": value for key, value in moments.items()}
     return state
 
 def save_checkpoint(out_dir, step, model, optimizer, state, dist, keep):
-    """Write checkpoints/step_{step:08d}/ and prune to the newest max(2, keep) good ones. All ranks call it; `state` is
-    any JSON value, rank 0's counts. A crash at any point leaves the earlier checkpoints as they were. Raises
-    OSError."""
+    """Write checkpoints/step_{step:08d}/ and delete all but the newest max(2, keep) good ones. All ranks call it;
+    `state`, any JSON value, is rank 0's. A crash at any point leaves the earlier ones as they were. Raises OSError."""
     final = Path(out_dir) / "checkpoints" / f"step_{step:08d}"
-    tmp = final.with_name(f".tmp_{final.name}")
-    tensors = tensors_of(model, optimizer)
+    tmp, tensors = final.with_name(f".tmp_{final.name}"), tensors_of(model, optimizer)
     if dist.is_main:
-        if damage(final) is not None:
-            shutil.rmtree(final, ignore_errors=True)
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir(parents=True)
         need, free = sum(t.numel() * t.element_size() for t in tensors.values()), shutil.disk_usage(tmp).free
@@ -336,75 +287,56 @@ def save_checkpoint(out_dir, step, model, optimizer, state, dist, keep):
     barrier()
     try:
         dcp.save(tensors, checkpoint_id=tmp, no_dist=not td.is_initialized())  # each rank its share, with fsync
-    except CheckpointException as e:
+    except dcp.CheckpointException as e:
         causes = "; ".join(f"rank {r}: {failure[0]}" for r, failure in e.failures.items())
         raise OSError(f"{tmp}: the checkpoint could not be written ({causes}); is the disk full?") from e
-    mine = list(tmp.glob(f"__{dist.rank}_*.distcp"))  # each rank reads back what it wrote
+    written = list(tmp.glob(f"__{dist.rank}_*.distcp"))  # each rank reads back what it wrote
     if dist.is_main:
         write_atomic(tmp / "state.json", json.dumps(state))
-        mine += [tmp / ".metadata", tmp / "state.json"]
-    entries = [{f.name: [f.stat().st_size, sha256(f)] for f in mine}]
-    if td.is_initialized():
-        mine, entries = entries[0], [None] * dist.world
-        td.all_gather_object(entries, mine)
+        written += [tmp / ".metadata", tmp / "state.json"]
+    files = {f.name: [f.stat().st_size, sha256(f)] for f in written}
+    everyone = [files] * dist.world
+    if dist.world > 1: td.all_gather_object(everyone, files)
     if dist.is_main:
-        files = {name: entry for part in entries for name, entry in sorted(part.items())}
+        files = {name: entry for part in everyone for name, entry in sorted(part.items())}
         write_atomic(tmp / "manifest.json", json.dumps({"step": step, "files": files}, indent=1))
-        fsync_folder(tmp)
-        if final.exists():  # resumed here and stopped again before the next step: nothing new
-            shutil.rmtree(tmp)
-        else:
+        if damage(final):  # not there yet, or spoilt; a good one of this step stays
+            shutil.rmtree(final, ignore_errors=True)
             os.rename(tmp, final)
-        fsync_folder(final.parent)
         write_atomic(final.parent / "latest", final.name + "\n")
-        prune(final.parent, keep)
+        good = 0
+        for path in sorted(final.parent.glob("step_*"), reverse=True):
+            if good >= max(2, keep):
+                os.rename(path, tmp.with_name(f".tmp_{path.name}"))  # an interrupted deletion must not look like damage
+            good += damage(path, hashes=False) is None
+        for leftover in final.parent.glob(".tmp_*"): shutil.rmtree(leftover)
     barrier()
 
-def prune(folder, keep):
-    """Delete all but the newest max(2, keep) checkpoints whose manifest and file sizes are right."""
-    good = 0
-    for path in sorted(folder.glob("step_*"), reverse=True):
-        if good >= max(2, keep):
-            os.rename(path, folder / f".tmp_{path.name}")  # so that an interrupted deletion is not taken for damage
-            shutil.rmtree(folder / f".tmp_{path.name}")
-        good += damage(path, hashes=False) is None
-
-def sha256(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
 def damage(path, hashes=True):
-    """What is wrong with a checkpoint folder, in words; None when every file has the size and sha256 of the
-    manifest."""
+    """What is wrong with a checkpoint folder, in words; None: all files have the size and sha256 of the manifest."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         if f"step_{manifest['step']:08d}" != path.name:
             return f"manifest.json belongs to step {manifest['step']}"
         for name, (size, digest) in manifest["files"].items():
-            if not (path / name).is_file():
-                return f"{name} is missing"
             if (path / name).stat().st_size != size:
                 return f"{name} has {(path / name).stat().st_size} bytes, not {size}"
             if hashes and sha256(path / name) != digest:
                 return f"{name} has changed since it was written (sha256)"
-    except FileNotFoundError:
-        return "manifest.json is missing"
+    except FileNotFoundError as e:
+        return f"{Path(e.filename).name} is missing"
     except (ValueError, KeyError, TypeError, AttributeError):
         return "manifest.json is not readable"
 
 def find_checkpoint(out_dir, dist=Dist()):
-    """Path of the newest checkpoint that verifies, or None; a loud line for each damaged one. All ranks get rank
-    0's."""
+    """Path of the newest checkpoint that verifies, or None; a loud line per damaged one. All ranks get rank 0's."""
     found = [None]
-    if dist.is_main:
-        for path in sorted((Path(out_dir) / "checkpoints").glob("step_*"), reverse=True):
-            reason = damage(path)
-            if reason is None:
-                found = [path]
-                break
-            print(f"WARNING: DAMAGED CHECKPOINT {path}: {reason}; trying the one before", file=sys.stderr, flush=True)
-    if dist.world > 1:
-        td.broadcast_object_list(found)
+    for path in sorted(Path(out_dir).glob("checkpoints/step_*"), reverse=True) if dist.is_main else ():
+        if not (reason := damage(path)):
+            found = [path]
+            break
+        print(f"WARNING: DAMAGED CHECKPOINT {path}: {reason}; trying the one before", file=sys.stderr, flush=True)
+    if dist.world > 1: td.broadcast_object_list(found)
     return found[0]
 
 def read_state(path):
@@ -412,14 +344,12 @@ def read_state(path):
     return json.loads((Path(path) / "state.json").read_text())
 
 def load_checkpoint(path, model, optimizer, dist):
-    """Fill model and optimizer (None: weights only) in place, at any number of ranks; returns the saved state. Raises
-    ValueError naming the tensors that do not fit."""
-    tensors = tensors_of(model, optimizer)
-    saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    wrong = [f"{name} is {tuple(saved[name].size) if name in saved else 'not there'}, here {tuple(t.shape)}"
-             for name, t in tensors.items() if name not in saved or saved[name].size != t.shape]
-    wrong += [f"{name} is {tuple(s.size)}, here not known" for name, s in saved.items()
-              if name not in tensors and (optimizer or name.startswith("model."))]
+    """Fill model and optimizer in place, at any number of ranks; returns the saved state. Raises ValueError naming the
+    tensors that do not fit."""
+    tensors, saved = tensors_of(model, optimizer), dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    here, there = {k: tuple(t.shape) for k, t in tensors.items()}, {k: tuple(t.size) for k, t in saved.items()}
+    wrong = [f"{name} is {there.get(name, 'not there')}, here {here.get(name, 'not known')}"
+             for name in here | there if here.get(name) != there.get(name)]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(f"{path} does not fit this model: {'; '.join(wrong[:3])}{more}. Go on with the configuration "
@@ -428,15 +358,11 @@ def load_checkpoint(path, model, optimizer, dist):
     return read_state(path)
 
 # ---- the run folder -------------------------------------------------------------------------------------------------
-
 LOCKS = []  # open files; a lock lasts as long as the process
 
 def lock_run_folder(out_dir):
-    """Take the run folder for this process (rank 0 calls it), then remove what an interrupted save left behind.
-
-    Raises ValueError naming the holder. The lock is fcntl's, which the system releases when the process ends, however
-    it ends, and which forked data workers do not inherit.
-    """
+    """Take the run folder (rank 0), then remove what an interrupted save left. Raises ValueError naming the holder. The
+    lock is fcntl's: the system releases it however the process ends, and forked data workers do not inherit it."""
     Path(out_dir).mkdir(parents=True, exist_ok=True)
     f = open(Path(out_dir) / "lock", "a+", encoding="utf-8")
     try:
@@ -446,79 +372,69 @@ def lock_run_folder(out_dir):
         raise ValueError(f"{out_dir} is in use by {f.read().strip() or 'another process'}; wait for it, stop it, or "
                          "choose another --out_dir") from None
     f.truncate(0)
-    f.write(f"process {os.getpid()} on {socket.gethostname()}")
-    f.flush()
+    print(f"process {os.getpid()} on {socket.gethostname()}", file=f, flush=True)
     LOCKS.append(f)
-    for leftover in (Path(out_dir) / "checkpoints").glob(".tmp_*"):
-        shutil.rmtree(leftover)
+    for leftover in Path(out_dir).glob("checkpoints/.tmp_*"): shutil.rmtree(leftover)
 
 class Preemption:
     """SIGTERM and SIGUSR1 ask for a checkpoint at the next step boundary. Create it before the first slow thing."""
-
     def __init__(self):
-        self.received, self.parent = None, os.getppid()
+        self.signals, self.parent = [], os.getppid()
         for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self.on_signal)
-
-    def on_signal(self, number, frame):
-        self.received = signal.Signals(number).name
+            signal.signal(number, lambda number, frame: self.signals.append(number))
 
     def stop_requested(self, dist):
-        """True on all ranks when any rank was asked to stop. All ranks call it, once per step. Raises RunStopped in a
-        worker whose torchrun has died: an orphan must not write into the folder of the job that takes its place."""
+        """True on all ranks, which all call it once per step, when any was asked to stop. Raises RunStopped in a worker
+        whose torchrun has died: an orphan must not write into the folder of the job that takes its place."""
         if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent:
             raise RunStopped("torchrun has ended, so this worker ends too; the same command goes on")
-        return bool(all_reduce_sum(torch.tensor(int(self.received is not None), device=dist.device), dist).item())
+        return all_reduce_sum(torch.tensor(len(self.signals), device=dist.device), dist).item() > 0
+
+class RunStopped(ValueError):
+    """The run ended itself; the message says why."""
 
 def open_log(out_dir):
     """Open log.jsonl for appending; a last line torn by a crash is cut off first."""
-    path = Path(out_dir) / "log.jsonl"
-    if path.exists():
-        with open(path, "rb+") as f:
-            f.truncate(f.read().rfind(b"\n") + 1)
-    return open(path, "ab", buffering=0)
+    f = open(Path(out_dir) / "log.jsonl", "ab+", buffering=0)
+    f.seek(0)
+    f.truncate(f.read().rfind(b"\n") + 1)
+    return f
 
 def log_line(f, row):
     """Append one row as one write. Numbers that are not finite become null, so that every reader takes the line."""
     row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     f.write((json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
-def write_run_config(out_dir, values, origins):
-    """config.json: `values` (configurator.resolved) with their `origins`, argv, versions, machine, commit of this
-    code."""
-    def git(*words):
-        here = Path(__file__).resolve().parent
-        done = subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else None
+def log_bad(out_dir, records):
+    """Append unreadable records to bad_samples.jsonl, one write per line."""
+    for record in records:
+        with open(Path(out_dir) / "bad_samples.jsonl", "ab", buffering=0) as f:
+            log_line(f, record)
 
+def write_run_config(out_dir, values, origins):
+    """config.json: `values` (configurator.resolved), their `origins`, argv, versions, machine, commit of this code."""
+    describe, here = "git describe --always --abbrev=40 --exclude=* --dirty".split(), Path(__file__).resolve().parent
     try:
-        commit, changed = git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+        code = subprocess.run(describe, cwd=here, capture_output=True, text=True).stdout.strip()  # COMMIT[-dirty]
     except OSError:  # git is not installed
-        commit = changed = None
+        code = ""
     packages = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
     versions = {name: packages.get(name) for name in ("torch", "numpy", "pillow", "tiktoken", "safetensors", "tqdm")}
-    record = {"config": values, "origins": origins, "argv": sys.argv, "commit": commit, "uncommitted_changes": changed,
+    record = {"config": values, "origins": origins, "argv": sys.argv, "commit": code.removesuffix("-dirty") or None,
+              "uncommitted_changes": code.endswith("-dirty") if code else None,
               "versions": {"python": platform.python_version(), **versions}, "host": socket.gethostname(),
               "world": int(os.environ.get("WORLD_SIZE", 1)), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
               "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
     write_atomic(Path(out_dir) / "config.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
-class RunStopped(ValueError):
-    """The run ended itself; the message says why."""
-
 def named_stages(cfg):
     """[(name, Stage), ...] of cfg.stages, in order. Raises ValueError naming the stages there are."""
-    known = [f.name for f in fields(cfg) if isinstance(getattr(cfg, f.name), Stage)]
+    known = {f.name: getattr(cfg, f.name) for f in fields(cfg) if isinstance(getattr(cfg, f.name), Stage)}
     names = [name.strip() for name in cfg.stages.split(",") if name.strip()]
     for name in names:
         if name not in known:
             raise ValueError(f"--stages: unknown stage {name!r}, choose from {', '.join(known)}")
-    return [(name, getattr(cfg, name)) for name in names]
-
-def say(dist, text):
-    """Print a line, once."""
-    if dist.is_main:
-        print(text, flush=True)
+    return [(name, known[name]) for name in names]
 
 def open_run(cfg, values, origins, stages, dist):
     """Take the run folder, write config.json, find the newest good checkpoint (None: start anew). All ranks call it."""
@@ -531,28 +447,26 @@ def open_run(cfg, values, origins, stages, dist):
     for name, stage in stages:
         if not (cfg.data or stage.data):
             raise ValueError(f"stage {name} has no data: give --data=PATH or {name}.data in the config")
-    if dist.is_main:
-        lock_run_folder(out)
+    if dist.is_main: lock_run_folder(out)
     barrier()
     checkpoint = find_checkpoint(out, dist)
     if cfg.resume == "never" and (checkpoint or any((out / name / "config.json").exists() for name, _ in stages)):
         raise ValueError(f"{out} holds an earlier run and --resume=never; choose another --out_dir or remove it")
-    if dist.is_main:
-        write_run_config(out, values, origins)
+    if dist.is_main: write_run_config(out, values, origins)
     barrier()
     return checkpoint
 
 def resume(checkpoint, name, fingerprint, model, optimizer, dist):
     """State of stage `name`: that of the checkpoint, weights and moments loaded, if it is of this stage; else a new
     one. Raises ValueError when the data are not those of the checkpoint."""
-    if checkpoint and read_state(checkpoint)["stage"] == name:
-        state = read_state(checkpoint)
-        if state["fingerprint"] != fingerprint:
-            raise ValueError(f"the data of stage {name} changed since {checkpoint} was written; go on with the same "
-                             "data or start anew in another --out_dir")
-        return load_checkpoint(checkpoint, model, optimizer, dist)
-    return {"stage": name, "step": 0, "fingerprint": fingerprint, "position": [0, 0, 0], "counts": {}, "quarantined": 0,
-            "tokens_seen": 0, "samples_seen": 0}
+    state = read_state(checkpoint) if checkpoint else {}
+    if state.get("stage") != name:
+        zeros = dict.fromkeys(("step", "quarantined", "tokens_seen", "samples_seen"), 0)
+        return {"stage": name, "fingerprint": fingerprint, "position": [0, 0, 0], "counts": {}, **zeros}
+    if state["fingerprint"] != fingerprint:
+        raise ValueError(f"the data of stage {name} changed since {checkpoint} was written; go on with the same data "
+                         "or start anew in another --out_dir")
+    return load_checkpoint(checkpoint, model, optimizer, dist)
 
 def announce(out_dir, name, model, stage, packs, state, dist):
     """Print what this stage trains on what, and note the records that its index could not read."""
@@ -563,27 +477,17 @@ def announce(out_dir, name, model, stage, packs, state, dist):
         print(f"{packs.n:,} samples in {len(packs.sources)} sources, {packs.n_bad} unreadable; "
               f"{'goes on at' if state['step'] else 'starts at'} step {state['step']}", flush=True)
 
-def log_bad(out_dir, records):
-    """Append unreadable records to bad_samples.jsonl, one write per line."""
-    if records:
-        with open(Path(out_dir) / "bad_samples.jsonl", "ab", buffering=0) as f:
-            for record in records:
-                log_line(f, record)
-
 def check_quarantine(state, n_bad, out_dir):
     """Stop a run whose data are rotten: more than max(100, 1 % of the samples seen) unreadable. Raises RunStopped."""
-    bad = n_bad + state["quarantined"]
-    if bad > max(100, 0.01 * (state["samples_seen"] + n_bad)):
-        raise RunStopped(f"{bad} unreadable samples of {state['samples_seen'] + n_bad}: see "
-                         f"{Path(out_dir) / 'bad_samples.jsonl'} and mend or remove them")
+    bad, seen = n_bad + state["quarantined"], n_bad + state["samples_seen"]
+    if bad > max(100, 0.01 * seen):
+        raise RunStopped(f"{bad} unreadable samples of {seen}: see {out_dir}/bad_samples.jsonl and mend or remove them")
 
 def next_state(state, step, batch, totals):
     """What a checkpoint after this step must know: where the data go on, and the counts so far."""
+    counters = (("quarantined", "bad"), ("tokens_seen", "tokens"), ("samples_seen", "samples"))
     return state | {"step": step, "position": batch["position"], "counts": batch["counts"],
-                    "quarantined": state["quarantined"] + int(totals["bad"]),
-                    "tokens_seen": state["tokens_seen"] + int(totals["tokens"]),
-                    "samples_seen": state["samples_seen"] + int(totals["samples"])}
-
+                    **{key: state[key] + int(totals[new]) for key, new in counters}}
 
 def step_row(name, step, steps, loss, norm, norms, optimizer, totals, state, clock, peak, dist):
     """The line of log.jsonl of one step; clock: its seconds, and those of them that it waited for data. mfu is strict:
@@ -595,18 +499,11 @@ def step_row(name, step, steps, loss, norm, norms, optimizer, totals, state, clo
             **{k: int(totals[k]) for k in ("tokens", "tiles", "supervised", "samples")}, "seconds": seconds,
             "tokens_per_s": totals["tokens"] / seconds, "tiles_per_s": totals["tiles"] / seconds,
             "mfu": totals["flops"] / seconds / (peak * dist.world) if peak else None, "data_wait": waited / seconds,
-            "memory_gb": peak_memory_gb(), "tokens_seen": state["tokens_seen"], "samples_seen": state["samples_seen"],
+            "memory_gb": peak_memory_gb(), **{k: state[k] for k in ("tokens_seen", "samples_seen", "quarantined")},
             "dropped": sum(n for reason, n in state["counts"].items() if reason != "used"),
-            "quarantined": state["quarantined"], "eta_s": seconds * (steps - step)}
-
-
-def all_reduce_dict(values, dist):
-    """{name: sum over the ranks} of plain numbers, exact up to 2**53."""
-    total = torch.tensor(list(values.values()), dtype=torch.float64, device=dist.device)
-    return dict(zip(values, all_reduce_sum(total, dist).tolist(), strict=True))
+            "eta_s": seconds * (steps - step)}
 
 # ---- numbers to look at ---------------------------------------------------------------------------------------------
-
 # Dense bf16 tensor-core FLOP/s from the vendor's data sheets; the first name that occurs in the device's name counts.
 PEAK_FLOPS = (("GB200", 2500e12), ("B300", 2250e12), ("B200", 2250e12), ("H100 PCIe", 756e12), ("H100 NVL", 835e12),
               ("H100", 989e12), ("H200", 989e12), ("H800", 989e12), ("H20", 148e12), ("A100", 312e12), ("A800", 312e12),
@@ -615,75 +512,52 @@ PEAK_FLOPS = (("GB200", 2500e12), ("B300", 2250e12), ("B200", 2250e12), ("H100 P
 
 def peak_flops(device):
     """Peak bf16 FLOP/s of one device; None where it is not known (any CPU): no MFU rather than a wrong one."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for part, flops in PEAK_FLOPS if part.lower() in name.lower()), None)
+    name = torch.cuda.get_device_name(device).lower() if device.type == "cuda" else ""
+    return next((flops for part, flops in PEAK_FLOPS if part.lower() in name), None)
 
 def peak_memory_gb():
     """Most memory this process has held so far, in GB (1e9 bytes): allocated on the GPU, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 def format_step(row):
-    """The printed line of one step from its log row: stage, step (of the stage, from 1), steps, loss, lr ({module:
-    rate} or a number), tokens_per_s, tiles_per_s, mfu (0-1 or None), data_wait (0-1, share of the step's time),
-    memory_gb, dropped, quarantined, eta_s."""
-    lr = row["lr"] if isinstance(row["lr"], dict) else {"": row["lr"]}
-    rates = " ".join(f"{name}{' ' if name else ''}{value:.1e}" for name, value in lr.items() if value)
-    minutes, seconds = divmod(int(row["eta_s"]), 60)
+    """The printed line of one step from its row of log.jsonl (`step_row`)."""
+    rates = " ".join(f"{name} {value:.1e}" for name, value in row["lr"].items() if value)
     mfu = "n/a" if row["mfu"] is None else f"{100 * row['mfu']:.1f}%"
     return (f"{row['stage']} {row['step']}/{row['steps']} | loss {row['loss']:.4f} | lr {rates} | "
             f"{row['tokens_per_s']:,.0f} tok/s {row['tiles_per_s']:,.1f} tiles/s | mfu {mfu} | "
             f"data wait {100 * row['data_wait']:.0f}% | mem {row['memory_gb']:.1f} GB | dropped {row['dropped']} "
-            f"quarantined {row['quarantined']} | eta {minutes // 60}:{minutes % 60:02d}:{seconds:02d}")
+            f"quarantined {row['quarantined']} | eta {datetime.timedelta(seconds=int(row['eta_s']))}")
 
 def plot_loss(log_paths, png_path):
-    """Loss curves of one or more log.jsonl files: raw thin, smoothed thick, one colour per run and stage. After a
-    resume the later line of a step counts. Returns False, with a line that says so, where matplotlib is not
-    installed."""
+    """Loss curves of log.jsonl files: raw thin, mean over 1/40 of the stage thick, a colour per run and stage. After a
+    resume the later line of a step counts. Returns False, with a line that says so, where matplotlib is missing."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         print(f"{png_path} not drawn: pip install matplotlib")
         return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    log_paths = [log_paths] if isinstance(log_paths, (str, Path)) else log_paths
-    fig, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for log in log_paths:
-        curves = {}  # stage -> {step: loss}
-        for line in Path(log).read_text().splitlines():
-            row = json.loads(line)
-            if row.get("loss") is not None and "step" in row:
-                curves.setdefault(row.get("stage", ""), {})[row["step"]] = row["loss"]
-        start = 0
+    ax = Figure(figsize=(8, 4.5), layout="constrained").subplots()
+    for log in [log_paths] if isinstance(log_paths, (str, Path)) else log_paths:
+        curves, start = {}, 0  # stage -> {step: loss}
+        for row in map(json.loads, Path(log).read_text().splitlines()):
+            if row.get("loss") is not None:
+                curves.setdefault(row["stage"], {})[row["step"]] = row["loss"]
         for stage, points in curves.items():
-            steps = sorted(points)
-            keep, weight, total, smooth = 1 - 1 / max(1.0, len(steps) / 40), 0.0, 0.0, []
-            for step in steps:  # debiased exponential mean over 1/40 of the stage
-                total, weight = keep * total + (1 - keep) * points[step], keep * weight + 1 - keep
-                smooth.append(total / weight)
-            x = [start + step for step in steps]  # step counts from 1 in each stage
-            label = " ".join(filter(None, [Path(log).parent.name if len(log_paths) > 1 else "", stage]))
-            line, = ax.plot(x, smooth, lw=1.8, label=label or None)
-            ax.plot(x, [points[s] for s in steps], lw=0.6, alpha=0.3, color=line.get_color())
+            steps, losses = zip(*sorted(points.items()))
+            x, window = start + np.array(steps), np.ones(max(1, len(steps) // 40))  # step counts from 1 in each stage
+            mean = np.convolve(losses, window, "same") / np.convolve(np.ones(len(steps)), window, "same")
+            line, = ax.plot(x, mean, lw=1.8, label=f"{Path(log).parent.name} {stage}")
+            ax.plot(x, losses, lw=0.6, alpha=0.3, color=line.get_color())
             start = x[-1]
     ax.set(xlabel="step", ylabel="loss (nats per supervised token)")
     ax.grid(alpha=0.3)
-    if ax.get_legend_handles_labels()[1]:
-        ax.legend(frameon=False)
-    fig.savefig(png_path, dpi=120)
-    plt.close(fig)
+    if ax.lines: ax.legend(frameon=False)
+    ax.figure.savefig(png_path, dpi=120)
     return True
 
 if __name__ == "__main__":
-    if len(sys.argv) < 4 or sys.argv[1] != "plot":
-        sys.exit("error: write python common.py plot LOG.jsonl [MORE.jsonl ...] OUT.png")
-    try:
-        plot_loss(sys.argv[2:-1], sys.argv[-1])
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
+    if len(sys.argv) < 4 or sys.argv[1] != "plot" or not all(map(os.path.isfile, sys.argv[2:-1])):
+        sys.exit("error: write python common.py plot LOG.jsonl [MORE.jsonl ...] OUT.png; the logs must exist")
+    plot_loss(sys.argv[2:-1], sys.argv[-1])

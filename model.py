@@ -7,9 +7,8 @@ Shape letters: T tokens of a pack, C width, H query heads, K key/value heads, D 
 P patches per tile, S samples in a pack. During generation T is also the number of rows that decode together.
 Source of the decoder: Qwen2 (arXiv 2407.10671), modeling_qwen2.py in huggingface/transformers.
 """
+import functools, math
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import ClassVar
 
 import torch
 import torch.nn as nn
@@ -22,7 +21,6 @@ from vision import Projector, ViT, normalize, pixel_shuffle, working_dtype
 IGNORE = -100               # the label of a position that is not supervised
 HEAD_ROWS = 4096            # supervised rows that go through the head at once; more are recomputed in the backward pass
 PREFILL_TOKENS = 16384      # prompt tokens that go through the model at once during generation
-
 
 @dataclass(slots=True)
 class LLMConfig:
@@ -37,26 +35,18 @@ class LLMConfig:
     norm_eps: float = 1e-6
     tie_embeddings: bool = False        # the head shares the embedding table
     max_positions: int = 32768
-    PRESETS: ClassVar[dict[str, dict]] = {
+    PRESETS = {
         "qwen2.5-1.5b": {},             # untied, as SAIL-VL-2B is released
         "qwen2.5-7b": dict(vocab_size=152064, dim=3584, n_heads=28, n_kv_heads=4, ffn_dim=18944),
         "toy": dict(vocab_size=1008, dim=128, n_layers=6, n_heads=4, n_kv_heads=2, head_dim=32, ffn_dim=384,
-                    rope_theta=1e4, tie_embeddings=True, max_positions=2048),
-    }
-
+                    rope_theta=1e4, tie_embeddings=True, max_positions=2048)}
 
 # ---- the decoder -----------------------------------------------------------------------------------------------------
 
-class RMSNorm(nn.Module):
-    def __init__(self, dim, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(dim))
-        self.eps = eps
-
+class RMSNorm(nn.RMSNorm):
     def forward(self, x):
         """In fp32 whatever comes in, out in the dtype of the matmul that follows."""
-        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(working_dtype(x))
-
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(working_dtype(x))
 
 def rope_table(positions, head_dim, theta):
     """positions (T,) -> (cos, sin), each (T, 1, D) fp32. sin carries the sign of rotate_half: - in the first half."""
@@ -65,113 +55,73 @@ def rope_table(positions, head_dim, theta):
     cos, sin = angle.cos(), angle.sin()
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
-
 def rotate(x, cos, sin):
     """Rotary position embedding of x (T, heads, D), halves rotated together (arXiv 2104.09864, GPT-NeoX layout)."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
-
-class Attention(nn.Module):
-    def __init__(self, cfg):
-        super().__init__()
-        self.H, self.K, self.D = cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
-        self.q_proj = nn.Linear(cfg.dim, self.H * self.D)
-        self.k_proj = nn.Linear(cfg.dim, self.K * self.D)
-        self.v_proj = nn.Linear(cfg.dim, self.K * self.D)
-        self.o_proj = nn.Linear(self.H * self.D, cfg.dim, bias=False)
-
-    def forward(self, x, rope, attend):                                     # x (T, C)
-        T = x.shape[0]
-        q = rotate(self.q_proj(x).view(T, self.H, self.D), *rope)
-        k = rotate(self.k_proj(x).view(T, self.K, self.D), *rope)
-        v = self.v_proj(x).view(T, self.K, self.D)
-        return self.o_proj(attend(q, k, v).reshape(T, self.H * self.D))
-
-
-class MLP(nn.Module):
-    def __init__(self, cfg):
-        super().__init__()
-        self.gate_proj = nn.Linear(cfg.dim, cfg.ffn_dim, bias=False)
-        self.up_proj = nn.Linear(cfg.dim, cfg.ffn_dim, bias=False)
-        self.down_proj = nn.Linear(cfg.ffn_dim, cfg.dim, bias=False)
-
-    def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 class Block(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.self_attn = Attention(cfg)
-        self.mlp = MLP(cfg)
-        self.input_layernorm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.post_attention_layernorm = RMSNorm(cfg.dim, cfg.norm_eps)
+        C, D, inner = cfg.dim, cfg.head_dim, cfg.ffn_dim
+        self.D = D
+        self.self_attn = nn.ModuleDict(dict(
+            q_proj=nn.Linear(C, cfg.n_heads * D), k_proj=nn.Linear(C, cfg.n_kv_heads * D),
+            v_proj=nn.Linear(C, cfg.n_kv_heads * D), o_proj=nn.Linear(cfg.n_heads * D, C, bias=False)))
+        self.mlp = nn.ModuleDict(dict(
+            gate_proj=nn.Linear(C, inner, bias=False), up_proj=nn.Linear(C, inner, bias=False),
+            down_proj=nn.Linear(inner, C, bias=False)))
+        self.input_layernorm, self.post_attention_layernorm = RMSNorm(C, cfg.norm_eps), RMSNorm(C, cfg.norm_eps)
 
-    def forward(self, x, rope, attend):
-        x = x + self.self_attn(self.input_layernorm(x), rope, attend)
-        return x + self.mlp(self.post_attention_layernorm(x))
-
-
-class Decoder(nn.Module):
-    def __init__(self, cfg):
-        super().__init__()
-        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.dim)
-        self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
-        self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
-
-
-class LanguageModel(nn.Module):
-    def __init__(self, cfg):
-        super().__init__()
-        assert cfg.n_heads % cfg.n_kv_heads == 0, f"{cfg.n_heads} heads do not divide over {cfg.n_kv_heads} kv heads"
-        assert cfg.head_dim % 2 == 0, f"head_dim {cfg.head_dim} must be even for the rotary embedding"
-        self.model = Decoder(cfg)
-        self.lm_head = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
-        if cfg.tie_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
-
+    def forward(self, x, rope, attend):                                     # x (T, C)
+        y, attn, mlp = self.input_layernorm(x), self.self_attn, self.mlp
+        q, k, v = (p(y).view(len(y), -1, self.D) for p in (attn.q_proj, attn.k_proj, attn.v_proj))  # (T, H or K, D)
+        x = x + attn.o_proj(attend(rotate(q, *rope), rotate(k, *rope), v).flatten(1))
+        y = self.post_attention_layernorm(x)
+        return x + mlp.down_proj(F.silu(mlp.gate_proj(y)) * mlp.up_proj(y))
 
 @torch.no_grad()
 def init_weights(module, seed, std=0.02, layer_scale=1.0):
-    """Fill every parameter: matrices normal(0, std), those that write to the residual stream smaller by sqrt(2 * layers)
-    (Radford et al., 2019, section 2.3), token tables normal(0, width**-0.5), biases 0, norms 1, layer scale as given. The
-    numbers are drawn on the CPU, parameter by parameter, and so do not depend on the device."""
+    """Fill every parameter: matrices normal(0, std), those that write to the residual stream smaller by
+    sqrt(2 * layers) (Radford et al., 2019, section 2.3), token tables normal(0, width**-0.5), biases 0, norms 1, layer
+    scale as given. The numbers are drawn on the CPU, parameter by parameter: they do not depend on the device."""
     generator = torch.Generator().manual_seed(seed)
-    depth = {"proj": sum(n.endswith("attn.proj.weight") for n, _ in module.named_parameters()),
-             "o_proj": sum(n.endswith("o_proj.weight") for n, _ in module.named_parameters())}
-    depth |= {"fc2": depth["proj"], "down_proj": depth["o_proj"]}
+    names = [name for name, _ in module.named_parameters()]
+    vit, llm = (sum(name.endswith(end) for name in names) for end in ("attn.proj.weight", "o_proj.weight"))
+    depth = dict(proj=vit, fc2=vit, o_proj=llm, down_proj=llm)
     for name, p in module.named_parameters():
         *_, owner, leaf = ("." + name).split(".")
         if leaf in ("ls1", "ls2"):
             p.fill_(layer_scale)
-        elif leaf == "bias":
-            p.zero_()
-        elif p.dim() == 1:                                                  # the weight of a norm
-            p.fill_(1.0)
+        elif p.dim() == 1:                                                  # of a norm, unless it is a bias
+            p.fill_(leaf != "bias")
         else:
             scale = p.shape[1] ** -0.5 if owner == "embed_tokens" else std / max(1, 2 * depth.get(owner, 0)) ** 0.5
             p.copy_(torch.empty(p.shape, dtype=torch.float32).normal_(0, scale, generator=generator))
 
-
 # ---- the vision-language model ---------------------------------------------------------------------------------------
+
+def trains(module):
+    return torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
 
 class VLM(nn.Module):
     """ViT -> pixel shuffle -> projector -> decoder. vision=None builds a text-only model (no vision_model, no mlp1).
-
-    Build it under torch.device("meta"), then `to_empty(device=...)` and either `init_weights` or weights.load_folder.
-    """
-
+    Build it under torch.device("meta"), then `to_empty(device=...)` and `init_weights`; or see weights.load_folder."""
     def __init__(self, vision, llm, image_token_id):
         super().__init__()
+        assert llm.n_heads % llm.n_kv_heads == 0, f"{llm.n_heads} heads do not divide over {llm.n_kv_heads} kv heads"
+        assert llm.head_dim % 2 == 0, f"head_dim {llm.head_dim} must be even for the rotary embedding"
         self.vision, self.llm, self.image_token_id = vision, llm, image_token_id
-        self.activation_checkpointing = False       # recompute each decoder block in the backward pass
         if vision is not None:
-            self.vision_model = ViT(vision)
-            self.mlp1 = Projector(vision, llm.dim)
-        self.language_model = LanguageModel(llm)
+            self.vision_model, self.mlp1 = ViT(vision), Projector(vision, llm.dim)
+        self.language_model = nn.ModuleDict(dict(
+            model=nn.ModuleDict(dict(embed_tokens=nn.Embedding(llm.vocab_size, llm.dim),
+                                     layers=nn.ModuleList(Block(llm) for _ in range(llm.n_layers)),
+                                     norm=RMSNorm(llm.dim, llm.norm_eps))),
+            lm_head=nn.Linear(llm.dim, llm.vocab_size, bias=False)))
+        self.tie_weights()
 
     def tie_weights(self):
-        """Share the embedding table again after to_empty, which gives both names a tensor of their own."""
+        """Share the embedding table; again after to_empty, which gives both names a tensor of their own."""
         if self.llm.tie_embeddings:
             self.language_model.lm_head.weight = self.language_model.model.embed_tokens.weight
 
@@ -182,13 +132,10 @@ class VLM(nn.Module):
 
     def visual_tokens(self, tiles):
         """uint8 tiles (N, 3, s, s) -> (N * tokens_per_tile, C of the LLM). Frozen parts keep no activations."""
-        grad = torch.is_grad_enabled()
-        train_vit = grad and any(p.requires_grad for p in self.vision_model.parameters())
-        train_any = train_vit or (grad and any(p.requires_grad for p in self.mlp1.parameters()))
-        with torch.set_grad_enabled(train_vit):
+        with torch.set_grad_enabled(train_vit := trains(self.vision_model)):
             x = normalize(tiles, self.vision_model.embeddings.patch_embedding.weight.dtype)
             x = pixel_shuffle(self.vision_model(x), self.vision.downsample)
-        with torch.set_grad_enabled(train_any):
+        with torch.set_grad_enabled(train_vit or trains(self.mlp1)):
             return self.mlp1(x).flatten(0, 1)
 
     def embed(self, tokens, tiles):
@@ -196,7 +143,7 @@ class VLM(nn.Module):
         <IMG_CONTEXT>. zero is 0.0, made from a black tile where a pack without tiles must still reach every trainable
         parameter of the vision path (all ranks have to reduce the same gradients)."""
         h = self.language_model.model.embed_tokens(tokens)                                      # (T, C)
-        n_tiles = 0 if tiles is None else tiles.shape[0]
+        n_tiles = 0 if tiles is None else len(tiles)
         rows = (tokens == self.image_token_id).nonzero()[:, 0]
         expected = n_tiles * self.vision.tokens_per_tile if self.vision else 0
         if len(rows) != expected:
@@ -204,84 +151,66 @@ class VLM(nn.Module):
                              "the text and the tile plan do not belong together")
         if n_tiles:
             return h.index_copy(0, rows, self.visual_tokens(tiles).to(h.dtype)), 0.0
-        if self.vision and self.training and torch.is_grad_enabled():
-            vision_parameters = (*self.vision_model.parameters(), *self.mlp1.parameters())
-            if any(p.requires_grad for p in vision_parameters):
-                s = self.vision.image_size
-                return h, 0.0 * self.visual_tokens(torch.zeros(1, 3, s, s, dtype=torch.uint8, device=h.device)).sum()
+        if self.vision and self.training and (trains(self.vision_model) or trains(self.mlp1)):
+            s = self.vision.image_size
+            return h, 0.0 * self.visual_tokens(torch.zeros(1, 3, s, s, dtype=torch.uint8, device=h.device)).sum()
         return h, 0.0
 
     def hidden(self, h, positions, attend):
         """Run the blocks. h (T, C), positions (T,); attend(layer) gives the layer's attention function."""
         rope = rope_table(positions, self.llm.head_dim, self.llm.rope_theta)
         for i, block in enumerate(self.language_model.model.layers):
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                h = checkpoint(block, h, rope, attend(i), use_reentrant=False)
-            else:
-                h = block(h, rope, attend(i))
+            h = block(h, rope, attend(i))
         return h
 
     def head(self, h):
         """h (rows, C) -> fp32 logits (rows, V)."""
         return self.language_model.lm_head(self.language_model.model.norm(h)).float()
 
-    def row_loss(self, h, labels):
-        return F.cross_entropy(self.head(h), labels, reduction="none")
-
     def forward(self, tokens, labels, positions, cu_seqlens, tiles=None, weights=None):
         """One pack -> the SUM of the cross-entropy of its supervised positions, an fp32 scalar.
-
         tokens, labels, positions (T,) int64: labels[t] is what position t has to predict (already shifted), -100 where
         nothing is asked. cu_seqlens (S+1,) int32. tiles (N, 3, s, s) uint8; N may be 0. weights (T,) fp32 multiplies
         the loss of each position. Only supervised rows go through the final norm and the head. Divide by the number
-        of supervised tokens of the whole step, not of this pack. ValueError if image tokens and tiles disagree.
-        """
+        of supervised tokens of the whole step, not of this pack. ValueError if image tokens and tiles disagree."""
         h, zero = self.embed(tokens, tiles)
         h = self.hidden(h, positions, packed(cu_seqlens))
         rows = (labels != IGNORE).nonzero()[:, 0]
         h, labels = h.index_select(0, rows), labels.index_select(0, rows)                       # (supervised, ...)
+        row_loss = lambda h, labels: F.cross_entropy(self.head(h), labels, reduction="none")
         if len(rows) > HEAD_ROWS:
             parts = zip(h.split(HEAD_ROWS), labels.split(HEAD_ROWS))
-            loss = torch.cat([checkpoint(self.row_loss, *part, use_reentrant=False) for part in parts])
+            loss = torch.cat([checkpoint(row_loss, *part, use_reentrant=False) for part in parts])
         else:
-            loss = self.row_loss(h, labels)
+            loss = row_loss(h, labels)
         return (loss if weights is None else loss * weights.index_select(0, rows)).sum() + zero
 
     def logits(self, tokens, positions, cu_seqlens, tiles=None):
         """fp32 logits (T, V) of every position; arguments as in forward."""
-        h, _ = self.embed(tokens, tiles)
-        return self.head(self.hidden(h, positions, packed(cu_seqlens)))
-
+        return self.head(self.hidden(self.embed(tokens, tiles)[0], positions, packed(cu_seqlens)))
 
 def packed(cu_seqlens):
     """The attention of a pack, the same for every layer: causal inside each document."""
     cu_seqlens = cu_seqlens.cpu()
     max_seqlen = int(cu_seqlens.diff().max())
-
     def attend(q, k, v):
         return attention(q, k, v, cu_seqlens, max_seqlen, causal=True)
     return lambda layer: attend
 
-
 def compile_blocks(model):
     """Compile every transformer block in place: names and checkpoints do not change."""
-    blocks = list(model.language_model.model.layers) + (list(model.vision_model.encoder.layers) if model.vision else [])
-    for block in blocks:
+    for block in (*model.language_model.model.layers, *(model.vision_model.encoder.layers if model.vision else ())):
         block.compile()
-
 
 # ---- FLOPs -----------------------------------------------------------------------------------------------------------
 
 def train_flops(vision, llm, n_tiles, lengths, n_supervised, train=(True, True, True)):
     """Strict FLOPs of the forward and backward pass of packed documents, an int: the numerator of MFU.
-
     lengths: tokens of each document; n_supervised: rows through the head; train: (vision, projector, llm) trainable.
     Counted: matmuls at 2 per weight and row forward, the same again for each gradient that is needed (input, weight),
     attention over visible pairs only (forward 4*D per head and pair, backward twice that). Not counted: lookups,
-    norms, recomputation, padding. vision=None for a text-only model.
-    """
-    train_vit, train_mlp1, train_llm = train
-    flops = 0
+    norms, recomputation, padding. vision=None for a text-only model."""
+    (train_vit, train_mlp1, train_llm), flops = train, 0
     if vision is not None:
         tokens, width = vision.n_patches + 1, vision.dim * vision.downsample ** 2
         weights = vision.n_layers * (4 * vision.dim ** 2 + 2 * vision.dim * vision.ffn_dim)
@@ -289,65 +218,58 @@ def train_flops(vision, llm, n_tiles, lengths, n_supervised, train=(True, True, 
         attn = vision.n_layers * 4 * tokens ** 2 * vision.dim
         flops += n_tiles * (2 * weights * tokens + patches + attn) * (3 if train_vit else 1)
         first, second = (2 * n_tiles * vision.tokens_per_tile * llm.dim * w for w in (width, llm.dim))
-        flops += first * (1 + train_vit + train_mlp1)
-        flops += second * (1 + (train_vit or train_mlp1) + train_mlp1)
+        flops += first * (1 + train_vit + train_mlp1) + second * (1 + (train_vit or train_mlp1) + train_mlp1)
     tokens, pairs = sum(lengths), sum(n * (n + 1) // 2 for n in lengths)
     backward = train_vit or train_mlp1 or train_llm
     weights = llm.n_layers * (2 * llm.dim * llm.head_dim * (llm.n_heads + llm.n_kv_heads) + 3 * llm.dim * llm.ffn_dim)
     flops += 2 * (weights * tokens + llm.dim * llm.vocab_size * n_supervised) * (1 + backward + train_llm)
     return flops + llm.n_layers * 4 * llm.n_heads * llm.head_dim * pairs * (3 if backward else 1)
 
-
 # ---- generation ------------------------------------------------------------------------------------------------------
 
 def generate(model, prompts, tiles, max_new_tokens, stop_ids, temperature=0.0, top_p=1.0, top_k=0, seed=0):
     """Answer many prompts at once -> list of lists of token ids, without the stop id.
-
     prompts: token ids, one list each; tiles: for each prompt its uint8 tiles (n, 3, s, s) or None; stop_ids: a set.
-    temperature 0 is greedy; else top_k (0 = all) and top_p restrict the draw, which depends on seed, step and row only.
-    """
+    temperature 0 is greedy; else top_k (0 = all) and top_p restrict a draw that depends on seed, step and row only."""
     answers = [[] for _ in prompts]
     for step in _decode(model, prompts, tiles, max_new_tokens, stop_ids, temperature, top_p, top_k, seed):
         for row, token in step:
             answers[row].append(token)
     return answers
 
-
 def generate_stream(model, prompt, tiles, max_new_tokens, stop_ids, temperature=0.0, top_p=1.0, top_k=0, seed=0):
     """Answer one prompt, token id by token id; arguments as for generate."""
     for step in _decode(model, [prompt], [tiles], max_new_tokens, stop_ids, temperature, top_p, top_k, seed):
         yield from (token for _, token in step)
 
-
 @torch.inference_mode()
 def _decode(model, prompts, tiles, max_new_tokens, stop_ids, temperature, top_p, top_k, seed):
     """Yield, step by step, the list of (row, token) of the rows that are not finished."""
-    llm, device = model.llm, model.language_model.lm_head.weight.device
-    lengths = [len(p) for p in prompts]
-    size = max(lengths, default=0) + max_new_tokens
+    device, lengths = model.language_model.lm_head.weight.device, [len(prompt) for prompt in prompts]
+    per_tile = model.vision.tokens_per_tile if model.vision else 0
+    packs, total = [], math.inf                                             # rows of successive prefill packs
     for i, (prompt, t) in enumerate(zip(prompts, tiles, strict=True)):
-        n, expected = prompt.count(model.image_token_id), 0 if t is None or not len(t) else len(t)
-        expected *= model.vision.tokens_per_tile if model.vision else 0
+        n, expected = prompt.count(model.image_token_id), 0 if t is None else per_tile * len(t)
         if not prompt or n != expected:
             raise ValueError(f"prompt {i} has {len(prompt)} tokens and {n} <IMG_CONTEXT>; its tiles need {expected}")
-    cache = [None] * llm.n_layers                                           # per layer: k and v, (S, K, size, D) each
-    logits = []
-    for group in _groups(lengths):
-        logits.append(_prefill(model, prompts, tiles, group, cache, size))
-    generator = torch.Generator().manual_seed(seed)
-    rows, logits = list(range(len(prompts))), torch.cat(logits) if logits else None     # rows: batch row -> prompt
-    done = [False] * len(prompts)
+        if total + lengths[i] > PREFILL_TOKENS:
+            packs, total = [*packs, []], 0
+        packs[-1].append(i)
+        total += lengths[i]
+    if not packs:
+        return
+    cache = [None] * model.llm.n_layers                                     # per layer: k and v, (S, K, size, D) each
+    logits = torch.cat([_prefill(model, prompts, tiles, rows, cache, max(lengths) + max_new_tokens) for rows in packs])
+    generator, done = torch.Generator().manual_seed(seed), set()
+    rows = list(range(len(prompts)))                                        # the prompt of each row of the batch
     for step in range(max_new_tokens):
         noise = torch.rand(len(prompts), generator=generator)
-        if not rows:
-            return
         logits[:, model.image_token_id] = float("-inf")                     # a placeholder is never an answer
         tokens = sample(logits, temperature, top_p, top_k, noise[rows].to(device))
-        ids = tokens.tolist()
-        for row, token in zip(rows, ids):
-            done[row] = done[row] or token in stop_ids
-        yield [(row, token) for row, token in zip(rows, ids) if not done[row]]
-        left = [i for i, row in enumerate(rows) if not done[row]]
+        answer = list(zip(rows, tokens.tolist()))
+        done |= {row for row, token in answer if token in stop_ids}
+        yield [(row, token) for row, token in answer if row not in done]
+        left = [i for i, row in enumerate(rows) if row not in done]
         if not left or step == max_new_tokens - 1:
             return
         if 2 * len(left) <= len(rows):                                      # retire the finished: copies at most once
@@ -357,63 +279,38 @@ def _decode(model, prompts, tiles, max_new_tokens, stop_ids, temperature, top_p,
         ends = [lengths[row] + step for row in rows]                        # where each row's new token stands
         positions = torch.tensor(ends, device=device)
         h = model.language_model.model.embed_tokens(tokens)
-        h = model.hidden(h, positions, _cached(cache, positions, max(ends)))
-        logits = model.head(h)
+        logits = model.head(model.hidden(h, positions, _cached(cache, positions, max(ends) + 1)))
 
-
-def _groups(lengths):
-    """Rows of successive prefill packs, each at most PREFILL_TOKENS or one prompt."""
-    group, total = [], 0
-    for row, n in enumerate(lengths):
-        if group and total + n > PREFILL_TOKENS:
-            yield group
-            group, total = [], 0
-        group.append(row)
-        total += n
-    if group:
-        yield group
-
-
-def _prefill(model, prompts, tiles, group, cache, size):
-    """Run the prompts of a group as one pack, fill the cache -> logits (rows of the group, V) of their last tokens."""
-    device = model.language_model.lm_head.weight.device
-    lengths = [len(prompts[row]) for row in group]
-    borders = list(accumulate(lengths, initial=0))
-    tokens = torch.tensor([t for row in group for t in prompts[row]], device=device)
+def _prefill(model, prompts, tiles, rows, cache, size):
+    """Run the prompts of some rows as one pack, fill the cache -> logits (rows, V) of their last tokens."""
+    device, lengths = model.language_model.lm_head.weight.device, torch.tensor([len(prompts[row]) for row in rows])
+    tokens = torch.tensor([t for row in rows for t in prompts[row]], device=device)
     positions = torch.cat([torch.arange(n) for n in lengths]).to(device)
-    where = torch.tensor(group).repeat_interleave(torch.tensor(lengths)).to(device)             # (T,) the cache's row
-    pictures = [tiles[row] for row in group if tiles[row] is not None and len(tiles[row])]
-    attend = packed(torch.tensor(borders, dtype=torch.int32))(0)
-
-    def keep(layer):
-        def attend_and_keep(q, k, v):
-            if cache[layer] is None:
-                cache[layer] = tuple(x.new_zeros(len(prompts), x.shape[1], size, x.shape[2]) for x in (k, v))
-            for kept, x in zip(cache[layer], (k, v)):
-                kept[where, :, positions] = x
-            return attend(q, k, v)
-        return attend_and_keep
+    where = torch.tensor(rows).repeat_interleave(lengths).to(device)                            # (T,) the cache's row
+    pictures = [tiles[row] for row in rows if tiles[row] is not None and len(tiles[row])]
+    cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()
+    attend = packed(cu_seqlens)(0)
+    def attend_and_keep(layer, q, k, v):
+        if cache[layer] is None:
+            cache[layer] = tuple(x.new_zeros(len(prompts), x.shape[1], size, x.shape[2]) for x in (k, v))
+        for kept, x in zip(cache[layer], (k, v)):
+            kept[where, :, positions] = x
+        return attend(q, k, v)
     h, _ = model.embed(tokens, torch.cat(pictures).to(device) if pictures else None)
-    h = model.hidden(h, positions, keep)
-    return model.head(h[torch.tensor(borders[1:], device=device) - 1])
+    h = model.hidden(h, positions, lambda layer: functools.partial(attend_and_keep, layer))
+    return model.head(h[cu_seqlens[1:].to(device) - 1])
 
-
-def _cached(cache, positions, last):
-    """The attention of one decoding step: one query per row against its row of the cache, up to its own position."""
-    mask = (torch.arange(last + 1, device=positions.device) <= positions[:, None])[:, None, None]   # (S, 1, 1, L)
+def _cached(cache, positions, L):
+    """The attention of one decoding step: one query per row against its row of the cache, up to its position < L."""
     rows = torch.arange(len(positions), device=positions.device)
-
-    def layer_attention(layer):
-        def attend(q, k, v):                                                # q (S, H, D), k and v (S, K, D)
-            (S, H, D), K = q.shape, k.shape[1]
-            for kept, x in zip(cache[layer], (k, v)):
-                kept[rows, :, positions] = x
-            k, v = (x[:, :, :last + 1] for x in cache[layer])               # (S, K, L, D)
-            q = q.view(S, K, H // K, D)                                     # heads that share a key head: as queries
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(S, H, D)
-        return attend
-    return layer_attention
-
+    mask = (torch.arange(L, device=positions.device) <= positions[:, None])[:, None, None]      # (S, 1, 1, L)
+    def attend(layer, q, k, v):                                             # q (S, H, D), k and v (S, K, D)
+        for kept, x in zip(cache[layer], (k, v)):
+            kept[rows, :, positions] = x
+        q = q.unflatten(1, (k.shape[1], -1))                                # (S, K, H/K, D): heads that share a key
+        k, v = (x[:, :, :L] for x in cache[layer])                          # (S, K, L, D)        head, as queries
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).flatten(1, 2)
+    return lambda layer: functools.partial(attend, layer)
 
 def sample(logits, temperature, top_p, top_k, noise):
     """logits (S, V), noise (S,) uniform in [0, 1) -> token ids (S,). Greedy at temperature 0."""

@@ -53,6 +53,7 @@ def main():
     out, peak = Path(cfg.out_dir), common.peak_flops(dist.device)
     checkpoint = common.open_run(cfg, resolved(cfg), origins, stages, dist)     # the newest good one, or None
     log = common.open_log(out) if dist.is_main else None
+    torch.set_num_threads(cfg.threads or torch.get_num_threads())
     folder, first_step = cfg.init_from, 0
 
     for name, stage in stages:
@@ -127,7 +128,8 @@ def main():
             if stop or step % cfg.save_every == 0:
                 common.save_checkpoint(out, first_step + step, model, optimizer, state, dist, cfg.keep)
             if stop:
-                return common.say(dist, f"stopped by a signal after {name} {step}, saved; the same command goes on")
+                common.say(dist, f"stopped by a signal after {name} {step}, saved; the same command goes on")
+                return common.close_distributed()
         # ==== end of the loop ========================================================================================
 
         parts = dict(model=(vision, llm), vision=(vision, None))[cfg.export]
@@ -140,6 +142,7 @@ def main():
         folder, first_step = str(out / name), first_step + steps
     if dist.is_main:
         common.plot_loss(out / "log.jsonl", out / "loss.png")
+    common.close_distributed()
 
 if __name__ == "__main__":
     launch(main)

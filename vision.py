@@ -1,27 +1,17 @@
 """Vision: image bytes -> tiles -> ViT -> pixel shuffle -> projector.
 
-    load_image / image_size     any picture of the web -> PIL RGB, or only its size from the header
-    tile_grid / count_tiles     InternVL's dynamic tiling, arithmetic on sizes
-    make_tiles / normalize      PIL image -> uint8 tiles (N, 3, s, s); uint8 -> normalised floats on the device
-    ViT, pixel_shuffle, Projector    InternViT-300M and the two-layer MLP, with the released checkpoints' names
-
-Shape letters: N tiles (thumbnail included), s tile side in pixels, P patches per tile, C width, H heads, D head dim.
+Shape letters: N tiles (thumbnail included), s tile side in pixels, P patches per tile, C width, H heads, D head dim,
+L = 1 + P: the class token and the patches.
 Sources: InternVL's modeling_intern_vit.py, modeling_internvl_chat.py and dynamic_preprocess (OpenGVLab/InternVL).
 """
-import functools
-import io
-import math
-import struct
-import warnings
+import functools, io, math, struct
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import attention
 
@@ -29,41 +19,30 @@ from kernels.attention import attention
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")             # nothing else is even tried; Pillow opens MPO as JPEG
 MAX_PIXELS = 64_000_000                                     # a larger picture is refused before it is decoded
+Image.MAX_IMAGE_PIXELS = None                               # Pillow's own limit is looser and would only add a warning
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error)   # Pillow's ways
-ROTATED = (5, 6, 7, 8)                                      # EXIF orientations that swap width and height
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # ImageNet, as in InternVL
 
-
-def _open(source):
-    """Open bytes or a path with the allowed formats and check the size; no pixel is decoded yet."""
+def _read(source, read):
+    """Open bytes or a path, -> read(image), which decodes the pixels or not. Every error names the picture."""
     name = f"image of {len(source)} bytes" if isinstance(source, bytes) else str(source)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                 # Pillow's own size warning: MAX_PIXELS is ours
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
-    except Image.DecompressionBombError:
-        raise ValueError(f"{name}: more than {MAX_PIXELS / 1e6:.0f} megapixels; shrink it first") from None
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+            if image.width * image.height <= MAX_PIXELS:
+                return read(image)
     except UnidentifiedImageError:
         raise ValueError(f"{name}: not a picture in one of the formats {', '.join(FORMATS)}") from None
     except DAMAGE as e:
         if getattr(e, "errno", None):                       # no such file, no permission
             raise
         raise ValueError(f"{name}: damaged picture ({e})") from None
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"{name}: {image.width}x{image.height} is more than {MAX_PIXELS / 1e6:.0f} megapixels; "
-                         "shrink it first")
-    return image, name
-
+    size = f"{image.width}x{image.height}"
+    raise ValueError(f"{name}: {size} is more than {MAX_PIXELS / 1e6:.0f} megapixels; shrink it first")
 
 def load_image(source):
     """bytes, str or Path -> PIL image in RGB, upright (EXIF), alpha on white, the first frame of an animation.
-
     Raises ValueError (format, size, damage) or OSError (no such file)."""
-    image, name = _open(source)
-    try:
-        image.load()
-        image = ImageOps.exif_transpose(image)
-    except (*DAMAGE, Image.DecompressionBombError) as e:
-        raise ValueError(f"{name}: damaged picture ({e})") from None
+    image = _read(source, ImageOps.exif_transpose)          # which also decodes
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):   # 16-bit grey: keep the upper byte
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
@@ -71,17 +50,10 @@ def load_image(source):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
-
 def image_size(source):
     """(width, height) in pixels as load_image would give them, from the header only. Raises like load_image."""
-    image, name = _open(source)
-    with image:
-        try:
-            turned = image.getexif().get(0x0112) in ROTATED
-        except DAMAGE as e:
-            raise ValueError(f"{name}: damaged picture ({e})") from None
-        return image.size[::-1] if turned else image.size
-
+    turned = (5, 6, 7, 8)                                   # EXIF orientations that swap width and height
+    return _read(source, lambda image: image.size[::-1] if image.getexif().get(0x0112) in turned else image.size)
 
 # ---- dynamic tiling --------------------------------------------------------------------------------------------------
 
@@ -92,7 +64,6 @@ def _candidates(min_tiles, max_tiles):
     grids = {(i, j) for n in range(min_tiles, max_tiles + 1) for i in range(1, n + 1) for j in range(1, n + 1)
              if min_tiles <= i * j <= max_tiles}
     return sorted(grids, key=lambda g: g[0] * g[1])
-
 
 @functools.lru_cache(65536)
 def tile_grid(width, height, min_tiles=1, max_tiles=12, tile_size=448):
@@ -107,37 +78,27 @@ def tile_grid(width, height, min_tiles=1, max_tiles=12, tile_size=448):
             best, best_gap = (columns, rows), gap
     return best
 
-
 def count_tiles(width, height, min_tiles=1, max_tiles=12, tile_size=448, thumbnail=True):
     """How many tiles make_tiles gives for an image of this size, thumbnail included."""
     columns, rows = tile_grid(width, height, min_tiles, max_tiles, tile_size)
     return columns * rows + (thumbnail and columns * rows > 1)
 
-
 def make_tiles(image, min_tiles=1, max_tiles=12, tile_size=448, thumbnail=True):
     """PIL RGB image -> uint8 (N, 3, s, s): the whole image resized (bicubic) to the grid and cut row by row, then,
     if there is more than one tile, the whole image again as a thumbnail."""
-    s = tile_size
-    columns, rows = tile_grid(*image.size, min_tiles, max_tiles, s)
-    pixels = np.asarray(image.resize((s * columns, s * rows), Image.Resampling.BICUBIC))
-    tiles = torch.from_numpy(pixels.copy()).view(rows, s, columns, s, 3).permute(0, 2, 4, 1, 3)
-    tiles = tiles.reshape(rows * columns, 3, s, s)                          # (rows, columns, 3, s, s) -> (N, 3, s, s)
-    if thumbnail and len(tiles) > 1:
-        small = np.asarray(image.resize((s, s), Image.Resampling.BICUBIC)).copy()
-        tiles = torch.cat([tiles, torch.from_numpy(small).permute(2, 0, 1)[None]])
-    return tiles.contiguous()
-
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # ImageNet, as in InternVL
-
+    def cut(columns, rows):
+        pixels = torch.from_numpy(np.array(image.resize((s * columns, s * rows), Image.Resampling.BICUBIC)))
+        tiles = pixels.view(rows, s, columns, s, 3).permute(0, 2, 4, 1, 3)  # (rows, columns, 3, s, s)
+        return tiles.reshape(rows * columns, 3, s, s)
+    s, grid = tile_size, tile_grid(*image.size, min_tiles, max_tiles, tile_size)
+    return torch.cat([cut(*grid), cut(1, 1)] if thumbnail and grid != (1, 1) else [cut(*grid)]).contiguous()
 
 def normalize(tiles, dtype=torch.float32):
     """uint8 (N, 3, s, s) -> (tiles / 255 - mean) / std in `dtype`, on the tiles' device, computed in fp32."""
     mean, std = (255 * torch.tensor(x, device=tiles.device).view(3, 1, 1) for x in (MEAN, STD))
     return tiles.float().sub_(mean).div_(std).to(dtype)
 
-
-# ---- the ViT ---------------------------------------------------------------------------------------------------------
+# ---- the ViT and the projector ---------------------------------------------------------------------------------------
 
 @dataclass(slots=True)
 class VisionConfig:
@@ -151,32 +112,21 @@ class VisionConfig:
     qkv_bias: bool = True
     init_values: float = 1.0            # layer scale of a fresh model (InternVL: initializer_factor)
     downsample: int = 2                 # pixel shuffle: this many patches per side become one visual token
-    PRESETS: ClassVar[dict[str, dict]] = {
-        "internvit-300m": {},
-        "toy": dict(image_size=84, dim=192, n_layers=3, n_heads=6, ffn_dim=768),
-    }
+    PRESETS = {"internvit-300m": {}, "toy": dict(image_size=84, dim=192, n_layers=3, n_heads=6, ffn_dim=768)}
 
-    @property
-    def n_patches(self):
-        return (self.image_size // self.patch_size) ** 2
-
-    @property
-    def tokens_per_tile(self):
-        return self.n_patches // self.downsample ** 2
-
+    n_patches = property(lambda self: (self.image_size // self.patch_size) ** 2)                # P
+    tokens_per_tile = property(lambda self: self.n_patches // self.downsample ** 2)
 
 def working_dtype(x):
     """The dtype matmuls on x run in: autocast's where it is on. Norms hand it out, so that nothing is cast twice."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
-
 class LayerNorm(nn.LayerNorm):
     def forward(self, x):
         """In fp32 whatever comes in, out in the dtype of the matmul that follows."""
         y = F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
         return y.to(working_dtype(x))
-
 
 class VisionEmbeddings(nn.Module):
     def __init__(self, cfg):
@@ -186,56 +136,31 @@ class VisionEmbeddings(nn.Module):
         self.position_embedding = nn.Parameter(torch.empty(1, 1 + cfg.n_patches, cfg.dim))
 
     def forward(self, tiles):                                               # (N, 3, s, s)
-        x = self.patch_embedding(tiles)                                     # (N, C, rows, columns)
-        rows, columns = x.shape[2:]
-        x = x.flatten(2).transpose(1, 2)                                    # (N, P, C)
-        table = self.position_embedding
-        side = math.isqrt(table.shape[1] - 1)
-        if (rows, columns) != (side, side):
-            grid = table[:, 1:].float().view(1, side, side, -1).permute(0, 3, 1, 2)             # (1, C, side, side)
-            grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)
-            table = torch.cat([table[:, :1], grid.flatten(2).transpose(1, 2).to(table.dtype)], 1)
+        x, table = self.patch_embedding(tiles), self.position_embedding     # (N, C, rows, columns), (1, L, C)
+        side, grid = math.isqrt(table.shape[1] - 1), x.shape[2:]
+        if grid != (side, side):
+            places = table[:, 1:].float().view(1, side, side, -1).permute(0, 3, 1, 2)           # (1, C, side, side)
+            places = F.interpolate(places, size=grid, mode="bicubic", align_corners=False)
+            table = torch.cat([table[:, :1], places.flatten(2).transpose(1, 2).to(table.dtype)], 1)
         first = (self.class_embedding + table[:, :1]).expand(x.shape[0], -1, -1)                # (N, 1, C)
-        return torch.cat([first, x + table[:, 1:]], 1)                      # (N, 1 + P, C)
-
-
-class VisionAttention(nn.Module):
-    def __init__(self, cfg):
-        super().__init__()
-        self.n_heads = cfg.n_heads
-        self.qkv = nn.Linear(cfg.dim, 3 * cfg.dim, bias=cfg.qkv_bias)
-        self.proj = nn.Linear(cfg.dim, cfg.dim)
-
-    def forward(self, x, cu_seqlens):                                       # (N, 1 + P, C)
-        N, L, C = x.shape
-        q, k, v = self.qkv(x).view(N * L, 3, self.n_heads, C // self.n_heads).unbind(1)         # (N*L, H, D) each
-        return self.proj(attention(q, k, v, cu_seqlens, L, causal=False).reshape(N, L, C))
-
-
-class VisionMLP(nn.Module):
-    def __init__(self, cfg):
-        super().__init__()
-        self.fc1 = nn.Linear(cfg.dim, cfg.ffn_dim)
-        self.fc2 = nn.Linear(cfg.ffn_dim, cfg.dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
-
+        return torch.cat([first, x.flatten(2).transpose(1, 2) + table[:, 1:]], 1)               # (N, L, C)
 
 class VisionBlock(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.attn = VisionAttention(cfg)
-        self.mlp = VisionMLP(cfg)
-        self.norm1 = LayerNorm(cfg.dim, eps=cfg.norm_eps)
-        self.norm2 = LayerNorm(cfg.dim, eps=cfg.norm_eps)
-        self.ls1 = nn.Parameter(torch.empty(cfg.dim))
-        self.ls2 = nn.Parameter(torch.empty(cfg.dim))
+        self.n_heads = cfg.n_heads
+        self.attn = nn.ModuleDict(dict(qkv=nn.Linear(cfg.dim, 3 * cfg.dim, bias=cfg.qkv_bias),
+                                       proj=nn.Linear(cfg.dim, cfg.dim)))
+        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(cfg.dim, cfg.ffn_dim), fc2=nn.Linear(cfg.ffn_dim, cfg.dim)))
+        self.norm1, self.norm2 = LayerNorm(cfg.dim, eps=cfg.norm_eps), LayerNorm(cfg.dim, eps=cfg.norm_eps)
+        self.ls1, self.ls2 = nn.Parameter(torch.empty(cfg.dim)), nn.Parameter(torch.empty(cfg.dim))
 
-    def forward(self, x, cu_seqlens, drop):
-        x = x + drop_path(self.attn(self.norm1(x), cu_seqlens) * self.ls1, drop)
-        return x + drop_path(self.mlp(self.norm2(x)) * self.ls2, drop)
-
+    def forward(self, x, cu_seqlens, drop):                                 # (N, L, C)
+        N, L, C = x.shape
+        qkv = self.attn.qkv(self.norm1(x)).view(N * L, 3, self.n_heads, C // self.n_heads)      # (N*L, 3, H, D)
+        seen = attention(*qkv.unbind(1), cu_seqlens, L, causal=False).reshape(N, L, C)
+        x = x + drop_path(self.attn.proj(seen) * self.ls1, drop)
+        return x + drop_path(self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x)))) * self.ls2, drop)
 
 def drop_path(x, rate):
     """Stochastic depth (arXiv 1603.09382): drop a tile's residual branch with probability `rate`, scale the others."""
@@ -244,41 +169,25 @@ def drop_path(x, rate):
     keep = torch.rand(x.shape[0], 1, 1, device=x.device) >= rate
     return x * (keep / (1 - rate)).to(x.dtype)
 
-
-class VisionEncoder(nn.Module):
-    def __init__(self, cfg):
-        super().__init__()
-        self.layers = nn.ModuleList(VisionBlock(cfg) for _ in range(cfg.n_layers))
-
-
 class ViT(nn.Module):
     """InternViT: class token, learned positions, pre-norm blocks with layer scale, no final norm."""
-
     def __init__(self, cfg):
         super().__init__()
         assert cfg.dim % cfg.n_heads == 0, f"dim {cfg.dim} does not divide by n_heads {cfg.n_heads}"
         assert cfg.image_size % (cfg.patch_size * cfg.downsample) == 0, \
             f"image_size {cfg.image_size} does not divide by patch_size {cfg.patch_size} x downsample {cfg.downsample}"
         self.embeddings = VisionEmbeddings(cfg)
-        self.encoder = VisionEncoder(cfg)
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(VisionBlock(cfg) for _ in range(cfg.n_layers))})
         self.drop_path = 0.0                        # rate of the last block; grows linearly from 0 over the depth
-        self.activation_checkpointing = False       # recompute each block in the backward pass
 
     def forward(self, tiles):
         """Normalised tiles (N, 3, s, s) -> patch vectors (N, P, C) of the last block, without the class token."""
         x = self.embeddings(tiles)
-        N, L, _ = x.shape
-        cu_seqlens = torch.arange(0, (N + 1) * L, L, dtype=torch.int32)
-        top = self.drop_path / max(1, len(self.encoder.layers) - 1) if self.training else 0.0
+        cu_seqlens = x.shape[1] * torch.arange(len(x) + 1, dtype=torch.int32)
+        step = self.drop_path / max(1, len(self.encoder.layers) - 1) if self.training else 0.0
         for i, block in enumerate(self.encoder.layers):
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, cu_seqlens, top * i, use_reentrant=False)
-            else:
-                x = block(x, cu_seqlens, top * i)
+            x = block(x, cu_seqlens, step * i)
         return x[:, 1:]
-
-
-# ---- to the language model -------------------------------------------------------------------------------------------
 
 def pixel_shuffle(x, factor=2):
     """(N, P, C) -> (N, P/f^2, f^2*C): each f x f square of patches becomes one token, channels in the order
@@ -289,10 +198,8 @@ def pixel_shuffle(x, factor=2):
     x = x.reshape(N, side // factor, factor, side // factor, factor, C).permute(0, 1, 3, 2, 4, 5)
     return x.reshape(N, P // factor ** 2, factor ** 2 * C)
 
-
 class Projector(nn.Sequential):
     """InternVL's mlp1: LayerNorm, Linear, GELU, Linear; (N, P/f^2, f^2*C of the ViT) -> (N, P/f^2, C of the LLM)."""
-
     def __init__(self, cfg, llm_dim):
         width = cfg.dim * cfg.downsample ** 2
         super().__init__(LayerNorm(width, eps=1e-5), nn.Linear(width, llm_dim), nn.GELU(), nn.Linear(llm_dim, llm_dim))

@@ -1,51 +1,40 @@
 """Packed attention: many documents laid end to end in one row of tokens, none of which sees another.
 
-    attention(q, k, v, cu_seqlens, max_seqlen, causal) -> (T, H, D)
-
 Shape letters: T tokens of a pack, H query heads, K key/value heads (H is a multiple of K), D head dim, S documents
 (samples, or tiles in the ViT), L tokens of the longest document of a group. cu_seqlens (S+1,) int32 holds the
 document borders, cu_seqlens[0] = 0 and cu_seqlens[S] = T; keep it on the CPU when you can, it is read as integers.
-
 Paths, chosen by the environment variable ATTENTION: `sdpa` (the default) or `reference` (slow, for tests).
 """
-import functools
-import os
+import functools, os
 
 import torch
 import torch.nn.functional as F
 
 SHORT = 128         # on a CPU, documents up to this length are faster as two batched matmuls than as SDPA
 
-
 @torch.compiler.disable       # the document borders are data: traced, every new pack would compile anew
 def attention(q, k, v, cu_seqlens, max_seqlen, causal):
     """Softmax attention inside each document, scale 1/sqrt(D). q (T, H, D), k and v (T, K, D) -> (T, H, D).
-
     max_seqlen: the longest document, a plain int. causal: position i sees 0..i of its own document. What a document
-    gets does not depend on what the others hold, to the last bit.
-    """
+    gets does not depend on what the others hold, to the last bit."""
     path = os.environ.get("ATTENTION", "sdpa")
     if path not in ("sdpa", "reference"):
         raise ValueError(f"ATTENTION={path!r} is not a known path; use sdpa or reference")
     assert q.shape[1] % k.shape[1] == 0, f"{q.shape[1]} query heads do not divide over {k.shape[1]} key/value heads"
     return (_sdpa if path == "sdpa" else _reference)(q, k, v, cu_seqlens, max_seqlen, causal)
 
-
 # ---- reference: the definition, one document at a time ---------------------------------------------------------------
 
 def _reference(q, k, v, cu_seqlens, max_seqlen, causal):
-    groups, scale, out = q.shape[1] // k.shape[1], q.shape[2] ** -0.5, []
-    borders = cu_seqlens.tolist()
+    groups, borders, out = q.shape[1] // k.shape[1], cu_seqlens.tolist(), []
     for start, end in zip(borders, borders[1:]):
         Q = q[start:end].transpose(0, 1)                                            # (H, L, D)
         K, V = (x[start:end].transpose(0, 1).repeat_interleave(groups, 0) for x in (k, v))
-        scores = Q @ K.transpose(1, 2) * scale                                      # (H, L, L)
+        scores = Q @ K.transpose(1, 2) * q.shape[2] ** -0.5                         # (H, L, L)
         if causal:
-            future = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device).triu(1)
-            scores = scores.masked_fill(future, float("-inf"))
+            scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf"))
         out.append((scores.softmax(-1) @ V).transpose(0, 1))                        # (L, H, D)
     return torch.cat(out)
-
 
 # ---- sdpa: documents of similar length as one right-padded batch -----------------------------------------------------
 
@@ -54,15 +43,10 @@ def _sdpa(q, k, v, cu_seqlens, max_seqlen, causal):
     if T == S * max_seqlen:                                     # all equally long (the ViT): views only
         return _batched(*(x.view(S, max_seqlen, -1, D) for x in (q, k, v)), causal).reshape(T, H, D)
     gather, scatter, groups = _plan(tuple(cu_seqlens.tolist()), causal, q.device)
-    q, k, v = (x.index_select(0, gather) for x in (q, k, v))    # (rows of all groups, heads, D)
-    out, row = [], 0
-    for s, length in groups:
-        part = (x[row:row + s * length].view(s, length, -1, D) for x in (q, k, v))
-        out.append(_batched(*part, causal).reshape(s * length, H, D))
-        row += s * length
-    out = out[0] if len(out) == 1 else torch.cat(out)
-    return out.index_select(0, scatter)                         # (T, H, D)
-
+    rows = [s * length for s, length in groups]
+    parts = zip(groups, *(x.index_select(0, gather).split(rows) for x in (q, k, v)))            # (s*L, heads, D) each
+    out = [_batched(*(x.view(*group, -1, D) for x in qkv), causal).reshape(-1, H, D) for group, *qkv in parts]
+    return (out[0] if len(out) == 1 else torch.cat(out)).index_select(0, scatter)               # (T, H, D)
 
 def _batched(q, k, v, causal):
     """q (S, L, H, D), k and v (S, L, K, D) -> (S, L, H, D)."""
@@ -82,23 +66,21 @@ def _batched(q, k, v, causal):
     scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=D ** -0.5)             # (S*K, H/K*L, L)
     return torch.bmm(scores.softmax(-1).to(v.dtype), v).view(S, H, L, D).transpose(1, 2)
 
-
 @functools.lru_cache(64)
+@torch.inference_mode(False)        # what is cached by an evaluation may be saved for a backward pass later
 def _mask(L, groups, causal, dtype):
     """What is added to the scores, (1, groups*L, L): 0, and -inf in the future. Without a future a single 0."""
     if not causal:
         return torch.zeros(1, 1, 1, dtype=dtype)
     return torch.full((L, L), float("-inf"), dtype=dtype).triu(1).repeat(groups, 1)[None]
 
-
 @functools.lru_cache(64)
+@torch.inference_mode(False)
 def _plan(borders, causal, device):
     """Group documents by length. -> (gather (rows,), scatter (T,), [(documents, padded length), ...]).
-
     Row i of the padded groups is token gather[i] of the pack; token t sits in row scatter[t]. A group holds documents
     at least 5/8 as long as its longest; padding repeats a document's own last token, on the right, where a causal
-    mask hides it. Without a causal mask only equal lengths share a group. Every layer asks again, hence the cache.
-    """
+    mask hides it. Without a causal mask only equal lengths share a group. Every layer asks again, hence the cache."""
     documents = sorted(((end - start, start) for start, end in zip(borders, borders[1:]) if end > start), reverse=True)
     gather, scatter, groups, row = [], torch.empty(borders[-1], dtype=torch.long), [], 0
     while documents:

@@ -291,6 +291,9 @@ def test_a_frozen_module_keeps_every_bit_and_is_not_in_the_optimizer():
 
 def test_what_trains_is_told_and_a_stage_that_trains_nothing_is_refused():
     assert common.set_trainable(Tiny(), ADVANCE) == (True, True, False)
+    blind = Tiny()
+    blind.vision_model = None
+    assert common.set_trainable(blind, ADVANCE) == (False, True, False)
     with pytest.raises(ValueError, match="lr_vision"):
         common.set_trainable(Tiny(), Stage())
 
@@ -299,7 +302,7 @@ def test_only_matrices_decay_and_each_module_has_its_rate():
     stage = Stage(lr_vision=1e-5, lr_projector=1e-3, lr_llm=2e-5, weight_decay=0.1)
     model = Tiny(tied=False)
     common.set_trainable(model, stage)
-    groups = common.param_groups(model, stage)
+    groups = common.make_optimizer(model, stage, RunConfig()).param_groups
     names = {id(p): n for n, p in model.named_parameters()}
     decayed = {names[id(p)] for g in groups if g["weight_decay"] == 0.1 for p in g["params"]}
     assert "vision_model.patch_embedding.weight" in decayed and "language_model.lm_head.weight" in decayed

@@ -1,10 +1,11 @@
 """model.py: exactness against transformers, packing, loss, frozen parts, generation, FLOPs."""
-import random
+import random, types
 
 import pytest
 import torch
 
 import model as M
+from common import parallelize
 from model import IGNORE, LLMConfig, VLM, generate, generate_stream, train_flops
 from vision import VisionConfig
 
@@ -172,7 +173,8 @@ def test_activation_checkpointing_changes_no_gradient():
     vlm = tiny()
     batch, grads = pack((9, 30), (1, 3)), []
     for on in (False, True):
-        vlm.activation_checkpointing = vlm.vision_model.activation_checkpointing = on
+        cfg = types.SimpleNamespace(activation_checkpointing=on, parallel="ddp")
+        parallelize(vlm, cfg, types.SimpleNamespace(device="cpu"))
         vlm.zero_grad()
         vlm(*batch).backward()
         grads.append([p.grad.clone() for p in vlm.parameters()])

@@ -113,7 +113,7 @@ def test_the_loss_falls(tmp_path, shards, monkeypatch):
 @pytest.mark.parametrize("arguments, message", [
     (["--learnin_rate=1"], "unknown"),
     (["--advance.lr_visoin=1"], "lr_vision"),
-    (["--seed=abc"], "expected int"),
+    (["--seed=abc"], "whole number"),
     (["--llm=toi"], "toy"),
     (["--stages=alignmnt"], "unknown stage 'alignmnt'"),
     (["--init_from=nowhere"], "nowhere is not a folder"),
