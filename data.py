@@ -447,7 +447,8 @@ class Packs(torch.utils.data.Dataset):
         return "too_long"
 
     def plan_window(self, epoch, w):
-        """(packs, dropped by reason) of window w of an epoch: best fit, longest first, dealt in groups of like cost."""
+        """(packs, dropped by reason) of window w of an epoch: best fit in random order (sorted by length, a pack would hold
+        samples of one kind), dealt in groups of like cost."""
         at = np.arange(w * self.window, min((w + 1) * self.window, self.n))
         if self.shuffle:
             at = permute(at, self.n, self.seed, epoch)
@@ -460,7 +461,6 @@ class Packs(torch.utils.data.Dataset):
                 dropped[sample] = dropped.get(sample, 0) + 1
             else:
                 planned.append(((s, row, sample[0][2]), sample[1], sample[2]))
-        planned.sort(key=lambda p: -p[1])
         packs, room = [], []                                           # room: sorted (tokens left, pack)
         for sample, tokens, tiles in planned:
             k = bisect.bisect_left(room, (tokens, -1))                 # the fullest pack that still has room for it
