@@ -1,10 +1,11 @@
 """Data: records of any format -> token ids and labels in one pass -> packs -> batches, in an order that is arithmetic.
 
-    python data.py check FILE...                       # every row validated, line and field named; exit code 2 if any is bad
+    # every row validated, line and field named; exit code 2 if any is bad
+    python data.py check FILE...
     python data.py show FILE --n=8 --tokenizer=DIR     # exactly what the model sees, supervised tokens marked
 
-Way of a sample: source row (json + image bytes) -> `render` (ids, labels) -> pack of documents (planned from lengths and
-image headers alone) -> `Packs.__getitem__` in a worker (decode, tile) -> batch. Nothing is cut: a sample that does not fit
+Way of a sample: source row (json + image bytes) -> `render` (ids, labels) -> pack of documents (planned from lengths
+and image headers alone) -> `Packs.__getitem__` in a worker (decode, tile) -> batch. Nothing is cut: what does not fit
 gets fewer tiles, else it is dropped and counted; an unreadable one is quarantined and counted.
 
 Shapes: T tokens of a pack, S samples in a pack, N tiles of a pack.
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from vision import count_tiles, image_size, load_image, make_tiles
 
 # ---- tokenizer ----------------------------------------------------------------------------------------------------
-# Special and added tokens of the Qwen2.5 tokenizer as InternVL and SAIL-VL extend it; ids follow the BPE pieces in order
+# Special and added tokens of Qwen2.5 as InternVL and SAIL-VL extend it; their ids follow the BPE pieces in this order
 SPECIAL_TOKENS = [f"<|{t}|>" for t in (
     "endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end vision_start "
     "vision_end vision_pad image_pad video_pad").split()] + ["<tool_call>", "</tool_call>"] + [f"<|{t}|>" for t in (
@@ -67,7 +68,8 @@ class Tokenizer:
         return self.bpe.decode(ids, errors="replace")
 
 # ---- templates and rendering --------------------------------------------------------------------------------------
-TEMPLATES = {                                                          # facts of the released models' conversation files
+# facts of the released models' conversation files
+TEMPLATES = {
     "sailvl-chat": {"system": "你是由抖音内容理解组开发的多模态大模型，英文名叫UniVL, 是一个有用无害的人工智能助手。", "sep": ""},
     "internvl2_5": {"system": "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。",
                     "sep": "\n"}}
@@ -92,7 +94,7 @@ def place_images(turns, n_images):
     return turns
 
 def _render(tokenizer, template, turns, images, system=None):
-    """(ids, targets, image spans): targets[t] is ids[t] where supervised, else IGNORE. `images`: ids inside <img></img>."""
+    """(ids, targets, image spans): targets[t] is ids[t] where supervised, else IGNORE. `images`: ids in <img></img>."""
     if template not in TEMPLATES:
         raise ValueError(f"unknown template {template!r}: choose from {', '.join(TEMPLATES)}")
     special, encode, sep = tokenizer.special, tokenizer.encode, TEMPLATES[template]["sep"]
@@ -120,7 +122,7 @@ def _render(tokenizer, template, turns, images, system=None):
 def render(row, tokenizer, template, n_tiles, tokens_per_tile, image_as="pixels"):
     """Token ids and labels of a record in one pass, so that they cannot disagree.
 
-    n_tiles: tiles of each of the row's images. Returns (ids (T,), labels (T,)) as int64 arrays; labels[t] is the token that
+    n_tiles: tiles of each of the row's images. Returns (ids (T,), labels (T,)), int64; labels[t] is the token that
     position t must predict, IGNORE where nothing is supervised: only answers and their <|im_end|> are.
     image_as "words": the row's `cells` stand in the place of visual tokens (text-only base models);
     "dense": pixels, and the label of each visual token is its cell word (vision-only base models).
@@ -143,7 +145,7 @@ def render(row, tokenizer, template, n_tiles, tokens_per_tile, image_as="pixels"
     return np.array(ids, np.int64), labels
 
 def conversation(row):
-    """(system or None, [(user, assistant), ...]) of a row in InternVL/LLaVA, messages or caption form; ValueError if broken."""
+    """(system or None, [(user, assistant), ...]) of a row in any of the three forms; ValueError if it is broken."""
     if "conversations" in row or "messages" in row:
         name = "conversations" if "conversations" in row else "messages"
         roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -177,7 +179,8 @@ def image_names(row):
 
 # ---- sources: one memory-mapped index each ------------------------------------------------------------------------
 ROW = np.dtype([("offset", "i8"), ("size", "i4"), ("tokens", "i4"), ("first_image", "i8"), ("n_images", "i4"),
-                ("supervised", "i4")])                                 # tokens: all but the visual ones; -1: quarantined
+                # tokens: all but the visual ones; -1: quarantined
+                ("supervised", "i4")])
 IMAGE = np.dtype([("offset", "i8"), ("size", "i4"), ("width", "i4"), ("height", "i4"), ("words", "i4")])
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
 
@@ -194,9 +197,11 @@ class Source:
         if not self.path.exists():
             raise FileNotFoundError(f"data source {path} does not exist")
         stat = self.path.stat()
-        self.key = hashlib.sha256(f"1 {stat.st_size} {stat.st_mtime_ns} {self.path.resolve()} {tokenizer.hash} {template} {image_as}".encode()
+        about = [stat.st_size, stat.st_mtime_ns, str(self.path.resolve()), tokenizer.hash, template, image_as]
+        self.key = hashlib.sha256(json.dumps(about).encode()
                                   ).hexdigest()[:12]
-        beside = self.path.parent if os.access(self.path.parent, os.W_OK) else Path("shards") / "index"  # read-only data
+        # read-only data
+        beside = self.path.parent if os.access(self.path.parent, os.W_OK) else Path("shards") / "index"
         self.index = beside / f".{self.path.name}.index-{self.key}"
         if not (self.index / "meta.json").exists():
             beside.mkdir(parents=True, exist_ok=True)
@@ -241,7 +246,7 @@ class Source:
 
     # -- building
     def _entries(self):
-        """Yield (offset, size, raw row, image entries or None) of every record; tars are read by member, never extracted."""
+        """Yield (offset, size, raw row, image entries or None) of every record; a tar is never extracted."""
         if self.is_tar:
             with tarfile.open(self.path) as tar:
                 members = [m for m in tar if m.isreg()]                # links and devices are not data
@@ -269,7 +274,8 @@ class Source:
                 with open(path, "w") as file:
                     for p in sorted(self.path.rglob("*")):
                         if p.suffix.lower() in IMAGE_SUFFIXES:
-                            side = next((p.with_suffix(e) for e in (".json", ".txt") if p.with_suffix(e).exists()), None)
+                            sides = (p.with_suffix(e) for e in (".json", ".txt"))
+                            side = next((q for q in sides if q.exists()), None)
                             row = json.loads(side.read_text()) if side and side.suffix == ".json" else {
                                 "caption": side.read_text() if side else ""}
                             file.write(json.dumps({"id": p.stem, **row, "image": str(p.relative_to(self.path))}) + "\n")
@@ -279,7 +285,7 @@ class Source:
                 except ValueError as e:
                     raise ValueError(f"{self.path} is not valid JSON: {e}") from None
                 if not isinstance(rows, list):
-                    raise ValueError(f"{self.path} must hold a JSON array of records; a meta file holds root and annotation")
+                    raise ValueError(f"{self.path} must hold an array of records, or be a meta file")
                 with open(path, "w") as file:
                     file.writelines(json.dumps(row) + "\n" for row in rows)
             else:
@@ -296,7 +302,8 @@ class Source:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
         rows, images, bad = [], [], []
-        for offset, size, raw, pictures in tqdm(self._entries(), desc=f"index {self.path.name}", unit="row", leave=False):
+        progress = tqdm(self._entries(), desc=f"index {self.path.name}", unit="row", leave=False)
+        for offset, size, raw, pictures in progress:
             first, number = len(images), len(rows)
             try:
                 if raw is None:
@@ -333,8 +340,8 @@ class Source:
         os.replace(work, self.index)
 
 def open_sources(spec, tokenizer, template, image_as="pixels"):
-    """Sources of `--data`: comma-separated `path` or `name=path`; a path may be .jsonl, .json (LLaVA array or InternVL meta),
-    .tar, a folder of captioned images, or a pattern with `*` or `{000..012}`."""
+    """Sources of `--data`: comma-separated `path` or `name=path`; a path may be .jsonl, .json (LLaVA array or InternVL
+    meta), .tar, a folder of captioned images, or a pattern with `*` or `{000..012}`."""
     sources, common_ = [], (tokenizer, template, image_as)
     for entry in filter(None, (e.strip() for e in re.split(r",(?![^{]*\})", spec))):
         name, path = entry.split("=", 1) if "=" in entry else (None, entry)
@@ -355,7 +362,8 @@ def open_sources(spec, tokenizer, template, image_as="pixels"):
                 if "annotation" not in item:
                     raise ValueError(f"{p}: {key} has no `annotation`")
                 sources.append(Source(key, here(item["annotation"]), *common_, root=here(item.get("root", "")),
-                                      repeat=float(item.get("repeat_time", 1)), max_tiles=item.get("max_dynamic_patch", 0)))
+                                      repeat=float(item.get("repeat_time", 1)),
+                                      max_tiles=item.get("max_dynamic_patch", 0)))
     if not sources:
         raise ValueError("no data: give --data=PATH (.jsonl, .json, .tar, a folder, or a pattern)")
     return sources
@@ -415,8 +423,8 @@ class Packs(torch.utils.data.Dataset):
         if self.n == 0 or all((s.rows["tokens"] < 0).all() for s in sources):
             raise ValueError(f"no usable sample in {', '.join(str(s.path) for s in sources)} ({self.n} rows, "
                              f"{self.n_bad} unreadable); try: python data.py check {sources[0].path}")
-        self.fingerprint = hashlib.sha256(json.dumps([[s.name, s.meta["digest"], s.repeat, s.max_tiles] for s in sources]
-                                                     + [self.n]).encode()).hexdigest()[:16]
+        about = [[s.name, s.meta["digest"], s.repeat, s.max_tiles] for s in sources]
+        self.fingerprint = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 
     def __len__(self):
         return self.n
@@ -447,8 +455,8 @@ class Packs(torch.utils.data.Dataset):
         return "too_long"
 
     def plan_window(self, epoch, w):
-        """(packs, dropped by reason) of window w of an epoch: best fit in random order (sorted by length, a pack would hold
-        samples of one kind), dealt in groups of like cost."""
+        """(packs, dropped by reason) of window w of an epoch: best fit in random order (sorted by length, a pack would
+        hold samples of one kind), dealt in groups of like cost."""
         at = np.arange(w * self.window, min((w + 1) * self.window, self.n))
         if self.shuffle:
             at = permute(at, self.n, self.seed, epoch)
@@ -456,7 +464,7 @@ class Packs(torch.utils.data.Dataset):
         for i in at:
             s = int(np.searchsorted(self.ends, i, side="right"))
             row = int(i - (self.ends[s - 1] if s else 0)) % len(self.sources[s].rows)
-            sample = self.plan_sample(s_ := self.sources[s], row)
+            sample = self.plan_sample(self.sources[s], row)
             if isinstance(sample, str):
                 dropped[sample] = dropped.get(sample, 0) + 1
             else:
@@ -524,9 +532,11 @@ class Packs(torch.utils.data.Dataset):
                 continue
             n = max(1, int((y != IGNORE).sum()))
             ids.append(x), labels.append(y), positions.append(np.arange(len(x)))
-            weights.append(np.full(len(x), {"token": 1.0, "sample": 1 / n, "sqrt": n ** -0.5}[self.loss_weight], np.float32))
+            weight = {"token": 1.0, "sample": 1 / n, "sqrt": n ** -0.5}[self.loss_weight]
+            weights.append(np.full(len(x), weight, np.float32))
             lengths.append(len(x)), tiles.extend(pictures), names.append(row["id"])
-        if not ids:                                                    # nothing readable: one token that asks for nothing
+        # nothing readable: one token that asks for nothing
+        if not ids:
             ids, labels, positions = [np.array([self.tokenizer.eos_id])], [np.array([IGNORE])], [np.array([0])]
             weights, lengths = [np.ones(1, np.float32)], [0, 1]
         ids, labels, positions, weights = map(np.concatenate, (ids, labels, positions, weights))
@@ -540,9 +550,10 @@ class Packs(torch.utils.data.Dataset):
             "tiles": tiles, "ids": names, "bad": bad, "size": size, "position": pack.position, "counts": pack.counts}
 
 def make_loader(packs, rank=0, world=1, num_workers=0, position=(0, 0, 0), counts=None):
-    """DataLoader over this rank's packs of the global sequence, from a position on; the same for any number of workers."""
+    """DataLoader over this rank's packs of the global sequence, from a position on, whatever the number of workers."""
     mine = (pack for k, pack in enumerate(packs.sequence(tuple(position), counts)) if k % world == rank)
-    def ignore_signals(_):                                             # a preempted job saves; its workers must live until then
+    # a preempted job saves; its workers must live until then
+    def ignore_signals(_):
         import signal
         signal.signal(signal.SIGTERM, signal.SIG_IGN), signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         torch.set_num_threads(1)
@@ -612,7 +623,8 @@ def show(path, n, tokenizer, template, tile_size, tokens_per_tile, max_tiles):
                 out.append(tokenizer.decode([int(token)], skip_special=False))
             context = re.compile(r"(?:<IMG_CONTEXT>)+")
             text = context.sub(lambda m: f"<IMG_CONTEXT x {len(m[0]) // 13}>", "".join(out) + ("]]" if marked else ""))
-            print(f"--- {row['id']}: {len(ids)} tokens, {int((labels != IGNORE).sum())} supervised, tiles {tiles}\n{text}")
+            n = int((labels != IGNORE).sum())
+            print(f"--- {row['id']}: {len(ids)} tokens, {n} supervised, tiles {tiles}\n{text}")
 
 @dataclass(slots=True)
 class Config:

@@ -5,13 +5,13 @@
     python toy.py --out=config/toy_tokenizer --parts=tokenizer   # the small byte-level BPE of the toy language model
 
 Every picture is a board of 28-pixel cells, so that after 14-pixel patches and a 2x2 pixel shuffle one visual token sees
-one cell; a tile is 3x3 cells. Boards of 1x1 to 3x1 and 2x2 tiles go through the same dynamic tiling, thumbnail included,
-as real photos. What a cell shows is one word of the toy vocabulary (`LargeRedCircle`, `K`, `7`, `BlueBarSix`, `Empty`); the
-words of all visual tokens of a picture, tile by tile, are its `cells`. They are the exact truth: captions, alt-texts,
+one cell; a tile is 3x3 cells. Boards of 1x1 to 3x1 and 2x2 tiles go through the same dynamic tiling, thumbnail
+included, as real photos. What a cell shows is one word (`LargeRedCircle`, `K`, `7`, `BlueBarSix`, `Empty`); the words
+of all visual tokens of a picture, tile by tile, are its `cells`. They are the exact truth: captions, alt-texts,
 transcriptions and question-answer turns of three levels are made from the same board.
 
 A board is held out when a checksum of its truth says so, hence training and benchmark pictures are disjoint by
-construction, in any number and under any seed; words on signs are split by the word itself, so benchmark words are unseen.
+construction, in any number, under any seed; words on signs are split by the word itself: benchmark words are unseen.
 """
 import base64, collections, csv, io, json, os, random, re, tarfile, zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -56,7 +56,8 @@ class Board:
     kind: str                        # scene, sign, note, list, table, bars, line
     grid: tuple                      # (columns, rows) of tiles
     cells: dict = field(default_factory=dict)   # (row, column) -> word; everything else is Empty
-    things: list = field(default_factory=list)  # facts in reading order: (size, color, kind, row, col), lines, (label, ...)
+    # facts in reading order: (size, color, kind, row, col), lines, (label, ...)
+    things: list = field(default_factory=list)
 
     def words(self):
         """The word of every visual token, in the order of dynamic tiling: tiles row-major, thumbnail last."""
@@ -115,7 +116,8 @@ def make_board(rng, kind, grid=None):
         lanes = sorted(rng.sample(range(along), rng.randint(2, min(along, 6))))
         values = rng.sample(range(1, MAX_VALUE + 1), len(lanes))
         for lane, color, value in zip(lanes, rng.sample(list(COLORS), len(lanes)), values):
-            last, name = (UNIT * value - 1) // CELL, color.title() + ("Bar" if kind == "bars" else "Point") + NUMBERS[value]
+            last = (UNIT * value - 1) // CELL
+            name = color.title() + ("Bar" if kind == "bars" else "Point") + NUMBERS[value]
             if kind == "bars":                                         # from the left edge to the right
                 board.cells |= {(lane, k): "BarEnd" for k in range(1, last + 1)} | {(lane, 0): name}
             else:                                                      # from the bottom to the top
@@ -346,7 +348,8 @@ def turns(board, rng, level):
                 a, b = rng.sample(KINDS, 2)
                 u, v = (sum(t[2] == k for t in board.things) for k in (a, b))
                 if rng.random() < 0.3:
-                    question, answer = f"Are there more {a} than {b} shapes? Explain.", f"{u} {a}, {v} {b}: {yes(u > v)}"
+                    question = f"Are there more {a} than {b} shapes? Explain."
+                    answer = f"{u} {a}, {v} {b}: {yes(u > v)}"
             if level != "knowledge" and not question.startswith(("Is ", "Are ")) and rng.random() < 0.2:
                 question += "\n" + SHORT_HINT
             out.append((question, answer))
@@ -361,7 +364,8 @@ def turns(board, rng, level):
             out.append(("Read the text backwards.", " ".join(board.things)[::-1]))
         return out
     for _ in range(4):
-        question, answer = chart_question(board, rng, steps=False if level == "knowledge" and rng.random() < 0.6 else None)
+        single = level == "knowledge" and rng.random() < 0.6
+        question, answer = chart_question(board, rng, steps=False if single else None)
         if level == "preference" and question.startswith("How much") and rng.random() < 0.3:
             p, q = question.split()[4], question.rstrip("?").split()[6]
             values = dict(board.things)
@@ -388,7 +392,8 @@ def record(seed, part, i, easy=False):
     board = boards[0]
     if pair:
         n = [len(b.things) for b in boards]
-        talk = [("How many shapes are in the first image?", str(n[0])), ("How many shapes are in the second image?", str(n[1])),
+        talk = [("How many shapes are in the first image?", str(n[0])),
+                ("How many shapes are in the second image?", str(n[1])),
                 ("Do both images have the same number of shapes?", yes(n[0] == n[1]))]
     else:
         level = part if part != "text" else rng.choices(
@@ -436,7 +441,8 @@ def write_parts(cfg, parts, per_shard=500):
             for part in parts for start in range(0, cfg.n, per_shard)]
     jobs = [job for job in jobs if not job[-1].exists()]
     with ProcessPoolExecutor() as pool:
-        for done in tqdm(as_completed([pool.submit(write_shard, *job) for job in jobs]), total=len(jobs), desc="toy shards"):
+        waiting = [pool.submit(write_shard, *job) for job in jobs]
+        for done in tqdm(as_completed(waiting), total=len(jobs), desc="toy shards"):
             done.result()
 
 def write_text(cfg):
@@ -548,9 +554,11 @@ def main():
         if part not in (*LEVELS, *writers):
             raise ValueError(f"unknown part {part!r}: choose from {', '.join([*LEVELS, *writers])}")
     out.mkdir(parents=True, exist_ok=True)
-    made = json.dumps({"n": cfg.n, "n_bench": cfg.n_bench, "seed": cfg.seed, "world": zlib.crc32(Path(__file__).read_bytes())})
+    world = zlib.crc32(Path(__file__).read_bytes())
+    made = json.dumps({"n": cfg.n, "n_bench": cfg.n_bench, "seed": cfg.seed, "world": world})
     if (out / "toy.json").exists() and (out / "toy.json").read_text() != made:
-        for old in (p for name in (*(f"{level}-*.tar" for level in LEVELS), "toy_*.tsv", "text.jsonl") for p in out.glob(name)):
+        names = [*(f"{level}-*.tar" for level in LEVELS), "toy_*.tsv", "text.jsonl"]
+        for old in (path for name in names for path in out.glob(name)):
             old.unlink()                                               # of other settings or an older world
     (out / "toy.json").write_text(made)
     write_parts(cfg, [part for part in parts if part in LEVELS])

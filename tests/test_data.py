@@ -72,7 +72,8 @@ def test_the_prompt_is_the_released_template_character_by_character():
     ids = chat_ids(TOY, "sailvl-chat", [("What is it?", None)], [2], 9)
     text = TOY.decode(ids, skip_special=False)
     assert text == ("<|im_start|>system\n你是由抖音内容理解组开发的多模态大模型，英文名叫UniVL, 是一个有用无害的人工智能助手。<|im_end|>"
-                    "<|im_start|>user\n<img>" + "<IMG_CONTEXT>" * 18 + "</img>\nWhat is it?<|im_end|><|im_start|>assistant\n")
+                    "<|im_start|>user\n<img>" + "<IMG_CONTEXT>" * 18 + "</img>\nWhat is it?<|im_end|>"
+                    "<|im_start|>assistant\n")
     text = TOY.decode(chat_ids(TOY, "internvl2_5", [("a", "b"), ("c", None)], [], 9), skip_special=False)
     assert text.endswith("<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
                          "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n")
@@ -84,7 +85,8 @@ def test_supervised_tokens_are_the_answers_and_their_end_and_nothing_else(turns)
     import unicodedata
     turns = [(q.replace("<image>", ""), a) for q, a in turns]
     turns = [(q if q.strip() else "q", a if a.strip() else "a") for q, a in turns]
-    row = {"id": "x", "conversations": [{"from": f, "value": v} for q, a in turns for f, v in (("human", q), ("gpt", a))]}
+    talk_ = [{"from": f, "value": v} for q, a in turns for f, v in (("human", q), ("gpt", a))]
+    row = {"id": "x", "conversations": talk_}
     ids, labels = render(row, TOY, "sailvl-chat", [], 9)
     said = TOY.decode([int(i) for i in labels if i != IGNORE], skip_special=False)
     assert said == "".join(unicodedata.normalize("NFC", a) + "<|im_end|>" for _, a in turns)
@@ -177,13 +179,15 @@ def test_every_sample_comes_exactly_once_an_epoch_and_budgets_hold(tmp_path):
 
 
 def test_a_sample_that_is_too_long_gets_fewer_tiles_or_is_dropped_whole_and_counted(tmp_path):
-    (tmp_path / "p.png").write_bytes(picture(168, 168))
+    (tmp_path / "p.png").write_bytes(picture(336, 84))
     spec = write_rows(tmp_path, [talk("<image>\nWhat?", "Red.", image="p.png"), talk("long " * 400, "Red.")])
-    packs = Packs(open_sources(spec, TOY, "sailvl-chat"), TOY, "sailvl-chat", **(KW | dict(tokens_per_pack=70)))
+    sources = open_sources(spec, TOY, "sailvl-chat")
+    budget = int(sources[0].rows[0]["tokens"]) + 30           # 45 for 4 tiles and a thumbnail, 27 for 2 and one
+    packs = Packs(sources, TOY, "sailvl-chat", **(KW | dict(tokens_per_pack=budget)))
     pack = next(packs.sequence())
     assert len(pack.samples) == 1 and pack.counts == {"used": 1, "too_long": 1}
     batch = packs[pack]
-    assert len(batch["tiles"]) == 3 and (batch["tokens"] == TOY.image_id).sum() == 27   # 5 tiles do not fit, 3 do
+    assert len(batch["tiles"]) == 3 and (batch["tokens"] == TOY.image_id).sum() == 27
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -208,7 +212,9 @@ def test_documents_of_a_pack_are_the_documents_alone(tmp_path):
 
 def test_unreadable_samples_are_left_out_named_and_counted(tmp_path):
     (tmp_path / "good.png").write_bytes(picture())
-    (tmp_path / "half.png").write_bytes(picture(800, 800)[:-1500])
+    noise = io.BytesIO()
+    Image.effect_noise((300, 300), 50).save(noise, "JPEG")            # its header is whole
+    (tmp_path / "half.png").write_bytes(noise.getvalue()[:20000])
     (tmp_path / "page.png").write_text("<html>not found</html>")
     rows = [talk(image="good.png", id="good"), talk(image="half.png", id="half"), talk(image="page.png", id="page"),
             talk(image="gone.png", id="gone"), talk("<image><image>?", image="good.png", id="two"),
@@ -220,7 +226,7 @@ def test_unreadable_samples_are_left_out_named_and_counted(tmp_path):
     batch = packs[next(packs.sequence())]
     assert batch["ids"] == ["good"] and [b["id"] for b in batch["bad"]] == ["half"]
     reasons = " ".join(b["reason"] for b in packs.sources[0].meta["bad"])
-    assert packs.n_bad == 5 and "gone.png" in reasons and "placeholders" in reasons and "empty assistant" in reasons
+    assert packs.n_bad == 5 and "gone.png" in reasons and "placeholders" in reasons and "empty gpt turn" in reasons
 
 
 def test_an_empty_data_set_is_refused_with_what_to_do(tmp_path):
@@ -239,8 +245,10 @@ def test_the_index_is_rebuilt_when_the_file_changes(tmp_path):
 
 def test_check_names_the_line_and_show_prints_what_the_model_sees(tmp_path, capsys):
     (tmp_path / "p.png").write_bytes(picture())
-    spec = write_rows(tmp_path, [talk("<image>\nWhat?", "Red.", image="p.png", id="a"), {"id": "b", "conversations": []}])
+    rows = [talk("<image>\nWhat?", "Red.", image="p.png", id="a"), {"id": "b", "conversations": []}]
+    spec = write_rows(tmp_path, rows)
     assert data.check([spec]) == 1
     assert "line 2" in capsys.readouterr().out
     data.show(spec, 1, TOY, "sailvl-chat", 84, 9, 4)
-    assert "<img><IMG_CONTEXT x 9></img>\nWhat?<|im_end|><|im_start|>assistant\n[[Red.<|im_end|>]]" in capsys.readouterr().out
+    seen = "<img><IMG_CONTEXT x 9></img>\nWhat?<|im_end|><|im_start|>assistant\n[[Red.<|im_end|>]]"
+    assert seen in capsys.readouterr().out
