@@ -387,6 +387,7 @@ def main():
         write_results(answered, paths, free, cfg, {
             "model": cfg.model, "model_sha256": weights[cfg.model], "protocol": protocol_hash(paths, *changed),
             "image_as": cfg.image_as, "dtype": str(dtype)[6:], "seconds": round(time.time() - start, 1)})
+    common.close_distributed()
 
 if __name__ == "__main__":
     configurator.launch(main)
