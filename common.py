@@ -1,7 +1,6 @@
 """Leaf functions shared by train.py and sft.py: settings, distributed set-up, optimizer, checkpoints, log, plot.
 
-Nothing here owns a loop, takes a callback or imports another file of ours.
-    python common.py plot out/run/log.jsonl [MORE.jsonl ...] loss.png
+    python common.py plot out/run/log.jsonl loss.png
 """
 import datetime, fcntl, functools, hashlib, importlib.metadata, json, math, os, platform, resource, shutil, signal
 import socket, subprocess, sys, time, warnings
@@ -11,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 import torch, torch.distributed as td, torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -79,7 +79,6 @@ class RunConfig:
     print_every: int = 10  # steps per printed line
     mfu_assumed: float = 0.4  # for the days that --dry_run shows
     dry_run: bool = False  # print what would run, and stop
-    debug: bool = False  # show tracebacks of refusals
 
 # ---- distributed set-up ---------------------------------------------------------------------------------------------
 @dataclass(slots=True, frozen=True)
@@ -88,22 +87,19 @@ class Dist:
     rank: int = 0
     world: int = 1
     device: torch.device = torch.device("cpu")
-
-    @property
-    def is_main(self):
-        return self.rank == 0
+    is_main = property(lambda self: self.rank == 0)
 
 def setup_distributed(device="auto", timeout_s=600):
     """Join torchrun's process group where there is one (nccl on CUDA, gloo on CPU). Returns Dist."""
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    gpu = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if device not in ("auto", "cuda", "cpu"):
         raise ValueError(f"--device={device}: write auto, cuda or cpu")
+    gpu = device == "cuda" or device == "auto" and torch.cuda.is_available()
     if gpu and local >= (n := torch.cuda.device_count()):
         raise ValueError(f"process {local} of this machine finds {n} GPUs; use --nproc_per_node={n} or --device=cpu")
     where = torch.device("cuda", local) if gpu else torch.device("cpu")
     if gpu: torch.cuda.set_device(where)
-    if "RANK" in os.environ and not td.is_initialized():
+    if "RANK" in os.environ:
         td.init_process_group("nccl" if gpu else "gloo", timeout=datetime.timedelta(seconds=timeout_s),
                               device_id=where if gpu else None)
     return Dist(rank, world, where)
@@ -116,7 +112,13 @@ def all_reduce_sum(tensor, dist):
 def all_reduce_dict(values, dist):
     """{name: sum over the ranks} of plain numbers, exact up to 2**53."""
     total = torch.tensor(list(values.values()), dtype=torch.float64, device=dist.device)
-    return dict(zip(values, all_reduce_sum(total, dist).tolist(), strict=True))
+    return dict(zip(values, all_reduce_sum(total, dist).tolist()))
+
+def gather(value, dist):
+    """[value of rank 0, value of rank 1, ...] of any Python value, on every rank."""
+    values = [value] * dist.world
+    if dist.world > 1: td.all_gather_object(values, value)
+    return values
 
 def barrier():
     if td.is_initialized(): td.barrier()
@@ -132,9 +134,8 @@ def say(dist, text):
 
 def compute_dtype(name, device):
     """torch dtype of the arithmetic for a --dtype word: auto is bfloat16 on a GPU that has it, else float32."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-    return getattr(torch, name)
+    if name != "auto": return getattr(torch, name)
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
 def parallelize(model, cfg, dist):
     """Move the model to its device and spread it over the ranks; returns the module to call. On a fresh model in each
@@ -150,27 +151,16 @@ def parallelize(model, cfg, dist):
         return DistributedDataParallel(model.to(dist.device), gradient_as_bucket_view=True)
     mesh, dtype = td.init_device_mesh(dist.device.type, (dist.world,)), compute_dtype(cfg.dtype, dist.device)
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)  # so that loss weights stay fp32
-    for unit in [*blocks, model]:
-        fully_shard(unit, mesh=mesh, mp_policy=policy)
+    for unit in [*blocks, model]: fully_shard(unit, mesh=mesh, mp_policy=policy)
     return model
-
-def unwrap(model):
-    """The model inside DDP; any other model as it is."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
 
 def set_gradient_sync(model, on):
     """Before each forward: DDP adds up over ranks in a step's last micro-batch only; FSDP, to save memory, in each."""
-    if isinstance(model, DistributedDataParallel):
-        model.require_backward_grad_sync = on
+    model.require_backward_grad_sync = on  # means nothing to any other module
 
 def full_state(model):
     """{name: whole tensor on the CPU} on rank 0, {} on the others; all ranks call it. CPU tensors are the live ones."""
-    state = {}
-    for name, tensor in unwrap(model).state_dict().items():
-        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if not td.is_initialized() or td.get_rank() == 0:
-            state[name] = tensor.detach().cpu()
-    return state
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 # ---- what trains, and how fast --------------------------------------------------------------------------------------
 MODULES = (("vision_model", "lr_vision"), ("mlp1", "lr_projector"), ("language_model", "lr_llm"))
@@ -178,33 +168,32 @@ NO_DECAY = ("embed_tokens.weight", "class_embedding", "position_embedding")  # a
 
 def parts(model, stage):
     """[(name, module, peak learning rate)] of the modules this model has."""
-    found = [(name, getattr(unwrap(model), name, None), getattr(stage, lr)) for name, lr in MODULES]
-    return [part for part in found if part[1] is not None]
+    model = getattr(model, "module", model)  # out of DDP
+    return [(name, module, getattr(stage, lr)) for name, lr in MODULES
+            if (module := getattr(model, name, None)) is not None]
 
 def set_trainable(model, stage):
     """Freeze the modules of learning rate 0; returns which of (ViT, projector, language model) are here and train."""
-    trained = {name for name, _, lr in parts(model, stage) if lr > 0}
-    for name, module, _ in parts(model, stage):
-        module.requires_grad_(name in trained)
-    if not trained:
+    trained = {name: lr > 0 for name, _, lr in parts(model, stage)}
+    for name, module, _ in parts(model, stage): module.requires_grad_(trained[name])
+    if not any(trained.values()):
         raise ValueError("this stage trains nothing: set one of lr_vision, lr_projector, lr_llm above 0")
-    return tuple(name in trained for name, _ in MODULES)
+    return tuple(trained.get(name, False) for name, _ in MODULES)
 
 def set_dtypes(model, dtype):
     """What trains is kept in fp32, the master copy of the optimizer; what is frozen in the dtype of the arithmetic."""
     for p in model.parameters():
         p.data = p.data.to(torch.float32 if p.requires_grad else dtype)
 
-def stage_table(model, stage):
-    """Rows (module, parameters, trainable parameters, peak learning rate, weight decay); tied weights count once."""
-    sizes = [(name, sum(p.numel() for p in module.parameters()), lr) for name, module, lr in parts(model, stage)]
-    return [(name, n, n * (lr > 0), lr, stage.weight_decay * (lr > 0)) for name, n, lr in sizes]
-
-def print_stage_table(title, rows):
+def print_stage_table(title, model, stage):
+    """Print, and return, rows (module, parameters, trainable of them, peak learning rate, weight decay)."""
+    rows = [(name, n := sum(p.numel() for p in module.parameters()), n * (lr > 0), lr, stage.weight_decay * (lr > 0))
+            for name, module, lr in parts(model, stage)]
     print(f"{title:16s} {'parameters':>15s} {'trainable':>15s} {'lr':>9s} {'weight decay':>13s}")
     for name, n, trainable, lr, decay in rows:
         print(f"{name:16s} {n:15,d} {trainable:15,d} {lr:9.2g} {decay:13.3g}")
     print(f"{'total':16s} {sum(r[1] for r in rows):15,d} {sum(r[2] for r in rows):15,d}", flush=True)
+    return rows
 
 def make_optimizer(model, stage, cfg):
     """AdamW; each trained module is a group with decay (matrices) and one without (norms, biases, embeddings, layer
@@ -227,15 +216,13 @@ def lr_scale(step, stage_steps, warmup, min_ratio):
 def clip_grad_norm(model, max_norm):
     """Scale all gradients to a norm of at most max_norm (0: leave them). Returns (norm before, {module: norm}), 0-d
     fp32 tensors, the same on all ranks; not finite when any gradient is not."""
-    sharded = isinstance(next(model.parameters()), DTensor)
-    grads = {name: [p.grad.to_local() if sharded else p.grad for p in module.parameters() if p.grad is not None]
+    grads = {name: [p.grad for p in module.parameters() if p.grad is not None]
              for name, module, _ in parts(model, Stage())}
-    grads = {name: tensors for name, tensors in grads.items() if tensors}
-    squares = torch.stack([torch.nn.utils.get_total_norm(tensors) ** 2 for tensors in grads.values()])
-    if sharded: td.all_reduce(squares)  # each rank holds its shard
-    total = squares.sum().sqrt()
-    if max_norm > 0: torch._foreach_mul_(sum(grads.values(), []), (max_norm / (total + 1e-6)).clamp(max=1.0))
-    return total, dict(zip(grads, squares.sqrt(), strict=True))
+    norms = {name: torch.nn.utils.get_total_norm(tensors) for name, tensors in grads.items() if tensors}
+    norms = {name: norm.full_tensor() if isinstance(norm, DTensor) else norm for name, norm in norms.items()}
+    total = (torch.stack(list(norms.values())) ** 2).sum().sqrt()
+    if max_norm > 0: torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, total)
+    return total, norms
 
 def seed_everything(*parts):
     """Seed torch from integers, (seed, step, rank): a resumed run draws the same numbers without a saved state."""
@@ -262,25 +249,24 @@ def tensors_of(model, optimizer):
     """{name: live tensor} of weights and AdamW moments; the names are the same for a plain, DDP or FSDP model. Rates,
     betas and decay are not among them: on resume the configuration's count."""
     state = {}
-    for name, p in unwrap(model).named_parameters():
+    for name, p in getattr(model, "module", model).named_parameters():  # out of DDP
         state[f"model.{name}"] = p.detach()
         if p.requires_grad:
-            moments = optimizer.state[p]
-            if not moments:  # before the first step, to be filled by load_checkpoint
-                moments["step"] = torch.zeros((), device=p.device)
-                moments["exp_avg"], moments["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-            state |= {f"optimizer.{name}.{key}": value for key, value in moments.items()}
+            if not optimizer.state[p]:  # before the first step, to be filled by load_checkpoint
+                zeros = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[p] = {"step": torch.zeros((), device=p.device), **zeros}
+            state |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[p].items()}
     return state
 
 def save_checkpoint(out_dir, step, model, optimizer, state, dist, keep):
-    """Write checkpoints/step_{step:08d}/ and delete all but the newest max(2, keep) good ones. All ranks call it;
-    `state`, any JSON value, is rank 0's. A crash at any point leaves the earlier ones as they were. Raises OSError."""
+    """Write checkpoints/step_{step:08d}/, delete what is older than the newest max(2, keep) good ones. All ranks call
+    it; `state`, any JSON value, is rank 0's. A crash at any point leaves the earlier ones usable. Raises OSError."""
     final = Path(out_dir) / "checkpoints" / f"step_{step:08d}"
     tmp, tensors = final.with_name(f".tmp_{final.name}"), tensors_of(model, optimizer)
     if dist.is_main:
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir(parents=True)
-        need, free = sum(t.numel() * t.element_size() for t in tensors.values()), shutil.disk_usage(tmp).free
+        need, free = sum(t.nbytes for t in tensors.values()), shutil.disk_usage(tmp).free
         if need > free:
             raise OSError(f"{tmp.parent}: a checkpoint needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
                           "make room or choose another --out_dir, then start the same command again")
@@ -288,92 +274,74 @@ def save_checkpoint(out_dir, step, model, optimizer, state, dist, keep):
     try:
         dcp.save(tensors, checkpoint_id=tmp, no_dist=not td.is_initialized())  # each rank its share, with fsync
     except dcp.CheckpointException as e:
-        causes = "; ".join(f"rank {r}: {failure[0]}" for r, failure in e.failures.items())
-        raise OSError(f"{tmp}: the checkpoint could not be written ({causes}); is the disk full?") from e
+        cause = next(iter(e.failures.values()))[0]  # of the first rank
+        raise OSError(f"{tmp}: the checkpoint could not be written ({cause}); is the disk full?") from e
     written = list(tmp.glob(f"__{dist.rank}_*.distcp"))  # each rank reads back what it wrote
     if dist.is_main:
         write_atomic(tmp / "state.json", json.dumps(state))
         written += [tmp / ".metadata", tmp / "state.json"]
-    files = {f.name: [f.stat().st_size, sha256(f)] for f in written}
-    everyone = [files] * dist.world
-    if dist.world > 1: td.all_gather_object(everyone, files)
-    if dist.is_main:
-        files = {name: entry for part in everyone for name, entry in sorted(part.items())}
-        write_atomic(tmp / "manifest.json", json.dumps({"step": step, "files": files}, indent=1))
-        if damage(final):  # not there yet, or spoilt; a good one of this step stays
-            shutil.rmtree(final, ignore_errors=True)
-            os.rename(tmp, final)
-        write_atomic(final.parent / "latest", final.name + "\n")
-        good = 0
-        for path in sorted(final.parent.glob("step_*"), reverse=True):
-            if good >= max(2, keep):
-                os.rename(path, tmp.with_name(f".tmp_{path.name}"))  # an interrupted deletion must not look like damage
-            good += damage(path, hashes=False) is None
-        for leftover in final.parent.glob(".tmp_*"): shutil.rmtree(leftover)
-    barrier()
+    files = gather({f.name: [f.stat().st_size, sha256(f)] for f in written}, dist)
+    if not dist.is_main: return
+    manifest = {"step": step, "files": {name: entry for part in files for name, entry in sorted(part.items())}}
+    write_atomic(tmp / "manifest.json", json.dumps(manifest, indent=1))
+    shutil.rmtree(final, ignore_errors=True)  # a damaged one, or the run would have gone on behind it
+    os.rename(tmp, final)
+    write_atomic(final.parent / "latest", final.name + "\n")
+    paths = sorted(final.parent.glob("step_*"))
+    good = [path for path in paths if not damage(path, hashes=False)][-max(2, keep):]
+    for path in paths[:paths.index(good[0])]:
+        shutil.rmtree(path.rename(tmp))  # under another name: an interrupted deletion must not look like damage
 
 def damage(path, hashes=True):
     """What is wrong with a checkpoint folder, in words; None: all files have the size and sha256 of the manifest."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        if f"step_{manifest['step']:08d}" != path.name:
-            return f"manifest.json belongs to step {manifest['step']}"
+        if f"step_{manifest['step']:08d}" != path.name: return "manifest.json belongs to another step"
         for name, (size, digest) in manifest["files"].items():
-            if (path / name).stat().st_size != size:
-                return f"{name} has {(path / name).stat().st_size} bytes, not {size}"
-            if hashes and sha256(path / name) != digest:
-                return f"{name} has changed since it was written (sha256)"
-    except FileNotFoundError as e:
-        return f"{Path(e.filename).name} is missing"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return "manifest.json is not readable"
+            if (path / name).stat().st_size != size or hashes and sha256(path / name) != digest:
+                return f"{name} has changed since it was written"
+    except Exception as e:
+        return f"{type(e).__name__}: {e}"
 
 def find_checkpoint(out_dir, dist=Dist()):
     """Path of the newest checkpoint that verifies, or None; a loud line per damaged one. All ranks get rank 0's."""
-    found = [None]
+    found = None
     for path in sorted(Path(out_dir).glob("checkpoints/step_*"), reverse=True) if dist.is_main else ():
         if not (reason := damage(path)):
-            found = [path]
+            found = path
             break
         print(f"WARNING: DAMAGED CHECKPOINT {path}: {reason}; trying the one before", file=sys.stderr, flush=True)
-    if dist.world > 1: td.broadcast_object_list(found)
-    return found[0]
+    return gather(found, dist)[0]
 
 def read_state(path):
     """The state that was saved with the checkpoint `path` (stage, position, ...), without its tensors."""
     return json.loads((Path(path) / "state.json").read_text())
 
 def load_checkpoint(path, model, optimizer, dist):
-    """Fill model and optimizer in place, at any number of ranks; returns the saved state. Raises ValueError naming the
-    tensors that do not fit."""
+    """Fill model and optimizer in place, at any number of ranks; returns the saved state. ValueError: does not fit."""
     tensors, saved = tensors_of(model, optimizer), dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     here, there = {k: tuple(t.shape) for k, t in tensors.items()}, {k: tuple(t.size) for k, t in saved.items()}
     wrong = [f"{name} is {there.get(name, 'not there')}, here {here.get(name, 'not known')}"
              for name in here | there if here.get(name) != there.get(name)]
     if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ValueError(f"{path} does not fit this model: {'; '.join(wrong[:3])}{more}. Go on with the configuration "
-                         "it was written with, or start anew in another --out_dir")
+        raise ValueError(f"{path} does not fit this model: {'; '.join(wrong[:3])}{' and more' * (len(wrong) > 3)}. Go "
+                         "on with the configuration it was written with, or start anew in another --out_dir")
     dcp.load(tensors, checkpoint_id=path, no_dist=not td.is_initialized())
     return read_state(path)
 
 # ---- the run folder -------------------------------------------------------------------------------------------------
-LOCKS = []  # open files; a lock lasts as long as the process
-
 def lock_run_folder(out_dir):
     """Take the run folder (rank 0), then remove what an interrupted save left. Raises ValueError naming the holder. The
     lock is fcntl's: the system releases it however the process ends, and forked data workers do not inherit it."""
     Path(out_dir).mkdir(parents=True, exist_ok=True)
-    f = open(Path(out_dir) / "lock", "a+", encoding="utf-8")
+    lock = os.open(Path(out_dir) / "lock", os.O_RDWR | os.O_CREAT)  # never closed: held as long as the process lives
     try:
-        fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        f.seek(0)
-        raise ValueError(f"{out_dir} is in use by {f.read().strip() or 'another process'}; wait for it, stop it, or "
-                         "choose another --out_dir") from None
-    f.truncate(0)
-    print(f"process {os.getpid()} on {socket.gethostname()}", file=f, flush=True)
-    LOCKS.append(f)
+        raise ValueError(f"{out_dir} is in use by {os.read(lock, 200).decode() or 'another process'}; wait for it, "
+                         "stop it, or choose another --out_dir") from None
+    os.ftruncate(lock, 0)
+    os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
     for leftover in Path(out_dir).glob("checkpoints/.tmp_*"): shutil.rmtree(leftover)
 
 class Preemption:
@@ -403,66 +371,55 @@ def open_log(out_dir):
 def log_line(f, row):
     """Append one row as one write. Numbers that are not finite become null, so that every reader takes the line."""
     row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-    f.write((json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    f.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
 
 def log_bad(out_dir, records):
     """Append unreadable records to bad_samples.jsonl, one write per line."""
     for record in records:
-        with open(Path(out_dir) / "bad_samples.jsonl", "ab", buffering=0) as f:
-            log_line(f, record)
+        with open(Path(out_dir) / "bad_samples.jsonl", "ab", buffering=0) as f: log_line(f, record)
 
 def write_run_config(out_dir, values, origins):
     """config.json: `values` (configurator.resolved), their `origins`, argv, versions, machine, commit of this code."""
-    describe, here = "git describe --always --abbrev=40 --exclude=* --dirty".split(), Path(__file__).resolve().parent
-    try:
-        code = subprocess.run(describe, cwd=here, capture_output=True, text=True).stdout.strip()  # COMMIT[-dirty]
-    except OSError:  # git is not installed
-        code = ""
-    packages = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
-    versions = {name: packages.get(name) for name in ("torch", "numpy", "pillow", "tiktoken", "safetensors", "tqdm")}
-    record = {"config": values, "origins": origins, "argv": sys.argv, "commit": code.removesuffix("-dirty") or None,
-              "uncommitted_changes": code.endswith("-dirty") if code else None,
-              "versions": {"python": platform.python_version(), **versions}, "host": socket.gethostname(),
-              "world": int(os.environ.get("WORLD_SIZE", 1)), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-              "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+    commit = subprocess.run("git describe --always --abbrev=40 --exclude='*' --dirty", shell=True,  # COMMIT[-dirty]
+                            cwd=Path(__file__).resolve().parent, capture_output=True, text=True).stdout.strip()
+    versions = {d.name: d.version for d in importlib.metadata.distributions()}  # of all that is installed
+    record = {"config": values, "origins": origins, "argv": sys.argv, "commit": commit or None,
+              "versions": {"python": platform.python_version(), **versions},
+              "host": socket.gethostname(), "world": int(os.environ.get("WORLD_SIZE", 1)),
+              "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+              "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     write_atomic(Path(out_dir) / "config.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 def named_stages(cfg):
     """[(name, Stage), ...] of cfg.stages, in order. Raises ValueError naming the stages there are."""
     known = {f.name: getattr(cfg, f.name) for f in fields(cfg) if isinstance(getattr(cfg, f.name), Stage)}
-    names = [name.strip() for name in cfg.stages.split(",") if name.strip()]
-    for name in names:
-        if name not in known:
-            raise ValueError(f"--stages: unknown stage {name!r}, choose from {', '.join(known)}")
+    names = cfg.stages.replace(" ", "").split(",")
+    for name in set(names) - known.keys():
+        raise ValueError(f"--stages: unknown stage {name!r}, choose from {', '.join(known)}")
     return [(name, known[name]) for name in names]
 
 def open_run(cfg, values, origins, stages, dist):
     """Take the run folder, write config.json, find the newest good checkpoint (None: start anew). All ranks call it."""
-    out = Path(cfg.out_dir)
-    if not (cfg.init_from or cfg.tokenizer):
-        raise ValueError("no tokenizer: give --init_from=MODEL_FOLDER, or --tokenizer=FOLDER for random weights")
-    for folder in filter(None, (cfg.init_from, cfg.tokenizer)):
-        if not Path(folder).is_dir():
-            raise FileNotFoundError(f"{folder} is not a folder; check --init_from and --tokenizer")
+    out, start = Path(cfg.out_dir), cfg.init_from or cfg.tokenizer
+    if not os.path.isdir(start):
+        raise ValueError(f"{start or '(none)'} is not a folder: give --init_from=MODEL_FOLDER, or --tokenizer=FOLDER "
+                         "for random weights")
     for name, stage in stages:
         if not (cfg.data or stage.data):
             raise ValueError(f"stage {name} has no data: give --data=PATH or {name}.data in the config")
     if dist.is_main: lock_run_folder(out)
-    barrier()
     checkpoint = find_checkpoint(out, dist)
     if cfg.resume == "never" and (checkpoint or any((out / name / "config.json").exists() for name, _ in stages)):
         raise ValueError(f"{out} holds an earlier run and --resume=never; choose another --out_dir or remove it")
     if dist.is_main: write_run_config(out, values, origins)
-    barrier()
     return checkpoint
 
 def resume(checkpoint, name, fingerprint, model, optimizer, dist):
-    """State of stage `name`: that of the checkpoint, weights and moments loaded, if it is of this stage; else a new
-    one. Raises ValueError when the data are not those of the checkpoint."""
+    """State of stage `name`: the checkpoint's, with weights and moments loaded, if it is of this stage; else new."""
     state = read_state(checkpoint) if checkpoint else {}
     if state.get("stage") != name:
-        zeros = dict.fromkeys(("step", "quarantined", "tokens_seen", "samples_seen"), 0)
-        return {"stage": name, "fingerprint": fingerprint, "position": [0, 0, 0], "counts": {}, **zeros}
+        return {"stage": name, "fingerprint": fingerprint, "position": [0, 0, 0], "counts": {}, "step": 0,
+                "quarantined": 0, "tokens_seen": 0, "samples_seen": 0}
     if state["fingerprint"] != fingerprint:
         raise ValueError(f"the data of stage {name} changed since {checkpoint} was written; go on with the same data "
                          "or start anew in another --out_dir")
@@ -473,7 +430,7 @@ def announce(out_dir, name, model, stage, packs, state, dist):
     if dist.is_main:
         if state["step"] == 0:
             log_bad(out_dir, [bad for source in packs.sources for bad in source.meta["bad"]])
-        print_stage_table(name, stage_table(model, stage))
+        print_stage_table(name, model, stage)
         print(f"{packs.n:,} samples in {len(packs.sources)} sources, {packs.n_bad} unreadable; "
               f"{'goes on at' if state['step'] else 'starts at'} step {state['step']}", flush=True)
 
@@ -485,12 +442,13 @@ def check_quarantine(state, n_bad, out_dir):
 
 def next_state(state, step, batch, totals):
     """What a checkpoint after this step must know: where the data go on, and the counts so far."""
-    counters = (("quarantined", "bad"), ("tokens_seen", "tokens"), ("samples_seen", "samples"))
     return state | {"step": step, "position": batch["position"], "counts": batch["counts"],
-                    **{key: state[key] + int(totals[new]) for key, new in counters}}
+                    "quarantined": state["quarantined"] + int(totals["bad"]),
+                    "tokens_seen": state["tokens_seen"] + int(totals["tokens"]),
+                    "samples_seen": state["samples_seen"] + int(totals["samples"])}
 
 def step_row(name, step, steps, loss, norm, norms, optimizer, totals, state, clock, peak, dist):
-    """The line of log.jsonl of one step; clock: its seconds, and those of them that it waited for data. mfu is strict:
+    """The line of log.jsonl of one step; clock: its seconds, and how many of them it waited for data. mfu is strict:
     FLOPs the gradients need, over the peak of all GPUs; None on a CPU."""
     seconds, waited = clock
     return {"stage": name, "step": step, "steps": steps, "loss": loss, "grad_norm": norm.item(),
@@ -504,16 +462,15 @@ def step_row(name, step, steps, loss, norm, norms, optimizer, totals, state, clo
             "eta_s": seconds * (steps - step)}
 
 # ---- numbers to look at ---------------------------------------------------------------------------------------------
-# Dense bf16 tensor-core FLOP/s from the vendor's data sheets; the first name that occurs in the device's name counts.
-PEAK_FLOPS = (("GB200", 2500e12), ("B300", 2250e12), ("B200", 2250e12), ("H100 PCIe", 756e12), ("H100 NVL", 835e12),
-              ("H100", 989e12), ("H200", 989e12), ("H800", 989e12), ("H20", 148e12), ("A100", 312e12), ("A800", 312e12),
-              ("L40S", 362e12), ("L40", 181e12), ("L4", 121e12), ("A40", 150e12), ("A6000", 155e12), ("A10G", 70e12),
-              ("A10", 125e12), ("RTX 5090", 209e12), ("RTX 4090", 165e12), ("RTX 3090", 71e12))
+# Dense bf16 tensor-core TFLOP/s from the vendor's data sheets; the first name that occurs in the device's name counts.
+PEAK_TFLOPS = {"GB200": 2500, "B300": 2250, "B200": 2250, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989,
+               "H800": 989, "H20": 148, "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "A40": 150,
+               "A6000": 155, "A10G": 70, "A10": 125, "RTX 5090": 209, "RTX 4090": 165, "RTX 3090": 71}
 
 def peak_flops(device):
     """Peak bf16 FLOP/s of one device; None where it is not known (any CPU): no MFU rather than a wrong one."""
     name = torch.cuda.get_device_name(device).lower() if device.type == "cuda" else ""
-    return next((flops for part, flops in PEAK_FLOPS if part.lower() in name), None)
+    return next((tflops * 1e12 for part, tflops in PEAK_TFLOPS.items() if part.lower() in name), None)
 
 def peak_memory_gb():
     """Most memory this process has held so far, in GB (1e9 bytes): allocated on the GPU, else resident."""
@@ -530,34 +487,30 @@ def format_step(row):
             f"data wait {100 * row['data_wait']:.0f}% | mem {row['memory_gb']:.1f} GB | dropped {row['dropped']} "
             f"quarantined {row['quarantined']} | eta {datetime.timedelta(seconds=int(row['eta_s']))}")
 
-def plot_loss(log_paths, png_path):
-    """Loss curves of log.jsonl files: raw thin, mean over 1/40 of the stage thick, a colour per run and stage. After a
-    resume the later line of a step counts. Returns False, with a line that says so, where matplotlib is missing."""
+def plot_loss(log_path, png_path):
+    """Draw the loss of each stage of a log.jsonl: raw thin, mean over 1/40 of the stage thick. After a resume the later
+    line of a step counts. Where matplotlib is missing, a line says so."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print(f"{png_path} not drawn: pip install matplotlib")
-        return False
+        return print(f"{png_path} not drawn: pip install matplotlib")
     ax = Figure(figsize=(8, 4.5), layout="constrained").subplots()
-    for log in [log_paths] if isinstance(log_paths, (str, Path)) else log_paths:
-        curves, start = {}, 0  # stage -> {step: loss}
-        for row in map(json.loads, Path(log).read_text().splitlines()):
-            if row.get("loss") is not None:
-                curves.setdefault(row["stage"], {})[row["step"]] = row["loss"]
-        for stage, points in curves.items():
-            steps, losses = zip(*sorted(points.items()))
-            x, window = start + np.array(steps), np.ones(max(1, len(steps) // 40))  # step counts from 1 in each stage
-            mean = np.convolve(losses, window, "same") / np.convolve(np.ones(len(steps)), window, "same")
-            line, = ax.plot(x, mean, lw=1.8, label=f"{Path(log).parent.name} {stage}")
-            ax.plot(x, losses, lw=0.6, alpha=0.3, color=line.get_color())
-            start = x[-1]
+    curves, start = {}, 0  # stage -> {step: loss}
+    for row in map(json.loads, Path(log_path).read_text().splitlines()):
+        if row.get("loss") is not None:
+            curves.setdefault(row["stage"], {})[row["step"]] = row["loss"]
+    for stage, points in curves.items():
+        steps, losses = zip(*sorted(points.items()))
+        x, window = start + np.array(steps), np.ones(max(1, len(steps) // 40))  # step counts from 1 in each stage
+        mean = np.convolve(losses, window, "same") / np.convolve(np.ones(len(steps)), window, "same")
+        line, = ax.plot(x, mean, lw=1.8, label=stage)
+        ax.plot(x, losses, lw=0.6, alpha=0.3, color=line.get_color())
+        start = x[-1]
     ax.set(xlabel="step", ylabel="loss (nats per supervised token)")
-    ax.grid(alpha=0.3)
-    if ax.lines: ax.legend(frameon=False)
+    if curves: ax.legend(frameon=False)
     ax.figure.savefig(png_path, dpi=120)
-    return True
 
 if __name__ == "__main__":
-    if len(sys.argv) < 4 or sys.argv[1] != "plot" or not all(map(os.path.isfile, sys.argv[2:-1])):
-        sys.exit("error: write python common.py plot LOG.jsonl [MORE.jsonl ...] OUT.png; the logs must exist")
-    plot_loss(sys.argv[2:-1], sys.argv[-1])
+    if len(sys.argv) != 4 or sys.argv[1] != "plot" or not os.path.isfile(sys.argv[2]):
+        sys.exit("error: write python common.py plot LOG.jsonl OUT.png; the log must exist")
+    plot_loss(*sys.argv[2:])

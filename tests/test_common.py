@@ -315,7 +315,7 @@ def test_only_matrices_decay_and_each_module_has_its_rate():
 
 def test_the_stage_table_counts_tied_weights_once():
     model = Tiny()
-    rows = common.stage_table(model, ADVANCE)
+    rows = common.print_stage_table("advance", model, ADVANCE)
     assert sum(r[1] for r in rows) == sum(p.numel() for p in model.parameters())
     assert [r[2] == r[1] for r in rows] == [True, True, False]
 
@@ -407,7 +407,7 @@ def test_the_plot_command_draws_a_log_with_stages_and_a_resume(tmp_path):
         common.log_line(f, {"event": "start"})
         for stage, step, loss in rows:
             common.log_line(f, {"stage": stage, "step": step, "loss": loss})
-    assert common.plot_loss(tmp_path / "log.jsonl", tmp_path / "loss.png")
+    common.plot_loss(tmp_path / "log.jsonl", tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
