@@ -3,7 +3,7 @@
     python common.py plot out/run/log.jsonl loss.png
 """
 import datetime, fcntl, functools, hashlib, importlib.metadata, json, math, os, platform, resource, shutil, signal
-import socket, subprocess, sys, time, warnings
+import subprocess, sys, time, warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -203,9 +203,8 @@ def make_optimizer(model, stage, cfg):
         for kind, decay in (("decay", stage.weight_decay), ("no_decay", 0.0)):
             params = [p for n, p in module.named_parameters() if p.requires_grad
                       and (kind == "decay") == (p.ndim >= 2 and not n.endswith(NO_DECAY))]
-            if params:
-                groups.append(dict(params=params, name=f"{name}/{kind}", lr=lr, base_lr=lr, weight_decay=decay))
-    return torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+            groups.append(dict(params=params, name=f"{name}/{kind}", lr=lr, base_lr=lr, weight_decay=decay))
+    return torch.optim.AdamW([g for g in groups if g["params"]], betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
 
 def lr_scale(step, stage_steps, warmup, min_ratio):
     """Share of the peak rate at update `step` (from 0) of a stage: linear warm-up, then cosine to min_ratio."""
@@ -218,10 +217,10 @@ def clip_grad_norm(model, max_norm):
     fp32 tensors, the same on all ranks; not finite when any gradient is not."""
     grads = {name: [p.grad for p in module.parameters() if p.grad is not None]
              for name, module, _ in parts(model, Stage())}
-    norms = {name: torch.nn.utils.get_total_norm(tensors) for name, tensors in grads.items() if tensors}
+    norms = {name: torch.nn.utils.get_total_norm(tensors, foreach=True) for name, tensors in grads.items() if tensors}
     norms = {name: norm.full_tensor() if isinstance(norm, DTensor) else norm for name, norm in norms.items()}
     total = (torch.stack(list(norms.values())) ** 2).sum().sqrt()
-    if max_norm > 0: torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, total)
+    if max_norm > 0: torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, total, foreach=True)
     return total, norms
 
 def seed_everything(*parts):
@@ -341,7 +340,7 @@ def lock_run_folder(out_dir):
         raise ValueError(f"{out_dir} is in use by {os.read(lock, 200).decode() or 'another process'}; wait for it, "
                          "stop it, or choose another --out_dir") from None
     os.ftruncate(lock, 0)
-    os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    os.write(lock, f"process {os.getpid()} on {platform.node()}".encode())
     for leftover in Path(out_dir).glob("checkpoints/.tmp_*"): shutil.rmtree(leftover)
 
 class Preemption:
@@ -384,10 +383,9 @@ def write_run_config(out_dir, values, origins):
                             cwd=Path(__file__).resolve().parent, capture_output=True, text=True).stdout.strip()
     versions = {d.name: d.version for d in importlib.metadata.distributions()}  # of all that is installed
     record = {"config": values, "origins": origins, "argv": sys.argv, "commit": commit or None,
-              "versions": {"python": platform.python_version(), **versions},
-              "host": socket.gethostname(), "world": int(os.environ.get("WORLD_SIZE", 1)),
+              "versions": {"python": platform.python_version(), **versions}, "host": platform.node(),
               "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-              "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+              "world": int(os.environ.get("WORLD_SIZE", 1)), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     write_atomic(Path(out_dir) / "config.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 def named_stages(cfg):
