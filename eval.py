@@ -173,8 +173,7 @@ def chance_level(name, rows):
 
 # ---- benchmark files -----------------------------------------------------------------------------------------------
 def read_tsv(path, *needs):
-    """The rows of a tab-separated file with the columns index, question, answer and `needs`, as dicts of strings.
-    ValueError with the line number on a bad one."""
+    """The rows of a tab-separated file as dicts of strings. ValueError with the line number on a bad one."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file; toy.py writes --data_dir, a run writes --predictions")
     csv.field_size_limit(2**31 - 1)                                    # pictures are base64 columns
@@ -229,7 +228,7 @@ def make_prompt(assistant, row, image, text, max_tiles=4, blind=False):
         return _render(assistant.tokenizer, assistant.template, place_images(turns, len(images)), images)[0], None
     if image:
         picture = open_picture(row, image)
-        picture = Image.new("RGB", picture.size, GRAY) if blind else picture
+        if blind: picture.paste(GRAY, (0, 0, *picture.size))
         tiles = [make_tiles(picture, 1, max_tiles, vision.image_size, True)]
     return assistant.prompt(turns, tiles)
 
@@ -248,7 +247,7 @@ def prompt_batches(pairs, prepare, cfg):
     if batch: yield batch
 
 def predict(name, pairs, assistant, key, cfg, dist, variant="model"):
-    """{index: answer} of all (row, image) pairs, on every rank; rank r answers rows r, r + world, ... and adds them to
+    """{index: answer} of all (row, image) pairs, on every rank. Rank r answers rows r, r + world, ... and adds them to
     predictions/<name>.<variant>.rank<r>.jsonl batch by batch, where the next run with the same key finds them."""
     bench, folder, done = BENCHMARKS[name], Path(cfg.out_dir) / "predictions", {}
     folder.mkdir(parents=True, exist_ok=True)
@@ -284,9 +283,8 @@ def picture_uri(image):
 def question_card(name, row, image):
     """What the report shows of a row with `prediction`."""
     read, right = BENCHMARKS[name].scorer(row["prediction"], row)
-    pictures = [picture_uri(open_picture(row, image))] if image else []
     return {**row, "name": name, "verdict": "right" if right else "wrong", "read": read, "options": options(row),
-            "pictures": pictures}
+            "pictures": [picture_uri(open_picture(row, image))] if image else []}
 
 def free_cards(pairs, assistant):
     """Descriptions of the pictures of (row, image) pairs, with the tiles that the model saw."""
@@ -316,14 +314,12 @@ def score_file(argv):
     return {"benchmark": name, "score": score, "details": details, "protocol": protocol_hash([name])}
 
 def main():
-    if sys.argv[1:2] == ["score"]:
-        return print(json.dumps(score_file(sys.argv[2:]), ensure_ascii=False))
+    if sys.argv[1:2] == ["score"]: return print(json.dumps(score_file(sys.argv[2:]), ensure_ascii=False))
     configurator.configure(cfg := Config())
     start, changed = time.time(), (cfg.max_tiles, cfg.max_new_tokens, cfg.image_as)
     out, pixels = Path(cfg.out_dir), cfg.image_as == "pixels"
     paths = {name: Path(cfg.data_dir) / f"{name}.tsv" for name in benchmark_names(cfg.benchmarks)}
-    for path in paths.values():                                        # refuses a bad file before the work begins
-        read_rows(path, cfg.limit, *["cells"] * (not pixels))
+    for path in paths.values(): read_rows(path, cfg.limit, *["cells"] * (not pixels))   # a bad file is refused early
     jobs = [(cfg.untrained, ["untrained"])] * bool(cfg.untrained) + [(cfg.model, ["blind"] * cfg.controls + ["model"])]
     weights = {folder: weights_hash(folder) for folder, _ in jobs}
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
@@ -335,7 +331,7 @@ def main():
         for variant, name in itertools.product(variants, paths):
             pairs = read_rows(paths[name], cfg.limit)
             facts = [weights[folder], protocol_hash([name], *changed), common.sha256(paths[name]), assistant.template]
-            key = hashlib.sha256(repr([*facts, dtype]).encode()).hexdigest()    # no predictions of other runs
+            key = hashlib.sha256(repr([*facts, dtype]).encode()).hexdigest()[:16]    # other runs share nothing
             said = predict(name, pairs, assistant, key, cfg, dist, variant)
             rows = [row | {"prediction": said[row["index"]]} for row, _ in pairs]
             scores[variant][name], details[name] = score_rows(name, rows)       # the model's own details come last
@@ -356,10 +352,10 @@ def main():
         free = free_cards(first[:2], assistant) if pixels else []
         common.write_atomic(out / "report.html", report_html(results, cards, free))
         common.write_atomic(out / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-        table = [["benchmark", "n", "score", *scores]]
-        table += [[name, results["n"].get(name, ""), results[name], *(s[name] for s in scores.values())]
-                  for name in (*paths, "overall")]
-        for name, *cells in table: print(f"{name:16s}", *(f"{cell:>9}" for cell in cells))
+        table = [[name, results["n"].get(name, ""), results[name], *(s[name] for s in scores.values())]
+                 for name in (*paths, "overall")]
+        for name, *cells in [["benchmark", "n", "score", *scores], *table]:
+            print(f"{name:16s}", *(f"{cell:>9}" for cell in cells))
         print(f"wrote {out / 'results.json'} and {out / 'report.html'}")
     common.close_distributed()
 

@@ -69,7 +69,7 @@ def questions(cfg):
 
 def batch(cfg):
     """Answer every question of a folder or .jsonl; rows of --out are the questions with `answer`, or with `error`."""
-    (rows, base), assistant = questions(cfg), load(cfg)
+    (rows, base), assistant, failed = questions(cfg), load(cfg), 0
     with open(cfg.out + ".partial", "w", encoding="utf-8") as f:
         for start in tqdm(range(0, len(rows), cfg.batch_size), desc="answers", unit="batch", disable=None):
             chunk, good = rows[start:start + cfg.batch_size], []
@@ -79,13 +79,12 @@ def batch(cfg):
                     tiles = [assistant.tiles(base / path) for path in images]
                     good.append((row, assistant.prompt([(row["prompt"], None)], tiles)))
                 except (ValueError, OSError) as e:
-                    row["error"] = str(e)
+                    row["error"], failed = str(e), failed + 1
                     note(f"{row.get('image')}: {e}")
             for (row, _), text in zip(good, assistant.answers([prompt for _, prompt in good])): row["answer"] = text
             f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in chunk)
     os.replace(cfg.out + ".partial", cfg.out)
-    answered = sum("answer" in row for row in rows)
-    note(f"wrote {answered} answers to {cfg.out}, {len(rows) - answered} failed")
+    note(f"wrote {len(rows) - failed} answers to {cfg.out}, {failed} failed")
 
 def chat(assistant, cfg):
     """Read questions from stdin until it ends; only answers go to stdout."""
