@@ -1,6 +1,4 @@
 """A loaded model folder that answers: prompts, tiles, batched and streamed generation. For sample.py and eval.py."""
-import itertools
-
 import torch
 
 from data import Tokenizer, chat_ids
@@ -11,8 +9,7 @@ from weights import load_folder
 class Assistant:
     """A loaded model folder with the settings of `generate`. Shapes: T tokens of a prompt, N tiles of side s."""
     def __init__(self, folder, device, dtype, vision=True, max_tiles=0, **settings):
-        if not folder:
-            raise ValueError("give a model folder with --model=DIR")
+        if not folder: raise ValueError("give a model folder with --model=DIR")
         self.tokenizer, (self.model, about) = Tokenizer(folder), load_folder(folder, device, dtype, vision)
         if vision and self.model.vision is None:
             raise ValueError(f"{folder}: a language model without vision; give a whole model folder")
@@ -34,15 +31,15 @@ class Assistant:
         """[(ids, tiles), ...] -> answers, all generated together."""
         ids, tiles = [ids for ids, _ in prompts], [tiles for _, tiles in prompts]
         ids = generate(self.model, ids, tiles, **self.settings | settings)
-        return [self.tokenizer.decode(one, skip_special=True).strip() for one in ids]
+        return [self.tokenizer.decode(one).strip() for one in ids]
 
     def stream(self, ids, tiles):
         """Yield the answer piece by piece; a character of several tokens comes when it is whole."""
-        said, shown = [], ""
-        for token in itertools.chain(generate_stream(self.model, ids, tiles, **self.settings), [None]):
-            said += [] if token is None else [token]
-            text = self.tokenizer.decode(said, skip_special=True).lstrip()
-            text = text.rstrip() if token is None else text.rstrip("\ufffd").rstrip()      # closing spaces stay unsaid
-            if len(text) > len(shown):
+        said, shown, text = [], "", ""
+        for token in generate_stream(self.model, ids, tiles, **self.settings):
+            said.append(token)
+            text = self.tokenizer.decode(said).strip()                 # closing spaces stay unsaid
+            if len(text) > len(shown) and not text.endswith("\ufffd"):
                 yield text[len(shown):]
                 shown = text
+        if text != shown: yield text[len(shown):]                      # a broken end

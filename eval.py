@@ -7,7 +7,7 @@
 BENCHMARKS below is the whole protocol; its hash is stored with every score, because 10-20 points can hide in a prompt.
 An interrupted run goes on at the first row that has no prediction yet. Shapes: T tokens of a prompt, N tiles.
 """
-import base64, collections, contextlib, csv, dataclasses, hashlib, io, itertools, json, re, sys, time
+import base64, collections, contextlib, csv, dataclasses, hashlib, io, itertools, json, math, re, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
@@ -41,7 +41,6 @@ class Config:
     threads: int = 0                      # CPU threads of torch; 0 = torch's default
     num_workers: int = 2                  # threads that decode pictures
     timeout_s: int = 1800                 # how long ranks wait for each other
-    debug: bool = False                   # show the traceback of an error
 
 @dataclasses.dataclass(slots=True)
 class ScoreConfig:
@@ -56,13 +55,12 @@ DESCRIBE = "Describe the image."
 
 def options(row):
     """{"A": text, ...} of the filled option columns of a row."""
-    return {letter: row[letter].strip() for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if (row.get(letter) or "").strip()}
+    return {c: row[c].strip() for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if row.get(c, "").strip()}
 
 def build_prompt(kind, row):
     """Row -> text. plain: the question; short: wants a word or phrase; mcq: hint, question, options, wants a letter."""
-    if kind != "mcq":
-        return row["question"] + {"plain": "", "short": "\n" + SHORT}[kind]
-    hint, choices = (row.get("hint") or "").strip(), options(row)
+    if kind != "mcq": return row["question"] + {"plain": "", "short": "\n" + SHORT}[kind]
+    hint, choices = row.get("hint", "").strip(), options(row)
     lines = [hint] * bool(hint) + [row["question"]] + [f"{letter}. {text}" for letter, text in choices.items()]
     language = "zh" if re.search("[\u4e00-\u9fff]", "".join(lines)) else "en"
     return "\n".join([*lines, (MCQ if choices else OPEN)[language]])
@@ -81,13 +79,13 @@ def multiple_choice(prediction, row):
     if not letters and "Z" not in words:
         letters = [letter for letter, text in choices.items() if text.lower() in prediction.lower()]
     read = letters[0] if len(letters) == 1 and not any(refusal in prediction for refusal in REFUSALS) else ""
-    return read, read != "" and read == row["answer"].strip()
+    return read, read == row["answer"].strip() != ""
 
 def yes_no(prediction, row):
     """Exactly one of the words yes and no, whatever else is said (VLMEvalKit's rule for POPE)."""
     found = {"yes", "no"} & set(re.findall(r"[a-z0-9]+", prediction.lower()))
     read = found.pop() if len(found) == 1 else ""
-    return read, read != "" and read == row["answer"].strip().lower()
+    return read, read == row["answer"].strip().lower() != ""
 
 def without_period(prediction, answer):
     """The prediction stripped, less one closing full stop that the reference does not have."""
@@ -96,23 +94,21 @@ def without_period(prediction, answer):
 def exact_match(prediction, row):
     """Equal but for case, runs of white space and one closing full stop."""
     read = " ".join(without_period(prediction, row["answer"]).split())
-    return read, read != "" and read.lower() == " ".join(row["answer"].split()).lower()
+    return read, read.lower() == " ".join(row["answer"].split()).lower() != ""
 
 def to_float(text):
-    """`12`, `-1.5`, `12%` (= 0.12) as a number, else None."""
+    """`12`, `-1.5`, `12%` (= 0.12) as a number, else nan."""
     try:
         return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
-        return None
+        return math.nan
 
 def relaxed_accuracy(prediction, row):
     """Numbers within 5 % of the reference, everything else equal but for case (ChartQA, arXiv 2203.10244, 4.1)."""
-    answer = row["answer"].strip()
-    read = without_period(prediction, answer)
-    number, target = to_float(read), to_float(answer)
-    if number is not None and target:                                  # a reference of 0 has no relative error
-        return read, abs(number - target) / abs(target) <= 0.05
-    return read, read != "" and read.lower() == answer.lower()
+    read, answer = without_period(prediction, row["answer"]), row["answer"].strip()
+    number, target = to_float(read), to_float(answer)                  # a target of 0 has no relative error
+    near = target != 0 and abs(number - target) / abs(target) <= 0.05
+    return read, near or read.lower() == answer.lower() != ""
 
 def exact_number(prediction, row):
     """The only number in the prediction, in digits or as an English word up to twenty, equals the reference."""
@@ -135,42 +131,38 @@ BENCHMARKS = {
 
 def benchmark_names(text):
     """Comma list -> names of BENCHMARKS; `toy` is the five toy ones, `all` every one."""
-    groups = {"toy": [name for name in BENCHMARKS if name.startswith("toy_")], "all": [*BENCHMARKS]}
-    groups, names = groups | {name: [name] for name in BENCHMARKS}, {}
-    for word in [word for word in map(str.strip, text.split(",")) if word] or [""]:
-        if word not in groups:
-            raise ValueError(f"unknown benchmark {word!r}; there are: {', '.join(groups)}")
-        names |= dict.fromkeys(groups[word])
-    return [*names]
+    groups = {"toy": [name for name in BENCHMARKS if name.startswith("toy_")], "all": [*BENCHMARKS],
+              **{name: [name] for name in BENCHMARKS}}
+    words = [word.strip() for word in text.split(",")]
+    for word in words:
+        if word not in groups: raise ValueError(f"unknown benchmark {word!r}; there are: {', '.join(groups)}")
+    return [*dict.fromkeys(name for word in words for name in groups[word])]
 
 def protocol_hash(names, max_tiles=0, max_new_tokens=0, image_as="pixels"):
     """sha256 over everything that decides a score apart from the model and the rows (0 = the table's own value)."""
-    rules = {name: {"prompt": b.prompt, "scorer": b.scorer.__name__, "max_tiles": max_tiles or b.max_tiles,
-                    "max_new_tokens": max_new_tokens or b.max_new_tokens}
+    rules = {name: (b.prompt, b.scorer.__name__, max_tiles or b.max_tiles, max_new_tokens or b.max_new_tokens)
              for name, b in BENCHMARKS.items() if name in names}
-    rules["words"] = [SHORT, MCQ, OPEN, REFUSALS, "greedy", "thumbnail", 1]    # the last: version of the scorers' code
-    rules |= {"image_as": image_as} if image_as != "pixels" else {}
-    return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
+    words = [SHORT, MCQ, OPEN, REFUSALS, image_as, "greedy", "thumbnail", 1]    # the last: version of the scorers' code
+    return hashlib.sha256(json.dumps([rules, words]).encode()).hexdigest()
 
 def percent(part, whole):
     return round(100 * part / whole, 2) if whole else 0.0
 
 def score_rows(name, rows):
     """Rows with `prediction` -> (score 0-100, details). A row without prediction is wrong."""
-    scorer, by_category = BENCHMARKS[name].scorer, {}
-    judged = [scorer(row.get("prediction") or "", row) for row in rows]
-    for row, (_, right) in zip(rows, judged):
-        by_category.setdefault(row.get("category") or "", []).append(right)
-    correct = sum(right for _, right in judged)
-    details = {"n": len(rows), "correct": correct, "not_readable": sum(read == "" for read, _ in judged)}
+    scorer, by_category = BENCHMARKS[name].scorer, collections.defaultdict(list)
+    reads, rights = zip(*(scorer(row.get("prediction", ""), row) for row in rows))
+    for row, right in zip(rows, rights):
+        by_category[row.get("category", "")].append(right)
+    details = {"n": len(rows), "correct": sum(rights), "not_readable": reads.count("")}
     if scorer is yes_no:                                               # yes is the positive class, as in POPE
-        said, hit = sum(read == "yes" for read, _ in judged), sum(right and read == "yes" for read, right in judged)
+        said, hit = reads.count("yes"), sum(right and read == "yes" for read, right in zip(reads, rights))
         true = sum(row["answer"].strip().lower() == "yes" for row in rows)
         details |= {"precision": percent(hit, said), "recall": percent(hit, true), "f1": percent(2 * hit, said + true),
                     "yes_ratio": percent(said, len(rows))}
     if set(by_category) != {""}:
         details["categories"] = {c: percent(sum(v), len(v)) for c, v in sorted(by_category.items())}
-    return percent(correct, len(rows)), details
+    return percent(sum(rights), len(rows)), details
 
 def chance_level(name, rows):
     """0-100 without looking: a random option where there are options, else the most frequent answer every time."""
@@ -180,48 +172,42 @@ def chance_level(name, rows):
     return score_rows(name, [row | {"prediction": favourite} for row in rows])[0]
 
 # ---- benchmark files -----------------------------------------------------------------------------------------------
-NEEDS = ("index", "question", "answer")                                # columns of every benchmark
-
-def read_tsv(path, needs=NEEDS):
-    """Yield the rows of a tab-separated file as dicts of strings. ValueError with the line number on a bad one."""
-    csv.field_size_limit(2**31 - 1)                                    # pictures are base64 columns
+def read_tsv(path, *needs):
+    """The rows of a tab-separated file as dicts of strings. ValueError with the line number on a bad one."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file; toy.py writes --data_dir, a run writes --predictions")
-    seen = set()
+    csv.field_size_limit(2**31 - 1)                                    # pictures are base64 columns
+    rows = {}
     with open(path, newline="", encoding="utf-8-sig") as f:
         reader = csv.DictReader(f, delimiter="\t")
         try:
-            for name in (name for name in needs if name not in (reader.fieldnames or ())):
-                raise ValueError(f"{path}: no column {name!r} in its first line; toy.py writes files with all")
+            columns = reader.fieldnames or ()
+            for name in ("index", "question", "answer", *needs):
+                if name not in columns: raise ValueError(f"{path}: no column {name!r} in its first line")
             for row in reader:
-                if None in row or None in row.values():
-                    raise ValueError(f"{path} line {reader.line_num}: not {len(reader.fieldnames)} columns")
-                if row["index"] in seen:
-                    raise ValueError(f"{path} line {reader.line_num}: index {row['index']!r} stands twice")
-                seen.add(row["index"])
-                yield row
+                where = f"{path} line {reader.line_num}"
+                if None in row or None in row.values(): raise ValueError(f"{where}: not {len(columns)} columns")
+                if row["index"] in rows: raise ValueError(f"{where}: index {row['index']!r} stands twice")
+                rows[row["index"]] = row
         except (csv.Error, UnicodeDecodeError) as e:
             raise ValueError(f"{path} line {reader.line_num + 1}: not a UTF-8 tab-separated file: {e}") from e
-    if not seen:
-        raise ValueError(f"{path}: no rows under the line of column names")
+    if not rows: raise ValueError(f"{path}: no rows under the line of column names")
+    return [*rows.values()]
 
-def read_rows(path, limit=0, needs=NEEDS):
-    """Yield (row, image): base64 text, a Path, or "". A short image column names the row that holds the picture, as in
+def read_rows(path, limit=0, *needs):
+    """[(row, image)]: base64 text, a Path, or "". A short image column names the row that holds the picture, as in
     VLMEvalKit; in the rows that come out every one does."""
-    borrowed = {row["image"] for row in read_tsv(path) if 0 < len(row.get("image", "")) <= 64}
-    lent = {row["index"]: row["image"] for row in read_tsv(path)
-            if row["index"] in borrowed and len(row["image"]) > 64} if borrowed else {}
-    for row in itertools.islice(read_tsv(path, needs), limit or None):
-        image = row.get("image", "")
-        if len(image) > 64:
-            row["image"] = row["index"]
-        elif image and image not in lent:
-            raise ValueError(f"{path} row {row['index']}: image {image!r} is no row with a picture")
-        elif image:
-            image = lent[image]
-        elif row.get("image_path"):
-            image = Path(path).parent / row["image_path"]
-        yield row, image
+    rows, pairs = read_tsv(path, *needs), []
+    pictures = {row["index"]: row["image"] for row in rows if len(row.get("image", "")) > 64}
+    for row in rows[:limit or None]:
+        image = Path(path).parent / row["image_path"] if row.get("image_path") else ""
+        if row.get("image"):
+            row["image"] = row["index"] if row["index"] in pictures else row["image"]
+            if row["image"] not in pictures:
+                raise ValueError(f"{path} row {row['index']}: image {row['image']!r} is no row with a picture")
+            image = pictures[row["image"]]
+        pairs.append((row, image))
+    return pairs
 
 def open_picture(row, image):
     """Pillow RGB image of a pair of read_rows."""
@@ -231,44 +217,37 @@ def open_picture(row, image):
         raise ValueError(f"benchmark row {row['index']}: {e}") from e
 
 # ---- generation ----------------------------------------------------------------------------------------------------
-GRAY = torch.tensor([124, 116, 104], dtype=torch.uint8).view(3, 1, 1)  # ImageNet's mean colour: what a blind model sees
+GRAY = (124, 116, 104)                                                 # ImageNet's mean colour: what a blind model sees
 
 def make_prompt(assistant, row, image, text, max_tiles=4, blind=False):
     """-> (ids (T,), uint8 tiles (N, 3, s, s)); blind: as many tiles, all gray, or as many words, all `Empty`."""
-    turns, vision = [(text, None)], assistant.model.vision
+    turns, tiles, vision = [(text, None)], [], assistant.model.vision
     if vision is None:                                                 # words in the place of the visual tokens
         words = ["Empty" if blind else word for word in row["cells"].split()]
         images = [[i for word in words for i in assistant.tokenizer.encode(word)]] * bool(image)
         return _render(assistant.tokenizer, assistant.template, place_images(turns, len(images)), images)[0], None
-    tiles = [make_tiles(open_picture(row, image), 1, max_tiles, vision.image_size, True)] if image else []
-    return assistant.prompt(turns, [GRAY.expand_as(t) for t in tiles] if blind else tiles)
+    if image:
+        picture = open_picture(row, image)
+        if blind: picture.paste(GRAY, (0, 0, *picture.size))
+        tiles = [make_tiles(picture, 1, max_tiles, vision.image_size, True)]
+    return assistant.prompt(turns, tiles)
 
-def prompt_batches(rows, prepare, cfg):
+def prompt_batches(pairs, prepare, cfg):
     """(row, image) pairs -> lists of (row, (ids, tiles)) within batch_size and batch_tokens, pictures decoded ahead."""
+    jobs, batch, tokens = [], [], 0
     with ThreadPoolExecutor(max(1, cfg.num_workers)) as pool:
-        jobs = ((row, pool.submit(prepare, row, image)) for row, image in rows)
-        waiting, batch, tokens = collections.deque(itertools.islice(jobs, 2 * cfg.batch_size)), [], 0
-        while waiting:
-            row, job = waiting.popleft()
-            waiting.extend(itertools.islice(jobs, 1))
-            n = len(job.result()[0])
-            if batch and (len(batch) == cfg.batch_size or tokens + n > cfg.batch_tokens):
+        for i, (row, _) in enumerate(pairs):
+            jobs += [pool.submit(prepare, *pair) for pair in pairs[len(jobs):i + 2 * cfg.batch_size]]
+            prompt, jobs[i] = jobs[i].result(), None                   # None: pixels are not kept
+            if batch and (len(batch) == cfg.batch_size or tokens + len(prompt[0]) > cfg.batch_tokens):
                 yield batch
                 batch, tokens = [], 0
-            batch.append((row, job.result()))
-            tokens += n
-        if batch:
-            yield batch
+            batch.append((row, prompt))
+            tokens += len(prompt[0])
+    if batch: yield batch
 
-def gather(value, dist):
-    """[value of rank 0, value of rank 1, ...] on every rank; also a barrier."""
-    values = [value] * dist.world
-    if dist.world > 1:
-        torch.distributed.all_gather_object(values, value)
-    return values
-
-def predict(name, rows, assistant, key, cfg, dist, variant="model"):
-    """{index: answer} of all (row, image) pairs, on every rank; rank r answers rows r, r + world, ... and adds them to
+def predict(name, pairs, assistant, key, cfg, dist, variant="model"):
+    """{index: answer} of all (row, image) pairs, on every rank. Rank r answers rows r, r + world, ... and adds them to
     predictions/<name>.<variant>.rank<r>.jsonl batch by batch, where the next run with the same key finds them."""
     bench, folder, done = BENCHMARKS[name], Path(cfg.out_dir) / "predictions", {}
     folder.mkdir(parents=True, exist_ok=True)
@@ -276,13 +255,13 @@ def predict(name, rows, assistant, key, cfg, dist, variant="model"):
         for line in path.read_bytes().splitlines():
             with contextlib.suppress(ValueError):                      # a torn line is passed over
                 entry = json.loads(line)
-                done |= {entry["index"]: entry["prediction"]} if entry["key"] == key else {}
-    gather(None, dist)                                                 # nobody writes before everybody has read
-    mine = folder / f"{name}.{variant}.rank{dist.rank}.jsonl"
-    todo = (pair for pair in itertools.islice(rows, dist.rank, None, dist.world) if pair[0]["index"] not in done)
+                if entry["key"] == key: done[entry["index"]] = entry["prediction"]
+    common.barrier()                                                   # nobody writes before everybody has read
+    todo = [pair for pair in pairs[dist.rank::dist.world] if pair[0]["index"] not in done]
     prepare = lambda row, image: make_prompt(assistant, row, image, build_prompt(bench.prompt, row),
                                              cfg.max_tiles or bench.max_tiles, variant == "blind")
-    with open(mine, "a", encoding="utf-8") as f, tqdm(desc=mine.stem, unit="row", disable=not dist.is_main) as bar:
+    mine = folder / f"{name}.{variant}.rank{dist.rank}.jsonl"
+    with open(mine, "a", encoding="utf-8") as f, tqdm(total=len(todo), desc=mine.stem, disable=not dist.is_main) as bar:
         for batch in prompt_batches(todo, prepare, cfg):
             texts = assistant.answers([p for _, p in batch], max_new_tokens=cfg.max_new_tokens or bench.max_new_tokens)
             for (row, _), text in zip(batch, texts, strict=True):
@@ -290,9 +269,11 @@ def predict(name, rows, assistant, key, cfg, dist, variant="model"):
                 f.write("\n" + json.dumps({"key": key, "index": row["index"], "prediction": text}))   # ends a torn line
             f.flush()
             bar.update(len(batch))
-    return {index: text for part in gather(done, dist) for index, text in part.items()}
+    parts = [done] * dist.world
+    if dist.world > 1: torch.distributed.all_gather_object(parts, done)
+    return {index: text for part in parts for index, text in part.items()}
 
-# ---- report --------------------------------------------------------------------------------------------------------
+# ---- results and report --------------------------------------------------------------------------------------------
 def picture_uri(image):
     """A Pillow image as a small JPEG data URI."""
     image.thumbnail((224, 224))
@@ -302,16 +283,15 @@ def picture_uri(image):
 def question_card(name, row, image):
     """What the report shows of a row with `prediction`."""
     read, right = BENCHMARKS[name].scorer(row["prediction"], row)
-    return {"name": name, "verdict": "right" if right else "wrong", "read": read, "options": options(row),
-            "pictures": [picture_uri(open_picture(row, image))] if image else [],
-            **{key: row[key] for key in ("index", "question", "answer", "prediction")}}
+    return {**row, "name": name, "verdict": "right" if right else "wrong", "read": read, "options": options(row),
+            "pictures": [picture_uri(open_picture(row, image))] if image else []}
 
 def free_cards(pairs, assistant):
     """Descriptions of the pictures of (row, image) pairs, with the tiles that the model saw."""
     asked = [make_prompt(assistant, row, image, DESCRIBE) for row, image in pairs if image]
-    return [{"question": DESCRIBE, "prediction": text,
-             "pictures": [picture_uri(Image.fromarray(tile.permute(1, 2, 0).contiguous().numpy())) for tile in tiles]}
-            for (_, tiles), text in zip(asked, assistant.answers(asked, max_new_tokens=128))]
+    shown = [[picture_uri(Image.fromarray(tile.permute(1, 2, 0).numpy())) for tile in tiles] for _, tiles in asked]
+    return [{"question": DESCRIBE, "prediction": text, "pictures": pictures}
+            for text, pictures in zip(assistant.answers(asked, max_new_tokens=128), shown)]
 
 def report_html(results, cards, free):
     """report_page.html with its data in place: one self-contained file."""
@@ -322,71 +302,61 @@ def report_html(results, cards, free):
 def weights_hash(folder):
     """sha256 of a model folder's safetensors file; of the digests, one after the other, where there are several."""
     digests = [common.sha256(path) for path in sorted(Path(folder).glob("*.safetensors"))]
-    if not digests:
-        raise FileNotFoundError(f"no *.safetensors in {folder!r}; give --model=DIR, a folder of train.py or convert.py")
+    if not digests: raise FileNotFoundError(f"no *.safetensors in {folder!r}; give the model folder, --model=DIR")
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-
-def write_results(answered, paths, free, cfg, about):
-    """<name>.tsv, results.json, report.html and the table; answered: {variant: {name: rows with `prediction`}}."""
-    out, rows, names = Path(cfg.out_dir), answered["model"], [*paths]
-    scores = {variant: {name: score_rows(name, some[name])[0] for name in names} for variant, some in answered.items()}
-    scores["chance"] = {name: chance_level(name, rows[name]) for name in names}
-    scores = {variant: {"overall": round(sum(s.values()) / len(names), 2), **s} for variant, s in scores.items()}
-    results = {**scores.pop("model"), **scores, "n": {name: len(rows[name]) for name in names},
-               "details": {name: score_rows(name, rows[name])[1] for name in names}, **about}
-    for name in names:
-        writer = csv.DictWriter(text := io.StringIO(), rows[name][0], delimiter="\t", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows[name])
-        common.write_atomic(out / f"{name}.tsv", text.getvalue())
-    cards = [question_card(name, row, image) for name in names
-             for row, (_, image) in zip(rows[name][:cfg.report_rows], read_rows(paths[name]))]
-    common.write_atomic(out / "report.html", report_html(results, cards, free))
-    common.write_atomic(out / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    print(f"{'benchmark':16s} {'n':>6s} {'score':>7s} " + " ".join(f"{c:>9s}" for c in scores))
-    for name in [*names, "overall"]:
-        print(f"{name:16s} {results['n'].get(name, ''):>6} {results[name]:7.1f} "
-              + " ".join(f"{s[name]:9.1f}" for s in scores.values()))
-    print(f"wrote {out / 'results.json'} and {out / 'report.html'}")
 
 def score_file(argv):
     """`eval.py score`: a predictions file -> {"benchmark", "score", "details", "protocol"}."""
     configurator.configure(cfg := ScoreConfig(), argv)
-    name = cfg.benchmark
-    if name not in BENCHMARKS:
+    if (name := cfg.benchmark) not in BENCHMARKS:
         raise ValueError(f"--benchmark={name}: unknown; there are {', '.join(BENCHMARKS)}")
-    score, details = score_rows(name, list(read_tsv(cfg.predictions, (*NEEDS, "prediction"))))
+    score, details = score_rows(name, read_tsv(cfg.predictions, "prediction"))
     return {"benchmark": name, "score": score, "details": details, "protocol": protocol_hash([name])}
 
 def main():
-    if sys.argv[1:2] == ["score"]:
-        return print(json.dumps(score_file(sys.argv[2:]), ensure_ascii=False))
+    if sys.argv[1:2] == ["score"]: return print(json.dumps(score_file(sys.argv[2:]), ensure_ascii=False))
     configurator.configure(cfg := Config())
     start, changed = time.time(), (cfg.max_tiles, cfg.max_new_tokens, cfg.image_as)
+    out, pixels = Path(cfg.out_dir), cfg.image_as == "pixels"
     paths = {name: Path(cfg.data_dir) / f"{name}.tsv" for name in benchmark_names(cfg.benchmarks)}
-    pixels, needs = cfg.image_as == "pixels", NEEDS + ("cells",) * (cfg.image_as == "words")
-    rows = {name: [row for row, _ in read_rows(path, cfg.limit, needs)] for name, path in paths.items()}
+    for path in paths.values(): read_rows(path, cfg.limit, *["cells"] * (not pixels))   # a bad file is refused early
+    jobs = [(cfg.untrained, ["untrained"])] * bool(cfg.untrained) + [(cfg.model, ["blind"] * cfg.controls + ["model"])]
+    weights = {folder: weights_hash(folder) for folder, _ in jobs}
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     dist = common.setup_distributed(cfg.device, cfg.timeout_s)
     dtype = common.compute_dtype(cfg.dtype, dist.device)
-    jobs = [("untrained", cfg.untrained)] * bool(cfg.untrained) + [("blind", cfg.model)] * cfg.controls
-    jobs += [("model", cfg.model)]
-    weights = gather({folder: weights_hash(folder) for _, folder in jobs} if dist.is_main else None, dist)[0]
-    loaded, answered, free = None, collections.defaultdict(dict), []
-    for variant, folder in jobs:
-        if folder != loaded:
-            assistant, loaded = Assistant(folder, dist.device, dtype, vision=pixels), folder
-        for name, path in paths.items():
-            key = json.dumps([weights[folder], protocol_hash([name], *changed), common.sha256(path), assistant.template,
-                              str(dtype)])
-            key = hashlib.sha256(key.encode()).hexdigest()[:16]        # predictions of other runs are not taken over
-            said = predict(name, read_rows(path, cfg.limit), assistant, key, cfg, dist, variant)
-            answered[variant][name] = [row | {"prediction": said[row["index"]]} for row in rows[name]]
+    scores, details, cards, first = collections.defaultdict(dict), {}, [], []
+    for folder, variants in jobs:
+        assistant = Assistant(folder, dist.device, dtype, vision=pixels)
+        for variant, name in itertools.product(variants, paths):
+            pairs = read_rows(paths[name], cfg.limit)
+            facts = [weights[folder], protocol_hash([name], *changed), common.sha256(paths[name]), assistant.template]
+            key = hashlib.sha256(repr([*facts, dtype]).encode()).hexdigest()[:16]    # other runs share nothing
+            said = predict(name, pairs, assistant, key, cfg, dist, variant)
+            rows = [row | {"prediction": said[row["index"]]} for row, _ in pairs]
+            scores[variant][name], details[name] = score_rows(name, rows)       # the model's own details come last
+            if variant == "model" and dist.is_main:
+                scores["chance"][name] = chance_level(name, rows)
+                writer = csv.DictWriter(text := io.StringIO(), rows[0], delimiter="\t", lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
+                common.write_atomic(out / f"{name}.tsv", text.getvalue())
+                cards += [question_card(name, row, image) for row, (_, image) in zip(rows[:cfg.report_rows], pairs)]
+                first.append(pairs[0])
     if dist.is_main:
-        free = free_cards([next(read_rows(path)) for path in paths.values()][:2], assistant) if pixels else []
-        write_results(answered, paths, free, cfg, {
-            "model": cfg.model, "model_sha256": weights[cfg.model], "protocol": protocol_hash(paths, *changed),
-            "image_as": cfg.image_as, "dtype": str(dtype)[6:], "seconds": round(time.time() - start, 1)})
+        scores = {v: {"overall": round(sum(s.values()) / len(s), 2), **s} for v, s in scores.items()}
+        results = {**scores.pop("model"), **scores, "n": {name: d["n"] for name, d in details.items()},
+                   "details": details, "model": cfg.model, "model_sha256": weights[cfg.model],
+                   "protocol": protocol_hash(paths, *changed), "image_as": cfg.image_as, "dtype": str(dtype)[6:],
+                   "seconds": round(time.time() - start, 1)}
+        free = free_cards(first[:2], assistant) if pixels else []
+        common.write_atomic(out / "report.html", report_html(results, cards, free))
+        common.write_atomic(out / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        table = [[name, results["n"].get(name, ""), results[name], *(s[name] for s in scores.values())]
+                 for name in (*paths, "overall")]
+        for name, *cells in [["benchmark", "n", "score", *scores], *table]:
+            print(f"{name:16s}", *(f"{cell:>9}" for cell in cells))
+        print(f"wrote {out / 'results.json'} and {out / 'report.html'}")
     common.close_distributed()
 
 if __name__ == "__main__":

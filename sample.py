@@ -33,7 +33,8 @@ class Config:
     batch_size: int = 16                  # questions answered together, with --out
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"    # auto: bfloat16 on a GPU, float32 elsewhere
     device: str = "auto"                  # auto | cpu | cuda
-    debug: bool = False                   # show the traceback of an error
+
+def note(text): print(text, file=sys.stderr)
 
 def load(cfg):
     """The Assistant of a run; refuses missing pictures before the model is loaded."""
@@ -46,51 +47,47 @@ def load(cfg):
 
 def questions(cfg):
     """--image, a folder or a .jsonl of {"image": path, list of paths or absent, "prompt"} -> (rows, base folder)."""
-    source = Path(cfg.image[0] if len(cfg.image) == 1 else "none")
+    source, rows = Path(cfg.image[0] if len(cfg.image) == 1 else "none"), []
     if source.is_dir():
-        found = [p for p in sorted(source.iterdir()) if p.suffix.lower() in PICTURES]
-        base, lines = Path(), [json.dumps({"image": str(p)}) for p in found]
+        found = [path for path in sorted(source.iterdir()) if path.suffix.lower() in PICTURES]
+        base, lines = Path(), [json.dumps({"image": str(path)}) for path in found]
     elif source.suffix == ".jsonl":
         base, lines = source.parent, source.read_bytes().split(b"\n")
     else:
         raise ValueError("--out needs one folder or one .jsonl as --image")
-    rows = []
-    for number, line in ((number, line) for number, line in enumerate(lines, 1) if line.strip()):
+    for number, line in enumerate(lines, 1):
+        if not line.strip(): continue
         try:
-            rows.append({**json.loads(line)})
+            rows.append(row := {**json.loads(line)})
         except (ValueError, TypeError) as e:
             raise ValueError(f"{source} line {number}: not a JSON object: {e}") from e
-        rows[-1]["prompt"] = rows[-1].get("prompt") or cfg.prompt
-        if not rows[-1]["prompt"]:
+        row["prompt"] = row.get("prompt") or cfg.prompt
+        if not row["prompt"]:
             raise ValueError(f"{source} line {number} has no prompt; give one for all with --prompt=...")
-    if not rows:
-        raise ValueError(f"{source}: nothing to ask; it needs pictures ({', '.join(PICTURES)}) or rows")
+    if not rows: raise ValueError(f"{source}: nothing to ask; it needs pictures ({', '.join(PICTURES)}) or rows")
     return rows, base
 
 def batch(cfg):
     """Answer every question of a folder or .jsonl; rows of --out are the questions with `answer`, or with `error`."""
-    (rows, base), failed = questions(cfg), 0
-    assistant = load(cfg)
+    (rows, base), assistant, failed = questions(cfg), load(cfg), 0
     with open(cfg.out + ".partial", "w", encoding="utf-8") as f:
         for start in tqdm(range(0, len(rows), cfg.batch_size), desc="answers", unit="batch", disable=None):
-            good = []
-            for row in (chunk := rows[start:start + cfg.batch_size]):
+            chunk, good = rows[start:start + cfg.batch_size], []
+            for row in chunk:
                 images = [row["image"]] if isinstance(row.get("image"), str) else row.get("image") or []
                 try:
                     tiles = [assistant.tiles(base / path) for path in images]
                     good.append((row, assistant.prompt([(row["prompt"], None)], tiles)))
                 except (ValueError, OSError) as e:
                     row["error"], failed = str(e), failed + 1
-                    print(f"{row.get('image')}: {e}", file=sys.stderr)
-            for (row, _), text in zip(good, assistant.answers([prompt for _, prompt in good])):
-                row["answer"] = text
+                    note(f"{row.get('image')}: {e}")
+            for (row, _), text in zip(good, assistant.answers([prompt for _, prompt in good])): row["answer"] = text
             f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in chunk)
     os.replace(cfg.out + ".partial", cfg.out)
-    print(f"wrote {len(rows) - failed} answers to {cfg.out}" + f", {failed} failed" * bool(failed), file=sys.stderr)
+    note(f"wrote {len(rows) - failed} answers to {cfg.out}, {failed} failed")
 
 def chat(assistant, cfg):
     """Read questions from stdin until it ends; only answers go to stdout."""
-    note = lambda text: print(text, file=sys.stderr)
     turns, seen, new = [], [], [assistant.tiles(path) for path in cfg.image]   # dialogue, its pictures, newer ones
     note(HELP)
     while True:
@@ -124,11 +121,9 @@ def chat(assistant, cfg):
 
 def main():
     configurator.configure(cfg := Config())
-    if cfg.out:
-        return batch(cfg)
+    if cfg.out: return batch(cfg)
     assistant = load(cfg)
-    if not cfg.prompt:
-        return chat(assistant, cfg)
+    if not cfg.prompt: return chat(assistant, cfg)
     pieces = assistant.stream(*assistant.prompt([(cfg.prompt, None)], [assistant.tiles(path) for path in cfg.image]))
     for piece in pieces if sys.stdout.isatty() else ["".join(pieces)]:   # to a file or pipe it goes whole or not at all
         print(piece, end="", flush=True)
