@@ -38,10 +38,9 @@ def assemble(cfg):
     for name in ("vision", "llm", "out"):
         if not getattr(cfg, name):
             raise ValueError(f"--{name}=DIR is missing; {USAGE}")
-    (vision, *_, ours), (_, llm, _, theirs) = inspect_folder(cfg.vision), inspect_folder(cfg.llm)
+    (vision, *_, ours), (_, llm, _, theirs) = map(inspect_folder, (cfg.vision, cfg.llm))
     if not vision or not llm:
         raise ValueError(f"{cfg.llm} holds no language model" if vision else f"{cfg.vision} holds no vision encoder")
-    llm.tie_embeddings = HEAD not in theirs
     init_weights(projector := Projector(vision, llm.dim), cfg.seed)
     state = dict(read_tensors(ours, "vision_model.")) | dict(read_tensors(theirs, "language_model."))
     state |= {"mlp1." + name: tensor for name, tensor in projector.state_dict().items()}
@@ -77,7 +76,6 @@ def check(folder):
             numel, kinds = sum(math.prod(e[2]) for e in entries), "/".join(sorted({e[3] for e in entries}))
             print(f"  {prefix[:-1]}: {numel:,} parameters, {len(entries)} tensors, {kinds} {cfg}")
     if llm:
-        print("  head: " + ("its own" if HEAD in table else "shares the embedding table"))
         print(f"  <IMG_CONTEXT>: {image_token_id(folder)}, template: {raw.get('template', 'none')}")
     print("ok: every tensor used once, every parameter filled once")
 

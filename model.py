@@ -229,8 +229,6 @@ def decode(model, prompts, tiles, max_new_tokens, stop_ids, temperature=0.0, top
                         for i in range(0, len(prompts), n)])                # (S, V)
     generator, rows, done = torch.Generator().manual_seed(seed), list(range(len(prompts))), set()
     for step in range(max_new_tokens):
-        if step:
-            logits = decode_step(model, tokens, [len(prompts[row]) + step - 1 for row in rows], cache)
         logits[:, model.image_token_id] = float("-inf")                     # a placeholder is never an answer
         noise = torch.rand(len(prompts), generator=generator)[rows].to(head.device)
         tokens = sample(logits, temperature, top_p, top_k, noise)
@@ -240,10 +238,11 @@ def decode(model, prompts, tiles, max_new_tokens, stop_ids, temperature=0.0, top
             elif row not in done:
                 yield row, token
         left = [i for i, row in enumerate(rows) if row not in done]
-        if not left:
+        if not left or step + 1 == max_new_tokens:
             return
         if 2 * len(left) <= len(rows):                                      # retire the finished: copies at most once
             cache, tokens, rows = cache[:, :, left], tokens[left], [rows[i] for i in left]      # per halving
+        logits = decode_step(model, tokens, [len(prompts[row]) + step for row in rows], cache)
 
 def generate(model, prompts, tiles, *args, **settings):
     """The answers, a list of token ids for each prompt; arguments as for decode."""

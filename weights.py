@@ -21,7 +21,7 @@ TOKENIZER_FILES = ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer_c
                    "tokenizer.json", "chat_template.jinja")
 IMG_CONTEXT = 151667                    # id of <IMG_CONTEXT> in SAIL-VL and InternVL2.5, if no tokenizer file says so
 SHARD_BYTES = 5 * 10 ** 9
-HEAD, TABLE = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
+HEAD = "language_model.lm_head.weight"
 DTYPES = dict(F32=torch.float32, BF16=torch.bfloat16, F16=torch.float16, F64=torch.float64)
 
 # config.json's names for the fields of VisionConfig and LLMConfig, in their order; FIXED: what it may say only so
@@ -107,14 +107,16 @@ def inspect_folder(folder):
             raise FileNotFoundError(f"{path}: missing; the folder is incomplete, copy it again") from None
         except SafetensorError as e:
             raise ValueError(f"{path}: damaged or cut short ({e}); copy it again") from None
+    if llm:
+        llm.tie_embeddings = HEAD not in table          # whatever config.json says, the weights decide
     if HEAD not in table:
         shapes.pop(HEAD, None)
-    sides = ((shapes.keys() - table.keys(), "parameters without a tensor"),
-             (table.keys() - shapes.keys(), "tensors without a parameter"))
     if shapes.keys() != table.keys():
+        sides = {"parameters without a tensor": shapes.keys() - table.keys(),
+                 "tensors without a parameter": table.keys() - shapes.keys()}
         raise ValueError(f"{folder}: weights and config.json disagree; " + "; ".join(
             f"{len(names)} {what}: {', '.join(sorted(names)[:5])}" + f" and {len(names) - 5} more" * (len(names) > 5)
-            for names, what in sides if names))
+            for what, names in sides.items() if names))
     for name, (path, _, shape, dtype) in table.items():
         if shape != shapes[name]:
             raise ValueError(f"{path}: {name} has shape {shape}, config.json asks for {shapes[name]}")
@@ -135,11 +137,9 @@ def load_folder(folder, device="cpu", dtype=None, vision=True):
     vision_cfg, llm, raw, table = inspect_folder(folder)
     if llm is None:
         raise ValueError(f"{folder} is a vision encoder only; join it with a language model: convert.py assemble")
-    if HEAD in table and llm.tie_embeddings:            # stored beside the table it should share: the weights decide
-        llm.tie_embeddings = torch.equal(*(t for _, t in read_tensors({name: table[name] for name in (HEAD, TABLE)})))
-    llm.tie_embeddings |= HEAD not in table
     with torch.device("meta"):
-        model = VLM(vision_cfg if vision else None, llm, image_token_id(folder)).to(dtype or DTYPES[table[TABLE][3]])
+        model = VLM(vision_cfg if vision else None, llm, image_token_id(folder))
+    model.to(dtype or DTYPES[table["language_model.model.embed_tokens.weight"][3]])
     model.to_empty(device=device).tie_weights()
     state = model.state_dict()
     for name, tensor in read_tensors(table, "" if vision else "language_model."):
@@ -234,7 +234,7 @@ def _write_shards(tensors, folder, dtype):
     for i, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         part = {name: tensors[name].detach().to("cpu", dtype, copy=True).contiguous() for name in names}
-        save_file(part, folder / file, metadata={"format": "pt"})
+        save_file(part, folder / file, metadata=dict(format="pt"))
         where |= dict.fromkeys(names, file)
     if len(shards) > 1:
         size = sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize
