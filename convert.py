@@ -74,7 +74,7 @@ def check(folder):
     for prefix, cfg in (("vision_model.", vision), ("mlp1.", ""), ("language_model.", llm)):
         if entries := [entry for name, entry in table.items() if name.startswith(prefix)]:
             numel, kinds = sum(math.prod(e[2]) for e in entries), "/".join(sorted({e[3] for e in entries}))
-            print(f"  {prefix[:-1]}: {numel:,} parameters, {len(entries)} tensors, {kinds} {cfg}")
+            print(f"  {prefix[:-1]}: {numel:,} parameters, {len(entries)} tensors, {kinds} {cfg}".rstrip())
     if llm:
         print(f"  <IMG_CONTEXT>: {image_token_id(folder)}, template: {raw.get('template', 'none')}")
     print("ok: every tensor used once, every parameter filled once")
@@ -154,6 +154,7 @@ def main():
             check(folder)
         case ["export", source, target, *flags] if flags in ([], ["--layout=internvl"], ["--layout=transformers"]):
             export(source, target, transformers=flags == ["--layout=transformers"])
+            print(f"{target}: written")
         case _:
             raise ValueError(USAGE)
 

@@ -33,7 +33,8 @@ VISION_FIXED = dict(architectures=["InternVisionModel"], hidden_act="gelu", norm
                     qk_normalization=False)
 LLM_FIXED = dict(architectures=["Qwen2ForCausalLM"], hidden_act="silu", use_sliding_window=False, rope_scaling=None)
 TOP_FIXED = dict(ps_version="v2", select_layer=-1)
-TOP_DEFAULTS = dict(dynamic_image_size=True, min_dynamic_patch=1, max_dynamic_patch=12, use_thumbnail=True)
+TOP_DEFAULTS = dict(dynamic_image_size=True, min_dynamic_patch=1, max_dynamic_patch=12, use_thumbnail=True,
+                    pad2square=False, use_backbone_lora=0, use_llm_lora=0)
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
@@ -177,7 +178,8 @@ def config_json(vision, llm, dtype, template="sailvl-chat", extra=None):
     v = vision and dict(zip(VISION_NAMES, astuple(vision))) | VISION_FIXED | dict(
         model_type="intern_vit_6b", torch_dtype=kind, use_flash_attn=False, dropout=0.0, attention_dropout=0.0,
         drop_path_rate=0.0, num_channels=3)
-    t = llm and dict(zip(LLM_NAMES, astuple(llm))) | LLM_FIXED | dict(model_type="qwen2", torch_dtype=kind)
+    t = llm and dict(zip(LLM_NAMES, astuple(llm))) | LLM_FIXED | dict(
+        model_type="qwen2", torch_dtype=kind, attention_dropout=0.0, initializer_range=0.02, use_cache=True)
     if vision is None or llm is None:
         return v or t
     return {name: (extra or {}).get(name, value) for name, value in TOP_DEFAULTS.items()} | TOP_FIXED | dict(

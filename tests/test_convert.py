@@ -107,8 +107,11 @@ def test_shards_and_index_hold_the_same_model_with_readable_files(tmp_path, monk
     assert all(oct(f.stat().st_mode)[-3:] == "644" for f in folder.iterdir())
     back, _ = W.load_folder(folder)
     assert all(torch.equal(a, b) for a, b in zip(vlm.state_dict().values(), back.state_dict().values()))
-    (folder / "model-00002-of-00013.safetensors").unlink(missing_ok=True)
-    next(f for f in folder.glob("model-00003*")).unlink()
+    first, *_, last = sorted(folder.glob("model-0*"))
+    save_file(load_file(first) | load_file(last), last)
+    with pytest.raises(ValueError, match="is stored in an earlier file too"):
+        W.load_folder(folder)
+    first.unlink()
     with pytest.raises(FileNotFoundError, match="missing; the folder is incomplete"):
         W.load_folder(folder)
 
@@ -211,6 +214,11 @@ def test_assemble_never_resizes_the_vocabulary(tmp_path, tokenizer):
     save(tmp_path / "llm", vlm, "llm", tokenizer)
     done = run("assemble", f"--vision={tmp_path}/vit", f"--llm={tmp_path}/llm", f"--out={tmp_path}/all")
     assert done.returncode == 2 and "has 285 rows, token ids go up to 286" in done.stderr
+    config = json.loads((tmp_path / "llm/tokenizer_config.json").read_text())
+    config["added_tokens_decoder"]["278"] = {"content": "<think>"}
+    (tmp_path / "llm/tokenizer_config.json").write_text(json.dumps(config))
+    done = run("assemble", f"--vision={tmp_path}/vit", f"--llm={tmp_path}/llm", f"--out={tmp_path}/all")
+    assert done.returncode == 2 and "<think> with id 278 is not one of Qwen2.5's" in done.stderr
     assert not (tmp_path / "all").exists()
 
 
