@@ -116,7 +116,8 @@ class Names(dict):
 def run_file(path, cfg, put):
     """Execute one config file; anything that goes wrong in it is a ConfigError with file and line."""
     def assign(key, value):
-        where = f"{path}:{sys._getframe(2).f_lineno}"
+        frame = sys._getframe(2)  # of this file, or of one that it executes
+        where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
         put(key, value, where, where)
 
     with open(path, encoding="utf-8") as f: text = f.read()

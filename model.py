@@ -3,11 +3,11 @@
 Everything is packed: the documents of a pack lie end to end in one row of T tokens, cu_seqlens (S+1,) holds their
 borders and positions restart at 0 in each. Parameter names are those of the released InternVL / SAIL-VL checkpoints.
 
-Shape letters: T tokens of a pack, C width, H query heads, K key/value heads, D head dim, V vocabulary, N tiles,
-P patches per tile, S samples in a pack. During generation T is also the number of rows that decode together.
+Shape letters: T tokens of a pack, S its documents, C width, H query heads, K key/value heads, D head dim,
+V vocabulary, N tiles, s their side. During generation S is also the number of rows that decode together.
 Source of the decoder: Qwen2 (arXiv 2407.10671), modeling_qwen2.py in huggingface/transformers.
 """
-import functools, math
+import functools, itertools
 from dataclasses import dataclass
 
 import torch
@@ -111,7 +111,7 @@ class VLM(nn.Module):
         assert llm.n_heads % llm.n_kv_heads == 0, f"{llm.n_heads} heads do not divide over {llm.n_kv_heads} kv heads"
         assert llm.head_dim % 2 == 0, f"head_dim {llm.head_dim} must be even for the rotary embedding"
         self.vision, self.llm, self.image_token_id = vision, llm, image_token_id
-        if vision is not None:
+        if vision:
             self.vision_model, self.mlp1 = ViT(vision), Projector(vision, llm.dim)
         self.language_model = nn.ModuleDict(dict(
             model=nn.ModuleDict(dict(embed_tokens=nn.Embedding(llm.vocab_size, llm.dim),
@@ -139,28 +139,23 @@ class VLM(nn.Module):
             return self.mlp1(x).flatten(0, 1)
 
     def embed(self, tokens, tiles):
-        """tokens (T,), tiles (N, 3, s, s) uint8 or None -> (embeddings (T, C), zero). Visual tokens stand at
-        <IMG_CONTEXT>. zero is 0.0, made from a black tile where a pack without tiles must still reach every trainable
-        parameter of the vision path (all ranks have to reduce the same gradients)."""
+        """tokens (T,), tiles (N, 3, s, s) uint8 or None -> embeddings (T, C), visual tokens at <IMG_CONTEXT>. A pack
+        without tiles runs a black one, unused, through trainable vision: all ranks must reduce the same gradients."""
         h = self.language_model.model.embed_tokens(tokens)                                      # (T, C)
-        n_tiles = 0 if tiles is None else len(tiles)
-        rows = (tokens == self.image_token_id).nonzero()[:, 0]
-        expected = n_tiles * self.vision.tokens_per_tile if self.vision else 0
-        if len(rows) != expected:
-            raise ValueError(f"the pack has {len(rows)} <IMG_CONTEXT> tokens, but its {n_tiles} tiles give {expected}; "
-                             "the text and the tile plan do not belong together")
-        if n_tiles:
-            return h.index_copy(0, rows, self.visual_tokens(tiles).to(h.dtype)), 0.0
-        if self.vision and self.training and (trains(self.vision_model) or trains(self.mlp1)):
-            s = self.vision.image_size
-            return h, 0.0 * self.visual_tokens(torch.zeros(1, 3, s, s, dtype=torch.uint8, device=h.device)).sum()
-        return h, 0.0
+        rows, n_tiles = (tokens == self.image_token_id).nonzero()[:, 0], 0 if tiles is None else len(tiles)
+        if len(rows) != (expected := n_tiles * self.vision.tokens_per_tile if self.vision else 0):
+            raise ValueError(f"the pack has {len(rows)} <IMG_CONTEXT> tokens, but its {n_tiles} tiles give {expected}")
+        if not n_tiles:
+            if self.vision is None or not (trains(self.vision_model) or trains(self.mlp1)):
+                return h
+            tiles = tokens.new_zeros(1, 3, self.vision.image_size, self.vision.image_size, dtype=torch.uint8)
+        return h.index_copy(0, rows, self.visual_tokens(tiles)[:len(rows)].to(h.dtype))
 
-    def hidden(self, h, positions, attend):
-        """Run the blocks. h (T, C), positions (T,); attend(layer) gives the layer's attention function."""
+    def hidden(self, h, positions, attend, cache=None):
+        """Run the blocks on h (T, C), positions (T,); attend(q, k, v), with a cache attend(cache[layer], q, k, v)."""
         rope = rope_table(positions, self.llm.head_dim, self.llm.rope_theta)
         for i, block in enumerate(self.language_model.model.layers):
-            h = block(h, rope, attend(i))
+            h = block(h, rope, attend if cache is None else functools.partial(attend, cache[i]))
         return h
 
     def head(self, h):
@@ -171,31 +166,25 @@ class VLM(nn.Module):
         """One pack -> the SUM of the cross-entropy of its supervised positions, an fp32 scalar.
         tokens, labels, positions (T,) int64: labels[t] is what position t has to predict (already shifted), -100 where
         nothing is asked. cu_seqlens (S+1,) int32. tiles (N, 3, s, s) uint8; N may be 0. weights (T,) fp32 multiplies
-        the loss of each position. Only supervised rows go through the final norm and the head. Divide by the number
-        of supervised tokens of the whole step, not of this pack. ValueError if image tokens and tiles disagree."""
-        h, zero = self.embed(tokens, tiles)
-        h = self.hidden(h, positions, packed(cu_seqlens))
+        the loss of each position. Only supervised rows go through the final norm and the head.
+        ValueError if image tokens and tiles disagree."""
+        h = self.hidden(self.embed(tokens, tiles), positions, packed(cu_seqlens))
         rows = (labels != IGNORE).nonzero()[:, 0]
         h, labels = h.index_select(0, rows), labels.index_select(0, rows)                       # (supervised, ...)
         row_loss = lambda h, labels: F.cross_entropy(self.head(h), labels, reduction="none")
         if len(rows) > HEAD_ROWS:
-            parts = zip(h.split(HEAD_ROWS), labels.split(HEAD_ROWS))
-            loss = torch.cat([checkpoint(row_loss, *part, use_reentrant=False) for part in parts])
-        else:
-            loss = row_loss(h, labels)
-        return (loss if weights is None else loss * weights.index_select(0, rows)).sum() + zero
+            row_loss = functools.partial(checkpoint, row_loss, use_reentrant=False)
+        loss = torch.cat([row_loss(*part) for part in zip(h.split(HEAD_ROWS), labels.split(HEAD_ROWS))])
+        return (loss if weights is None else loss * weights.index_select(0, rows)).sum()
 
     def logits(self, tokens, positions, cu_seqlens, tiles=None):
         """fp32 logits (T, V) of every position; arguments as in forward."""
-        return self.head(self.hidden(self.embed(tokens, tiles)[0], positions, packed(cu_seqlens)))
+        return self.head(self.hidden(self.embed(tokens, tiles), positions, packed(cu_seqlens)))
 
 def packed(cu_seqlens):
-    """The attention of a pack, the same for every layer: causal inside each document."""
-    cu_seqlens = cu_seqlens.cpu()
-    max_seqlen = int(cu_seqlens.diff().max())
-    def attend(q, k, v):
-        return attention(q, k, v, cu_seqlens, max_seqlen, causal=True)
-    return lambda layer: attend
+    """The attention of a pack: causal inside each document."""
+    cu_seqlens, max_seqlen = cu_seqlens.cpu(), int(cu_seqlens.diff().max())
+    return lambda q, k, v: attention(q, k, v, cu_seqlens, max_seqlen, causal=True)
 
 def compile_blocks(model):
     """Compile every transformer block in place: names and checkpoints do not change."""
@@ -210,107 +199,85 @@ def train_flops(vision, llm, n_tiles, lengths, n_supervised, train=(True, True, 
     Counted: matmuls at 2 per weight and row forward, the same again for each gradient that is needed (input, weight),
     attention over visible pairs only (forward 4*D per head and pair, backward twice that). Not counted: lookups,
     norms, recomputation, padding. vision=None for a text-only model."""
-    (train_vit, train_mlp1, train_llm), flops = train, 0
-    if vision is not None:
-        tokens, width = vision.n_patches + 1, vision.dim * vision.downsample ** 2
-        weights = vision.n_layers * (4 * vision.dim ** 2 + 2 * vision.dim * vision.ffn_dim)
-        patches = 2 * 3 * vision.patch_size ** 2 * vision.dim * vision.n_patches
-        attn = vision.n_layers * 4 * tokens ** 2 * vision.dim
-        flops += n_tiles * (2 * weights * tokens + patches + attn) * (3 if train_vit else 1)
-        first, second = (2 * n_tiles * vision.tokens_per_tile * llm.dim * w for w in (width, llm.dim))
-        flops += first * (1 + train_vit + train_mlp1) + second * (1 + (train_vit or train_mlp1) + train_mlp1)
-    tokens, pairs = sum(lengths), sum(n * (n + 1) // 2 for n in lengths)
-    backward = train_vit or train_mlp1 or train_llm
+    flops, (train_vit, train_mlp1, train_llm), backward = 0, train, any(train)
+    if vision:
+        C, L, rows = vision.dim, vision.n_patches + 1, n_tiles * vision.tokens_per_tile
+        block = 2 * L * (4 * C * C + 2 * C * vision.ffn_dim) + 4 * L * L * C
+        patches = 2 * 3 * vision.patch_size ** 2 * C * vision.n_patches
+        flops += n_tiles * (vision.n_layers * block + patches) * (1 + 2 * train_vit)
+        flops += 2 * rows * vision.downsample ** 2 * C * llm.dim * (1 + train_vit + train_mlp1)
+        flops += 2 * rows * llm.dim ** 2 * (1 + (train_vit or train_mlp1) + train_mlp1)
     weights = llm.n_layers * (2 * llm.dim * llm.head_dim * (llm.n_heads + llm.n_kv_heads) + 3 * llm.dim * llm.ffn_dim)
-    flops += 2 * (weights * tokens + llm.dim * llm.vocab_size * n_supervised) * (1 + backward + train_llm)
-    return flops + llm.n_layers * 4 * llm.n_heads * llm.head_dim * pairs * (3 if backward else 1)
+    matmuls = 2 * (weights * sum(lengths) + llm.dim * llm.vocab_size * n_supervised)
+    attn = llm.n_layers * 4 * llm.n_heads * llm.head_dim * sum(n * (n + 1) // 2 for n in lengths)
+    return flops + matmuls * (1 + backward + train_llm) + attn * (1 + 2 * backward)
 
 # ---- generation ------------------------------------------------------------------------------------------------------
 
-def generate(model, prompts, tiles, max_new_tokens, stop_ids, temperature=0.0, top_p=1.0, top_k=0, seed=0):
-    """Answer many prompts at once -> list of lists of token ids, without the stop id.
+@torch.inference_mode()
+def decode(model, prompts, tiles, max_new_tokens, stop_ids, temperature=0.0, top_p=1.0, top_k=0, seed=0):
+    """Answer many prompts at once: yield (prompt, token id) as they come, without the stop ids.
     prompts: token ids, one list each; tiles: for each prompt its uint8 tiles (n, 3, s, s) or None; stop_ids: a set.
     temperature 0 is greedy; else top_k (0 = all) and top_p restrict a draw that depends on seed, step and row only."""
-    answers = [[] for _ in prompts]
-    for step in _decode(model, prompts, tiles, max_new_tokens, stop_ids, temperature, top_p, top_k, seed):
-        for row, token in step:
-            answers[row].append(token)
-    return answers
-
-def generate_stream(model, prompt, tiles, max_new_tokens, stop_ids, temperature=0.0, top_p=1.0, top_k=0, seed=0):
-    """Answer one prompt, token id by token id; arguments as for generate."""
-    for step in _decode(model, [prompt], [tiles], max_new_tokens, stop_ids, temperature, top_p, top_k, seed):
-        yield from (token for _, token in step)
-
-@torch.inference_mode()
-def _decode(model, prompts, tiles, max_new_tokens, stop_ids, temperature, top_p, top_k, seed):
-    """Yield, step by step, the list of (row, token) of the rows that are not finished."""
-    device, lengths = model.language_model.lm_head.weight.device, [len(prompt) for prompt in prompts]
-    per_tile = model.vision.tokens_per_tile if model.vision else 0
-    packs, total = [], math.inf                                             # rows of successive prefill packs
-    for i, (prompt, t) in enumerate(zip(prompts, tiles, strict=True)):
-        n, expected = prompt.count(model.image_token_id), 0 if t is None else per_tile * len(t)
-        if not prompt or n != expected:
-            raise ValueError(f"prompt {i} has {len(prompt)} tokens and {n} <IMG_CONTEXT>; its tiles need {expected}")
-        if total + lengths[i] > PREFILL_TOKENS:
-            packs, total = [*packs, []], 0
-        packs[-1].append(i)
-        total += lengths[i]
-    if not packs:
+    if not prompts:
         return
-    cache = [None] * model.llm.n_layers                                     # per layer: k and v, (S, K, size, D) each
-    logits = torch.cat([_prefill(model, prompts, tiles, rows, cache, max(lengths) + max_new_tokens) for rows in packs])
-    generator, done = torch.Generator().manual_seed(seed), set()
-    rows = list(range(len(prompts)))                                        # the prompt of each row of the batch
+    llm, head, longest = model.llm, model.language_model.lm_head.weight, max(map(len, prompts))
+    cache = torch.zeros(llm.n_layers, 2, len(prompts), llm.n_kv_heads, longest + max_new_tokens, llm.head_dim,
+                        dtype=working_dtype(head), device=head.device)      # of the keys and values
+    n = max(1, PREFILL_TOKENS // longest)
+    logits = torch.cat([prefill(model, prompts[i:i + n], tiles[i:i + n], cache[:, :, i:i + n])
+                        for i in range(0, len(prompts), n)])                # (S, V)
+    generator, rows, done = torch.Generator().manual_seed(seed), list(range(len(prompts))), set()
     for step in range(max_new_tokens):
-        noise = torch.rand(len(prompts), generator=generator)
         logits[:, model.image_token_id] = float("-inf")                     # a placeholder is never an answer
-        tokens = sample(logits, temperature, top_p, top_k, noise[rows].to(device))
-        answer = list(zip(rows, tokens.tolist()))
-        done |= {row for row, token in answer if token in stop_ids}
-        yield [(row, token) for row, token in answer if row not in done]
+        noise = torch.rand(len(prompts), generator=generator)[rows].to(head.device)
+        tokens = sample(logits, temperature, top_p, top_k, noise)
+        for row, token in zip(rows, tokens.tolist()):
+            if token in stop_ids:
+                done.add(row)
+            elif row not in done:
+                yield row, token
         left = [i for i, row in enumerate(rows) if row not in done]
-        if not left or step == max_new_tokens - 1:
+        if not left or step + 1 == max_new_tokens:
             return
         if 2 * len(left) <= len(rows):                                      # retire the finished: copies at most once
-            keep = torch.tensor(left, device=device)                        # per halving of the batch
-            cache = [(k.index_select(0, keep), v.index_select(0, keep)) for k, v in cache]
-            rows, tokens = [rows[i] for i in left], tokens[keep]
-        ends = [lengths[row] + step for row in rows]                        # where each row's new token stands
-        positions = torch.tensor(ends, device=device)
-        h = model.language_model.model.embed_tokens(tokens)
-        logits = model.head(model.hidden(h, positions, _cached(cache, positions, max(ends) + 1)))
+            cache, tokens, rows = cache[:, :, left], tokens[left], [rows[i] for i in left]      # per halving
+        logits = decode_step(model, tokens, [len(prompts[row]) + step for row in rows], cache)
 
-def _prefill(model, prompts, tiles, rows, cache, size):
-    """Run the prompts of some rows as one pack, fill the cache -> logits (rows, V) of their last tokens."""
-    device, lengths = model.language_model.lm_head.weight.device, torch.tensor([len(prompts[row]) for row in rows])
-    tokens = torch.tensor([t for row in rows for t in prompts[row]], device=device)
-    positions = torch.cat([torch.arange(n) for n in lengths]).to(device)
-    where = torch.tensor(rows).repeat_interleave(lengths).to(device)                            # (T,) the cache's row
-    pictures = [tiles[row] for row in rows if tiles[row] is not None and len(tiles[row])]
-    cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()
-    attend = packed(cu_seqlens)(0)
-    def attend_and_keep(layer, q, k, v):
-        if cache[layer] is None:
-            cache[layer] = tuple(x.new_zeros(len(prompts), x.shape[1], size, x.shape[2]) for x in (k, v))
-        for kept, x in zip(cache[layer], (k, v)):
-            kept[where, :, positions] = x
-        return attend(q, k, v)
-    h, _ = model.embed(tokens, torch.cat(pictures).to(device) if pictures else None)
-    h = model.hidden(h, positions, lambda layer: functools.partial(attend_and_keep, layer))
-    return model.head(h[cu_seqlens[1:].to(device) - 1])
+def generate(model, prompts, tiles, *args, **settings):
+    """The answers, a list of token ids for each prompt; arguments as for decode."""
+    answers = [[] for _ in prompts]
+    for row, token in decode(model, prompts, tiles, *args, **settings):
+        answers[row].append(token)
+    return answers
 
-def _cached(cache, positions, L):
-    """The attention of one decoding step: one query per row against its row of the cache, up to its position < L."""
-    rows = torch.arange(len(positions), device=positions.device)
-    mask = (torch.arange(L, device=positions.device) <= positions[:, None])[:, None, None]      # (S, 1, 1, L)
-    def attend(layer, q, k, v):                                             # q (S, H, D), k and v (S, K, D)
-        for kept, x in zip(cache[layer], (k, v)):
-            kept[rows, :, positions] = x
+def generate_stream(model, prompt, tiles, *args, **settings):
+    """Answer one prompt, token id by token id."""
+    return (token for _, token in decode(model, [prompt], [tiles], *args, **settings))
+
+def prefill(model, prompts, tiles, cache):
+    """Run prompts as one pack, fill the cache (n_layers, 2, S, K, size, D) -> logits (S, V) of their last tokens."""
+    tokens, rows, positions = torch.tensor([(token, row, i) for row, prompt in enumerate(prompts)
+                                            for i, token in enumerate(prompt)], device=cache.device).T      # (T,) each
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(map(len, prompts))], dtype=torch.int32)
+    attend_packed, pictures = packed(cu_seqlens), [t for t in tiles if t is not None]
+    def attend(kept, q, k, v):
+        kept[:, rows, :, positions] = torch.stack([k, v], 1)                # (T, 2, K, D)
+        return attend_packed(q, k, v)
+    h = model.embed(tokens, torch.cat(pictures).to(cache.device) if pictures else None)
+    return model.head(model.hidden(h, positions, attend, cache)[cu_seqlens[1:] - 1])
+
+def decode_step(model, tokens, positions, cache):
+    """The next tokens (S,) of all rows, each at its position (a list), fill the cache -> logits (S, V)."""
+    L, positions = max(positions) + 1, torch.tensor(positions, device=cache.device)
+    rows = torch.arange(len(positions), device=cache.device)
+    mask = (torch.arange(L, device=cache.device) <= positions[:, None])[:, None, None]          # (S, 1, 1, L)
+    def attend(kept, q, k, v):                                              # q (S, H, D), k and v (S, K, D)
+        kept[:, rows, :, positions] = torch.stack([k, v], 1)                # (S, 2, K, D)
         q = q.unflatten(1, (k.shape[1], -1))                                # (S, K, H/K, D): heads that share a key
-        k, v = (x[:, :, :L] for x in cache[layer])                          # (S, K, L, D)        head, as queries
+        k, v = kept[:, :, :, :L]                                            # (S, K, L, D)        head, as queries
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).flatten(1, 2)
-    return lambda layer: functools.partial(attend, layer)
+    return model.head(model.hidden(model.language_model.model.embed_tokens(tokens), positions, attend, cache))
 
 def sample(logits, temperature, top_p, top_k, noise):
     """logits (S, V), noise (S,) uniform in [0, 1) -> token ids (S,). Greedy at temperature 0."""

@@ -199,7 +199,7 @@ def test_wrong_number_of_image_tokens_is_refused_with_both_numbers():
     tokens, labels, positions, cu, tiles = pack((9, 30), (1, 3))
     with pytest.raises(ValueError, match="16 <IMG_CONTEXT> tokens, but its 3 tiles give 12"):
         vlm(tokens, labels, positions, cu, tiles[:3])
-    with pytest.raises(ValueError, match="prompt 0 has 39 tokens and 16 <IMG_CONTEXT>; its tiles need 0"):
+    with pytest.raises(ValueError, match="16 <IMG_CONTEXT> tokens, but its 0 tiles give 0"):
         generate(vlm, [tokens.tolist()], [None], 4, set())
 
 
