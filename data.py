@@ -1,16 +1,14 @@
 """Data: records of any format -> token ids and labels in one pass -> packs -> batches, in an order that is arithmetic.
 
-    # every row validated, line and field named; exit code 2 if any is bad
-    python data.py check FILE...
-    python data.py show FILE --n=8 --tokenizer=DIR     # exactly what the model sees, supervised tokens marked
+    python data.py check FILE...                        # every row validated, line named; exit code 2 if any is bad
+    python data.py show FILE --n=8 --tokenizer=DIR      # exactly what the model sees, supervised tokens marked
 
-Way of a sample: source row (json + image bytes) -> `render` (ids, labels) -> pack of documents (planned from lengths
-and image headers alone) -> `Packs.__getitem__` in a worker (decode, tile) -> batch. Nothing is cut: what does not fit
-gets fewer tiles, else it is dropped and counted; an unreadable one is quarantined and counted.
-
-Shapes: T tokens of a pack, S samples in a pack, N tiles of a pack.
+Source row (json + image bytes) -> `render` (ids, labels) -> pack of documents, planned from lengths and image headers
+alone -> `Packs.__getitem__` in a worker (decode, tile) -> batch. Nothing is cut: what does not fit gets fewer tiles,
+else it is dropped and counted; an unreadable row is quarantined and counted.
+Shapes: T tokens of a pack, S samples in a pack, N tiles of a pack, s tile side in pixels.
 """
-import bisect, collections, fcntl, glob, hashlib, itertools, json, os, re, shutil, signal, sys, tarfile, unicodedata
+import bisect, collections, fcntl, functools, glob, hashlib, itertools, json, os, re, signal, sys, tarfile, unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -175,122 +173,113 @@ def image_names(row):
     return names
 
 # ---- sources: one memory-mapped index each ------------------------------------------------------------------------
-ROW = np.dtype([("offset", "i8"), ("size", "i4"), ("tokens", "i4"), ("first_image", "i8"), ("n_images", "i4"),
-                # tokens: all but the visual ones; -1: quarantined
-                ("supervised", "i4")])
-IMAGE = np.dtype([("offset", "i8"), ("size", "i4"), ("width", "i4"), ("height", "i4"), ("words", "i4")])
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
+ROW = np.dtype([("offset", "i8"), ("size", "i4"), ("tokens", "i4"), ("first_image", "i8"), ("n_images", "i4")])
+IMAGE = np.dtype([("offset", "i8"), ("size", "i4"), ("width", "i4"), ("height", "i4")])    # offset, size: in a tar
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+
+@functools.lru_cache(None)
+def mapped(path):
+    return np.load(path, mmap_mode="r")
 
 class Source:
-    """One file or folder of records with an index beside it: row offsets, token counts and image sizes.
+    """One file or folder of records with an index beside it: where each row is, how many tokens it has apart from the
+    visual ones (-1: quarantined, see `meta`), and the sizes of its images.
 
-    The index is built once, by whichever process comes first, and again when the source or the tokenizer changed.
-    Its arrays are memory-mapped; only paths travel to workers.
+    The index is built once, by whichever process comes first, and again when the source or the tokenizer changed. Each
+    process maps it into memory for itself; only paths travel to workers.
     """
+    rows = property(lambda self: mapped(f"{self.index}/rows.npy"))
+    images = property(lambda self: mapped(f"{self.index}/images.npy"))
+
     def __init__(self, name, path, tokenizer, template, image_as="pixels", root=None, repeat=1.0, max_tiles=0):
         self.name, self.path, self.repeat, self.max_tiles = name, Path(path), repeat, max_tiles
-        self.root = Path(root or (self.path if self.path.is_dir() else self.path.parent))
-        self.is_tar = self.path.suffix == ".tar"
         if not self.path.exists():
             raise FileNotFoundError(f"data source {path} does not exist")
-        stat = self.path.stat()
-        key = sha256([stat.st_size, stat.st_mtime_ns, str(self.path.resolve()), tokenizer.hash, template, image_as])
+        self.root = Path(root or (self.path if self.path.is_dir() else self.path.parent))
+        self.is_tar, stat = self.path.suffix == ".tar", self.path.stat()
+        about = [stat.st_size, stat.st_mtime_ns, str(self.path.resolve()), tokenizer.hash, template, image_as, ROW.descr]
         beside = self.path.parent if os.access(self.path.parent, os.W_OK) else Path("shards/index")  # read-only data
-        beside.mkdir(parents=True, exist_ok=True)
-        self.index = beside / f".{self.path.name}.index-{key[:12]}"
-        with open(beside / f".{self.path.name}.index.lock", "w") as lock:
+        self.index = beside / f".{self.path.name}.index-{sha256(about)[:12]}"
+        self.index.mkdir(parents=True, exist_ok=True)
+        with open(self.index / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not self.index.exists():
+            if not (self.index / "meta.json").exists():
                 self._build(tokenizer, template, image_as)
-        self.meta, made = read_json(self.index / "meta.json"), self.index / "rows.jsonl"
-        self.file = made if made.exists() else self.path
-        self._open()
+        self.meta = read_json(self.index / "meta.json")
 
-    def _open(self):
-        self.rows, self.images = (np.load(self.index / f"{name}.npy", mmap_mode="r") for name in ("rows", "images"))
+    @property
+    def lines(self):
+        """The file that holds the rows; a folder, or LLaVA's one array, became lines when the index was built."""
+        return self.index / "rows.jsonl" if self.path.is_dir() or self.path.suffix == ".json" else self.path
 
-    def __getstate__(self):
-        return {k: v for k, v in vars(self).items() if k not in ("rows", "images")}
+    def _read(self, offset, size):
+        with open(self.lines, "rb") as file:
+            file.seek(offset)
+            return file.read(size)
 
-    def __setstate__(self, state):
-        self.__dict__ |= state
-        self._open()
-
-    def _read(self, entry):
-        with open(self.file, "rb") as file:
-            file.seek(entry["offset"])
-            return file.read(entry["size"])
-
-    def _parse(self, raw, i):
-        text = self.is_tar and not raw.lstrip().startswith(b"{")      # the .txt beside an image
+    def _row(self, offset, size, i):
+        raw = self._read(offset, size)
+        text = self.is_tar and not raw.lstrip().startswith(b"{")       # the .txt beside an image
         return {"id": f"{self.name}:{i}", **({"caption": raw.decode()} if text else json.loads(raw))}
 
     def row(self, i):
-        return self._parse(self._read(self.rows[i]), i)
+        return self._row(*self.rows[i].item()[:2], i)
 
     def image(self, i, k, row):
         """Bytes of image k of row i."""
         if self.is_tar:
-            return self._read(self.images[int(self.rows[i]["first_image"]) + k])
+            return self._read(*self.images[self.rows[i]["first_image"] + k].item()[:2])
         return (self.root / image_names(row)[k]).read_bytes()
 
-    # -- building
-    def _records(self, work):
-        """Yield (offset, size, raw row, {name: (offset, size, bytes)} of the pictures if they are in a tar)."""
+    def _records(self):
+        """Yield (offset, size) of every record and, of a tar, {name: (offset, size)} of its pictures."""
         if self.is_tar:                                                # never extracted
             key = lambda m: re.match(r"(?:.*/)?[^./]*", m.name)[0]     # path up to the first dot, as WebDataset has it
             with tarfile.open(self.path) as tar:
                 for _, group in itertools.groupby((m for m in tar if m.isreg()), key):  # links, devices: not data
-                    group = [(m, Path(m.name), tar.extractfile(m).read()) for m in group]
-                    pictures = {p.name: (m.offset_data, m.size, data) for m, p, data in group
-                                if p.suffix.lower() in IMAGE_SUFFIXES}
-                    texts = [(m.offset_data, m.size, data) for e in (".json", ".txt") for m, p, data in group
-                             if p.suffix == e]
-                    yield *(texts or [(0, 0, b"")])[0], pictures
+                    group = {os.path.basename(m.name): (m.offset_data, m.size) for m in group}
+                    texts = [at for end in (".json", ".txt") for name, at in group.items() if name.endswith(end)]
+                    yield *(texts or [(0, 0)])[0], {name: at for name, at in group.items()
+                                                    if name.lower().endswith(IMAGE_SUFFIXES)}
             return
-        path = self.path
-        if path.is_dir() or path.suffix == ".json":                    # LLaVA's one array, or a folder, becomes lines
-            path = work / "rows.jsonl"
-            with open(path, "w") as file:
+        if self.lines != self.path:
+            with open(self.lines, "w") as file:
                 for row in folder_rows(self.path) if self.path.is_dir() else read_json(self.path):
                     file.write(json.dumps(row) + "\n")
         offset = 0
-        with open(path, "rb") as file:
+        with open(self.lines, "rb") as file:
             for line in file:
                 if line.strip():
-                    yield offset, len(line), line, None
+                    yield offset, len(line), None
                 offset += len(line)
 
     def _build(self, tokenizer, template, image_as):
-        work = self.index.with_suffix(".tmp")
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
         rows, images, bad = [], [], []
-        for offset, size, raw, pictures in tqdm(self._records(work), f"index {self.path.name}", leave=False):
+        for offset, size, pictures in tqdm(self._records(), f"index {self.path.name}", leave=False):
             try:
-                row = self._parse(raw, len(rows))
+                row = self._row(offset, size, len(rows))
                 if image_as != "pixels" and not row.get("cells"):
                     raise ValueError(f"image_as={image_as} needs `cells`, which only toy data has")
                 if image_as == "words":
-                    entries = [(0, 0, 0, 0, len(cells)) for cells in row["cells"]]
+                    found = []
                 elif pictures is None:
-                    entries = [(0, 0, *image_size(self.root / name), 0) for name in image_names(row)]
+                    found = [(0, 0, *image_size(self.root / name)) for name in image_names(row)]
                 else:                                                  # in the order of the row, if it names them
                     names = [os.path.basename(name) for name in image_names(row)]
-                    found = [pictures[name] for name in names if name in pictures] or pictures.values()
-                    entries = [(o, s, *image_size(data), 0) for o, s, data in found]
-                ids, labels = render(row, tokenizer, template, [0] * len(entries), 0, image_as)
-                tokens = len(ids) - (0 if image_as == "pixels" else sum(map(len, row["cells"])))
-                rows.append((offset, size, tokens, len(images), len(entries), (labels != IGNORE).sum()))
-                images += entries
+                    places = [pictures[name] for name in names if name in pictures] or pictures.values()
+                    found = [(*place, *image_size(self._read(*place))) for place in places]
+                ids, _ = render(row, tokenizer, template, [0] * len(found), 0, image_as)
+                rows.append((offset, size, (ids != tokenizer.image_id).sum(), len(images), len(found)))
+                images += found
             except (ValueError, OSError, KeyError, TypeError, AttributeError) as e:
                 bad.append({"source": self.name, "row": len(rows), "reason": f"{type(e).__name__}: {e}"[:300]})
-                rows.append((offset, size, -1, len(images), 0, 0))
-        np.save(work / "rows.npy", np.array(rows, ROW))
-        np.save(work / "images.npy", np.array(images, IMAGE))
-        digest = hashlib.sha256((work / "rows.npy").read_bytes() + (work / "images.npy").read_bytes()).hexdigest()
-        (work / "meta.json").write_text(json.dumps({"bad": bad, "digest": digest}))
-        os.replace(work, self.index)
+                rows.append((offset, size, -1, len(images), 0))
+        rows, images = np.array(rows, ROW), np.array(images, IMAGE)
+        np.save(self.index / "rows.npy", rows)
+        np.save(self.index / "images.npy", images)
+        meta = {"bad": bad, "digest": hashlib.sha256(rows.tobytes() + images.tobytes()).hexdigest()}
+        (self.index / "meta.tmp").write_text(json.dumps(meta))
+        os.replace(self.index / "meta.tmp", self.index / "meta.json")  # which says that the index is whole
 
 def folder_rows(folder):
     """A row for every picture of a folder, described by the .json or .txt of the same stem."""
@@ -385,15 +374,14 @@ class Packs(torch.utils.data.Dataset):
         s = int(np.searchsorted(self.starts, i, side="right")) - 1
         source = self.sources[s]
         row = int(i - self.starts[s]) % len(source.rows)
-        first, n, tokens = (int(source.rows[row][name]) for name in ("first_image", "n_images", "tokens"))
+        _, _, tokens, first, n = source.rows[row].item()
         if tokens < 0:
             return "unreadable"
-        images = source.images[first:first + n]
+        images = source.images[first:first + n].tolist()
         for limit in range(self.max_tiles, self.min_tiles - 1, -1):    # too long: fewer tiles, then dropped whole
             share = max(self.min_tiles, min(limit, source.max_tiles or limit) // max(n, 1))
-            tiles = [count_tiles(w, h, self.min_tiles, share, self.tile_size, self.thumbnail)
-                     for w, h in images[["width", "height"]].tolist()] if self.image_as != "words" else []
-            total = tokens + sum(tiles) * self.tokens_per_tile + int(images["words"].sum())
+            tiles = [count_tiles(w, h, self.min_tiles, share, self.tile_size, self.thumbnail) for _, _, w, h in images]
+            total = tokens + sum(tiles) * self.tokens_per_tile
             if total <= self.tokens_per_pack and sum(tiles) <= self.tiles_per_pack:
                 return (s, row, tiles), total, sum(tiles)
         return "too_long"
@@ -449,42 +437,38 @@ class Packs(torch.utils.data.Dataset):
         tokens, labels, positions (T,) int64; weights (T,) fp32; cu_seqlens (S+1,) int32; tiles (N, 3, s, s) uint8;
         ids; bad: samples that failed to decode and are left out.
         """
-        ids, labels, weights, names, bad = [], [], [], [], []
-        tiles = [torch.zeros(0, 3, self.tile_size, self.tile_size, dtype=torch.uint8)]
-        for s, i, n_tiles in pack.samples:
-            source, row, pictures = self.sources[s], {}, []
+        samples, pictures, ids, bad, s = [], [], [], [], self.tile_size
+        for source, i, n_tiles in ((self.sources[k], i, n_tiles) for k, i, n_tiles in pack.samples):
+            row = {"id": f"{source.name}:{i}"}
             try:
                 row = source.row(i)
-                for k, n in enumerate(n_tiles):
-                    most = n - 1 if n > 1 and self.thumbnail else n
-                    new = make_tiles(load_image(source.image(i, k, row)), self.min_tiles, most, self.tile_size,
-                                     self.thumbnail)
-                    if len(new) != n:
-                        raise ValueError(f"image {k} gave {len(new)} tiles where {n} were planned")
-                    pictures.append(new)
-                x, y = render(row, self.tokenizer, self.template, n_tiles, self.tokens_per_tile, self.image_as)
+                most = [n - (n > 1 and self.thumbnail) for n in n_tiles]
+                new = [make_tiles(load_image(source.image(i, k, row)), self.min_tiles, n, s, self.thumbnail)
+                       for k, n in enumerate(most)]
+                if [*map(len, new)] != n_tiles:
+                    raise ValueError(f"images gave {[*map(len, new)]} tiles where {n_tiles} were planned")
+                sample = render(row, self.tokenizer, self.template, n_tiles, self.tokens_per_tile, self.image_as)
             except (ValueError, OSError, KeyError) as e:
-                bad.append({"source": source.name, "id": row.get("id", f"{source.name}:{i}"),
-                            "reason": f"{type(e).__name__}: {e}"[:300]})
+                bad.append({"source": source.name, "id": row["id"], "reason": f"{type(e).__name__}: {e}"[:300]})
                 continue
-            n = max(1, int((y != IGNORE).sum()))
-            ids.append(x)
-            labels.append(y)
-            weights.append({"token": 1.0, "sample": 1 / n, "sqrt": n ** -0.5}[self.loss_weight])
-            tiles += pictures
-            names.append(row["id"])
-        if not ids:                                                    # nothing readable: one token that asks nothing
-            ids, labels, weights = [np.array([self.tokenizer.eos_id])], [np.array([IGNORE])], [1.0]
-        lengths = [len(x) for x in ids]
-        arrays = {"tokens": np.concatenate(ids), "labels": np.concatenate(labels),
-                  "positions": np.concatenate([np.arange(n) for n in lengths]),
+            samples.append(sample)
+            pictures += new
+            ids.append(row["id"])
+        if not samples:                                                # nothing readable: one token that asks nothing
+            samples = [(np.array([self.tokenizer.eos_id]), np.array([IGNORE]))]
+        tokens, labels = map(np.concatenate, zip(*samples))
+        lengths = [len(x) for x, _ in samples]
+        supervised = [max(1, int((y != IGNORE).sum())) for _, y in samples]
+        weights = [{"token": 1.0, "sample": 1 / n, "sqrt": n ** -0.5}[self.loss_weight] for n in supervised]
+        arrays = {"tokens": tokens, "labels": labels, "positions": np.concatenate([np.arange(n) for n in lengths]),
                   "weights": np.repeat(np.array(weights, np.float32), lengths),
                   "cu_seqlens": np.cumsum([0, *lengths], dtype=np.int32)}
-        supervised, tiles = arrays["labels"] != IGNORE, torch.cat(tiles)
-        size = {"tokens": sum(lengths), "tiles": len(tiles), "samples": len(names), "bad": len(bad),
-                "supervised": int(supervised.sum()), "weight": float(arrays["weights"][supervised].sum())}
+        tiles = torch.cat([torch.zeros(0, 3, s, s, dtype=torch.uint8), *pictures])
+        size = {"tokens": len(tokens), "tiles": len(tiles), "samples": len(ids), "bad": len(bad),
+                "supervised": int((labels != IGNORE).sum()),
+                "weight": float(arrays["weights"][labels != IGNORE].sum())}
         return {k: torch.from_numpy(v) for k, v in arrays.items()} | {
-            "tiles": tiles, "ids": names, "bad": bad, "size": size, "position": pack.position, "counts": pack.counts}
+            "tiles": tiles, "ids": ids, "bad": bad, "size": size, "position": pack.position, "counts": pack.counts}
 
 def _start_worker(_):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)                      # a preempted job saves; its workers must live
