@@ -31,11 +31,10 @@ def sha256(value):
 
 # ---- tokenizer ----------------------------------------------------------------------------------------------------
 # Special and added tokens of Qwen2.5 as InternVL and SAIL-VL extend it; their ids follow the BPE pieces in this order
-SPECIAL_TOKENS = [f"<|{t}|>" for t in (
-    "endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end vision_start "
-    "vision_end vision_pad image_pad video_pad").split()] + ["<tool_call>", "</tool_call>"] + [f"<|{t}|>" for t in (
-        "fim_prefix fim_middle fim_suffix fim_pad repo_name file_sep").split()] + [
-    "<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"]
+SPECIAL_TOKENS = """<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|>
+    <|box_end|> <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>
+    <tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|> <img>
+    </img> <IMG_CONTEXT> <quad> </quad> <ref> </ref> <box> </box>""".split()
 # GPT-2's printable alphabet of the 256 bytes, in which vocab.json spells its pieces
 _printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTE_ORDER = _printable + [b for b in range(256) if b not in _printable]
@@ -46,9 +45,7 @@ SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{
 
 class Tokenizer:
     """Byte-level BPE of a Qwen folder (`vocab.json`, else `tokenizer.json`) with the 31 special tokens of SAIL-VL.
-
-    `encode` treats its text as plain text: a special token typed by a user stays a row of ordinary pieces.
-    """
+    `encode` treats its text as plain text: a special token typed by a user stays a row of ordinary pieces."""
     def __init__(self, folder):
         vocab, whole, added = (Path(folder) / f"{name}.json" for name in ("vocab", "tokenizer", "added_tokens"))
         if not vocab.exists() and not whole.exists():
@@ -81,9 +78,7 @@ IGNORE = -100                                                          # label o
 
 def chat_ids(tokenizer, template, turns, n_tiles, tokens_per_tile):
     """Prompt ids up to and including `assistant\\n` for turns [(user, assistant), ..., (user, None)].
-
-    n_tiles: tiles of each image, in the order of the `<image>` placeholders; without placeholders the images go first.
-    """
+    n_tiles: tiles of each image, in the order of the `<image>` placeholders; without any, the images go first."""
     images = [[tokenizer.image_id] * (n * tokens_per_tile) for n in n_tiles]
     return _render(tokenizer, template, place_images(turns, len(images)), images)[0]
 
@@ -119,12 +114,10 @@ def _render(tokenizer, template, turns, images, system=None):
 
 def render(row, tokenizer, template, n_tiles, tokens_per_tile, image_as="pixels"):
     """Token ids and labels of a record in one pass, so that they cannot disagree.
-
     n_tiles: tiles of each of the row's images. Returns (ids (T,), labels (T,)), int64; labels[t] is the token that
     position t must predict, IGNORE where nothing is supervised: only answers and their <|im_end|> are.
     image_as "words": the row's `cells` stand in the place of visual tokens (text-only base models);
-    "dense": pixels, and the label of each visual token is its cell word (vision-only base models).
-    """
+    "dense": pixels, and the label of each visual token is its cell word (vision-only base models)."""
     if image_as == "pixels":
         images = [[tokenizer.image_id] * (n * tokens_per_tile) for n in n_tiles]
     else:
@@ -156,10 +149,8 @@ def conversation(row):
             raise ValueError(f"{name}[{k}]: empty {role} turn")
         roles.append({"human": "user", "gpt": "assistant"}.get(role, role))
         texts.append(text)
-    system = None
-    if roles[:1] == ["system"]:
-        system, roles, texts = texts[0], roles[1:], texts[1:]
-    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+    system = texts.pop(0) if roles[:1] == ["system"] else None
+    if not texts or roles[-len(texts):] != ["user", "assistant"] * (len(texts) // 2):
         raise ValueError(f"{name}: turns must alternate human/user, gpt/assistant and end with the latter, not {roles}")
     return system, [*zip(texts[::2], texts[1::2])]
 
@@ -183,11 +174,9 @@ def mapped(path):
 
 class Source:
     """One file or folder of records with an index beside it: where each row is, how many tokens it has apart from the
-    visual ones (-1: quarantined, see `meta`), and the sizes of its images.
-
-    The index is built once, by whichever process comes first, and again when the source or the tokenizer changed. Each
-    process maps it into memory for itself; only paths travel to workers.
-    """
+    visual ones (-1: quarantined, see `meta`), and the sizes of its images. The index is built once, by whichever
+    process comes first, and again when the source or the tokenizer changed. Each process maps it into memory for
+    itself; only paths travel to workers."""
     rows = property(lambda self: mapped(f"{self.index}/rows.npy"))
     images = property(lambda self: mapped(f"{self.index}/images.npy"))
 
@@ -197,9 +186,9 @@ class Source:
             raise FileNotFoundError(f"data source {path} does not exist")
         self.root = Path(root or (self.path if self.path.is_dir() else self.path.parent))
         self.is_tar, stat = self.path.suffix == ".tar", self.path.stat()
-        about = [stat.st_size, stat.st_mtime_ns, str(self.path.resolve()), tokenizer.hash, template, image_as, ROW.descr]
+        about = [str(self.path.resolve()), stat.st_size, stat.st_mtime_ns, tokenizer.hash, template, image_as]
         beside = self.path.parent if os.access(self.path.parent, os.W_OK) else Path("shards/index")  # read-only data
-        self.index = beside / f".{self.path.name}.index-{sha256(about)[:12]}"
+        self.index = beside / f".{self.path.name}.index-{sha256([*about, ROW.descr])[:12]}"
         self.index.mkdir(parents=True, exist_ok=True)
         with open(self.index / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -246,12 +235,10 @@ class Source:
             with open(self.lines, "w") as file:
                 for row in folder_rows(self.path) if self.path.is_dir() else read_json(self.path):
                     file.write(json.dumps(row) + "\n")
-        offset = 0
         with open(self.lines, "rb") as file:
             for line in file:
                 if line.strip():
-                    yield offset, len(line), None
-                offset += len(line)
+                    yield file.tell() - len(line), len(line), None
 
     def _build(self, tokenizer, template, image_as):
         rows, images, bad = [], [], []
@@ -316,14 +303,13 @@ def open_sources(spec, tokenizer, template, image_as="pixels"):
 
 # ---- order --------------------------------------------------------------------------------------------------------
 def permute(i, n, seed, epoch):
-    """Positions i (int64 array) under a seeded permutation of range(n), without storing it.
+    """Positions i (int64 array) under a permutation of range(n), a pure function of (seed, epoch, i).
 
     Four Feistel rounds on the next even power of two, walked until inside n (cycle walking; Black and Rogaway, "Ciphers
-    with arbitrary finite domains", 2002). A pure function of (seed, epoch, i).
-    """
-    half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
-    mask, keys = np.uint64(2 ** half - 1), np.random.Generator(np.random.Philox(key=[seed, epoch])).integers(
-        0, 2 ** 63, 4, dtype=np.uint64)
+    with arbitrary finite domains", 2002)."""
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    mask = np.uint64(2 ** half - 1)
+    keys = np.random.Generator(np.random.Philox(key=[seed, epoch])).integers(0, 2 ** 63, 4, dtype=np.uint64)
     x = np.asarray(i).astype(np.uint64)
     todo = np.ones(x.shape, bool)
     while todo.any():
@@ -348,10 +334,8 @@ class Pack:
 
 class Packs(torch.utils.data.Dataset):
     """Plans packs from lengths alone and turns a planned pack into a batch; stateless but for the paths of its sources.
-
     tokens_per_pack, tiles_per_pack: the two budgets. The global sequence of packs depends on (seed, sources, budgets,
-    packs_per_step) only, never on the number of ranks or workers.
-    """
+    packs_per_step) only, never on the number of ranks or workers."""
     def __init__(self, sources, tokenizer, template, *, tile_size, tokens_per_tile, min_tiles=1, max_tiles=12,
                  thumbnail=True, tokens_per_pack=8192, tiles_per_pack=48, seed=0, image_as="pixels", packs_per_step=1,
                  window=2048, shuffle=True, loss_weight="token"):
@@ -432,20 +416,19 @@ class Packs(torch.utils.data.Dataset):
             epoch, w, skip = (epoch, w + 1, 0) if (w + 1) * self.window < self.n else (epoch + 1, 0, 0)
 
     def __getitem__(self, pack):
-        """The batch of a planned pack: decode and tile its images, render its text.
-
+        """The batch of a planned pack: its images decoded and tiled, its text rendered.
         tokens, labels, positions (T,) int64; weights (T,) fp32; cu_seqlens (S+1,) int32; tiles (N, 3, s, s) uint8;
-        ids; bad: samples that failed to decode and are left out.
-        """
+        ids; bad: samples that failed to decode and are left out; size: how much of everything there is."""
         samples, pictures, ids, bad, s = [], [], [], [], self.tile_size
-        for source, i, n_tiles in ((self.sources[k], i, n_tiles) for k, i, n_tiles in pack.samples):
+        for k, i, n_tiles in pack.samples:
+            source = self.sources[k]
             row = {"id": f"{source.name}:{i}"}
             try:
                 row = source.row(i)
-                most = [n - (n > 1 and self.thumbnail) for n in n_tiles]
+                limits = [n - (n > 1 and self.thumbnail) for n in n_tiles]
                 new = [make_tiles(load_image(source.image(i, k, row)), self.min_tiles, n, s, self.thumbnail)
-                       for k, n in enumerate(most)]
-                if [*map(len, new)] != n_tiles:
+                       for k, n in enumerate(limits)]
+                if [*map(len, new)] != n_tiles:                        # the file is no longer what the index saw
                     raise ValueError(f"images gave {[*map(len, new)]} tiles where {n_tiles} were planned")
                 sample = render(row, self.tokenizer, self.template, n_tiles, self.tokens_per_tile, self.image_as)
             except (ValueError, OSError, KeyError) as e:
@@ -457,16 +440,14 @@ class Packs(torch.utils.data.Dataset):
         if not samples:                                                # nothing readable: one token that asks nothing
             samples = [(np.array([self.tokenizer.eos_id]), np.array([IGNORE]))]
         tokens, labels = map(np.concatenate, zip(*samples))
-        lengths = [len(x) for x, _ in samples]
-        supervised = [max(1, int((y != IGNORE).sum())) for _, y in samples]
+        lengths, supervised = [len(x) for x, _ in samples], [max(1, int((y != IGNORE).sum())) for _, y in samples]
         weights = [{"token": 1.0, "sample": 1 / n, "sqrt": n ** -0.5}[self.loss_weight] for n in supervised]
+        weights = np.repeat(np.array(weights, np.float32), lengths)
         arrays = {"tokens": tokens, "labels": labels, "positions": np.concatenate([np.arange(n) for n in lengths]),
-                  "weights": np.repeat(np.array(weights, np.float32), lengths),
-                  "cu_seqlens": np.cumsum([0, *lengths], dtype=np.int32)}
-        tiles = torch.cat([torch.zeros(0, 3, s, s, dtype=torch.uint8), *pictures])
+                  "weights": weights, "cu_seqlens": np.cumsum([0, *lengths], dtype=np.int32)}
+        tiles, at = torch.cat([torch.zeros(0, 3, s, s, dtype=torch.uint8), *pictures]), labels != IGNORE
         size = {"tokens": len(tokens), "tiles": len(tiles), "samples": len(ids), "bad": len(bad),
-                "supervised": int((labels != IGNORE).sum()),
-                "weight": float(arrays["weights"][labels != IGNORE].sum())}
+                "supervised": int(at.sum()), "weight": float(weights[at].sum())}
         return {k: torch.from_numpy(v) for k, v in arrays.items()} | {
             "tiles": tiles, "ids": ids, "bad": bad, "size": size, "position": pack.position, "counts": pack.counts}
 
