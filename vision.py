@@ -186,7 +186,8 @@ class ViT(nn.Module):
 def pixel_shuffle(x, factor=2):
     """(N, P, C) -> (N, P/f^2, f^2*C): each f x f square of patches becomes one token, channels in the order
     (row offset, column offset, channel). InternVL's ps_version "v2"."""
-    (N, P, C), side = x.shape, math.isqrt(x.shape[1]) // factor                 # side: of the grid of visual tokens
+    N, P, C = x.shape
+    side = math.isqrt(P) // factor                              # of the grid of visual tokens
     x = x.reshape(N, side, factor, side, factor, C).permute(0, 1, 3, 2, 4, 5)
     return x.reshape(N, side * side, factor * factor * C)
 
