@@ -16,7 +16,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from kernels.attention import attention
 
 # ---- image files -----------------------------------------------------------------------------------------------------
-
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")             # nothing else is even tried; Pillow opens MPO as JPEG
 MAX_PIXELS = 64_000_000                                     # a larger picture is refused before it is decoded
 Image.MAX_IMAGE_PIXELS = None                               # Pillow's own limit is looser and would only add a warning
@@ -25,19 +24,21 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # ImageNet, as in In
 
 def _read(source, read):
     """Open bytes or a path, -> read(image), which decodes the pixels or not. Every error names the picture."""
-    name = f"image of {len(source)} bytes" if isinstance(source, bytes) else str(source)
+    name, file = source, source
+    if isinstance(source, bytes):
+        name, file = f"image of {len(source)} bytes", io.BytesIO(source)
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+        with Image.open(file, formats=FORMATS) as image:
             if image.width * image.height <= MAX_PIXELS:
                 return read(image)
+        problem = f"{image.width}x{image.height} is more than {MAX_PIXELS / 1e6:.0f} megapixels; shrink it first"
     except UnidentifiedImageError:
-        raise ValueError(f"{name}: not a picture in one of the formats {', '.join(FORMATS)}") from None
+        problem = f"not a picture in one of the formats {', '.join(FORMATS)}"
     except DAMAGE as e:
         if getattr(e, "errno", None):                       # no such file, no permission
             raise
-        raise ValueError(f"{name}: damaged picture ({e})") from None
-    size = f"{image.width}x{image.height}"
-    raise ValueError(f"{name}: {size} is more than {MAX_PIXELS / 1e6:.0f} megapixels; shrink it first")
+        problem = f"damaged picture ({e})"
+    raise ValueError(f"{name}: {problem}")
 
 def load_image(source):
     """bytes, str or Path -> PIL image in RGB, upright (EXIF), alpha on white, the first frame of an animation.
@@ -45,7 +46,7 @@ def load_image(source):
     image = _read(source, ImageOps.exif_transpose)          # which also decodes
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):   # 16-bit grey: keep the upper byte
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
@@ -56,14 +57,13 @@ def image_size(source):
     return _read(source, lambda image: image.size[::-1] if image.getexif().get(0x0112) in turned else image.size)
 
 # ---- dynamic tiling --------------------------------------------------------------------------------------------------
-
 @functools.lru_cache
 def _candidates(min_tiles, max_tiles):
-    """All grids (columns, rows) of min..max tiles. Ties in the area keep the order of iterating a Python set of
-    tuples, as in the released code: that order decides between grids equally good, so it is part of the format."""
+    """All grids (columns, rows) of min..max tiles. Equal areas come in the order of a Python set of tuples, as in the
+    released code: that order decides between grids equally good, so it is part of the format."""
     grids = {(i, j) for n in range(min_tiles, max_tiles + 1) for i in range(1, n + 1) for j in range(1, n + 1)
              if min_tiles <= i * j <= max_tiles}
-    return sorted(grids, key=lambda g: g[0] * g[1])
+    return sorted(grids, key=math.prod)
 
 @functools.lru_cache(65536)
 def tile_grid(width, height, min_tiles=1, max_tiles=12, tile_size=448):
@@ -80,8 +80,8 @@ def tile_grid(width, height, min_tiles=1, max_tiles=12, tile_size=448):
 
 def count_tiles(width, height, min_tiles=1, max_tiles=12, tile_size=448, thumbnail=True):
     """How many tiles make_tiles gives for an image of this size, thumbnail included."""
-    columns, rows = tile_grid(width, height, min_tiles, max_tiles, tile_size)
-    return columns * rows + (thumbnail and columns * rows > 1)
+    n = math.prod(tile_grid(width, height, min_tiles, max_tiles, tile_size))
+    return n + (thumbnail and n > 1)
 
 def make_tiles(image, min_tiles=1, max_tiles=12, tile_size=448, thumbnail=True):
     """PIL RGB image -> uint8 (N, 3, s, s): the whole image resized (bicubic) to the grid and cut row by row, then,
@@ -99,7 +99,6 @@ def normalize(tiles, dtype=torch.float32):
     return tiles.float().sub_(mean).div_(std).to(dtype)
 
 # ---- the ViT and the projector ---------------------------------------------------------------------------------------
-
 @dataclass(slots=True)
 class VisionConfig:
     image_size: int = 448               # side of a tile in pixels
@@ -136,14 +135,9 @@ class VisionEmbeddings(nn.Module):
         self.position_embedding = nn.Parameter(torch.empty(1, 1 + cfg.n_patches, cfg.dim))
 
     def forward(self, tiles):                                               # (N, 3, s, s)
-        x, table = self.patch_embedding(tiles), self.position_embedding     # (N, C, rows, columns), (1, L, C)
-        side, grid = math.isqrt(table.shape[1] - 1), x.shape[2:]
-        if grid != (side, side):
-            places = table[:, 1:].float().view(1, side, side, -1).permute(0, 3, 1, 2)           # (1, C, side, side)
-            places = F.interpolate(places, size=grid, mode="bicubic", align_corners=False)
-            table = torch.cat([table[:, :1], places.flatten(2).transpose(1, 2).to(table.dtype)], 1)
-        first = (self.class_embedding + table[:, :1]).expand(x.shape[0], -1, -1)                # (N, 1, C)
-        return torch.cat([first, x.flatten(2).transpose(1, 2) + table[:, 1:]], 1)               # (N, L, C)
+        x, table = self.patch_embedding(tiles).flatten(2).transpose(1, 2), self.position_embedding
+        first = (self.class_embedding + table[:, :1]).expand(len(x), -1, -1)                    # (N, 1, C)
+        return torch.cat([first, x + table[:, 1:]], 1)                                          # (N, L, C)
 
 class VisionBlock(nn.Module):
     def __init__(self, cfg):
@@ -193,10 +187,9 @@ def pixel_shuffle(x, factor=2):
     """(N, P, C) -> (N, P/f^2, f^2*C): each f x f square of patches becomes one token, channels in the order
     (row offset, column offset, channel). InternVL's ps_version "v2"."""
     N, P, C = x.shape
-    side = math.isqrt(P)
-    assert side * side == P and side % factor == 0, f"{P} patches are no square whose side divides by {factor}"
-    x = x.reshape(N, side // factor, factor, side // factor, factor, C).permute(0, 1, 3, 2, 4, 5)
-    return x.reshape(N, P // factor ** 2, factor ** 2 * C)
+    side = math.isqrt(P) // factor                              # of the grid of visual tokens
+    x = x.reshape(N, side, factor, side, factor, C).permute(0, 1, 3, 2, 4, 5)
+    return x.reshape(N, side * side, factor * factor * C)
 
 class Projector(nn.Sequential):
     """InternVL's mlp1: LayerNorm, Linear, GELU, Linear; (N, P/f^2, f^2*C of the ViT) -> (N, P/f^2, C of the LLM)."""

@@ -1,9 +1,8 @@
 """Packed attention: many documents laid end to end in one row of tokens, none of which sees another.
 
 Shape letters: T tokens of a pack, H query heads, K key/value heads (H is a multiple of K), D head dim, S documents
-(samples, or tiles in the ViT), L tokens of the longest document of a group. cu_seqlens (S+1,) int32 holds the
-document borders, cu_seqlens[0] = 0 and cu_seqlens[S] = T; keep it on the CPU when you can, it is read as integers.
-Paths, chosen by the environment variable ATTENTION: `sdpa` (the default) or `reference` (slow, for tests).
+(samples, or tiles in the ViT), L tokens of the longest document of a group. cu_seqlens (S+1,) int32 holds the borders,
+0 and T included; keep it on the CPU when you can. ATTENTION=sdpa (the default) or reference (slow, for tests).
 """
 import functools, os
 
@@ -24,7 +23,6 @@ def attention(q, k, v, cu_seqlens, max_seqlen, causal):
     return (_sdpa if path == "sdpa" else _reference)(q, k, v, cu_seqlens, max_seqlen, causal)
 
 # ---- reference: the definition, one document at a time ---------------------------------------------------------------
-
 def _reference(q, k, v, cu_seqlens, max_seqlen, causal):
     groups, borders, out = q.shape[1] // k.shape[1], cu_seqlens.tolist(), []
     for start, end in zip(borders, borders[1:]):
@@ -37,7 +35,6 @@ def _reference(q, k, v, cu_seqlens, max_seqlen, causal):
     return torch.cat(out)
 
 # ---- sdpa: documents of similar length as one right-padded batch -----------------------------------------------------
-
 def _sdpa(q, k, v, cu_seqlens, max_seqlen, causal):
     (T, H, D), S = q.shape, cu_seqlens.shape[0] - 1
     if T == S * max_seqlen:                                     # all equally long (the ViT): views only

@@ -221,12 +221,12 @@ def test_unreadable_samples_are_left_out_named_and_counted(tmp_path):
             talk(answer=" ", image="good.png", id="empty")]
     spec = write_rows(tmp_path, rows)
     with open(spec, "a") as file:
-        file.write("{broken json\n")
+        file.write("{broken json\na stray line\n")
     packs = Packs(open_sources(spec, TOY, "sailvl-chat"), TOY, "sailvl-chat", **KW)
     batch = packs[next(packs.sequence())]
     assert batch["ids"] == ["good"] and [b["id"] for b in batch["bad"]] == ["half"]
     reasons = " ".join(b["reason"] for b in packs.sources[0].meta["bad"])
-    assert packs.n_bad == 5 and "gone.png" in reasons and "placeholders" in reasons and "empty gpt turn" in reasons
+    assert packs.n_bad == 6 and "gone.png" in reasons and "placeholders" in reasons and "empty gpt turn" in reasons
 
 
 def test_an_empty_data_set_is_refused_with_what_to_do(tmp_path):
