@@ -53,8 +53,9 @@ class RunConfig:
     min_tiles: int = 1  # tiles per image, at least
     max_tiles: int = 12  # tiles per image, at most, the thumbnail not counted
     thumbnail: bool = True  # add the whole picture as a last tile when there are several
-    image_as: Literal["pixels", "words", "dense"] = "pixels"  # ablation: what stands in for the picture
+    image_as: Literal["pixels", "blank", "words", "dense"] = "pixels"  # blank: gray, a control; words, dense: toy bases
     shuffle: bool = True  # False: samples in the order of the files
+    pad_packs: bool = False  # fill each pack up with unsupervised tokens: one shape for torch.compile
     shuffle_window: int = 1024  # samples planned into packs at a time
     num_workers: int = 2  # processes per rank that decode and tile
     # optimization

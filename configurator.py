@@ -116,7 +116,7 @@ class Names(dict):
 def run_file(path, cfg, put):
     """Execute one config file; anything that goes wrong in it is a ConfigError with file and line."""
     def assign(key, value):
-        frame = sys._getframe(2)  # of this file, or of one that it executes
+        frame = sys._getframe(2)  # the config file
         where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
         put(key, value, where, where)
 

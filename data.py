@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from configurator import configure, launch
-from vision import count_tiles, image_size, load_image, make_tiles
+from vision import GRAY, count_tiles, image_size, load_image, make_tiles
 
 def read_json(path):
     try:
@@ -118,10 +118,10 @@ def render(row, tokenizer, template, n_tiles, tokens_per_tile, image_as="pixels"
     position t must predict, IGNORE where nothing is supervised: only answers and their <|im_end|> are.
     image_as "words": the row's `cells` stand in the place of visual tokens (text-only base models);
     "dense": pixels, and the label of each visual token is its cell word (vision-only base models)."""
-    if image_as == "pixels":
+    if image_as in ("pixels", "blank"):
         images = [[tokenizer.image_id] * (n * tokens_per_tile) for n in n_tiles]
     else:
-        words = [[i for word in cells for i in tokenizer.encode(word)] for cells in row["cells"]]
+        words = [[i for word in cells for i in tokenizer.encode(" " + word)] for cells in row["cells"]]
         assert [*map(len, words)] == [*map(len, row["cells"])], f"{row['id']}: a cell word is not one token"
         images = words if image_as == "words" else [[tokenizer.image_id] * len(w) for w in words]
     system, turns = conversation(row)
@@ -245,7 +245,7 @@ class Source:
         for offset, size, pictures in tqdm(self._records(), f"index {self.path.name}", leave=False):
             try:
                 row = self._row(offset, size, len(rows))
-                if image_as != "pixels" and not row.get("cells"):
+                if image_as in ("words", "dense") and not row.get("cells"):
                     raise ValueError(f"image_as={image_as} needs `cells`, which only toy data has")
                 if image_as == "words":
                     found = []
@@ -338,12 +338,12 @@ class Packs(torch.utils.data.Dataset):
     packs_per_step) only, never on the number of ranks or workers."""
     def __init__(self, sources, tokenizer, template, *, tile_size, tokens_per_tile, min_tiles=1, max_tiles=12,
                  thumbnail=True, tokens_per_pack=8192, tiles_per_pack=48, seed=0, image_as="pixels", packs_per_step=1,
-                 window=2048, shuffle=True, loss_weight="token"):
+                 window=2048, shuffle=True, pad=False, loss_weight="token"):
         self.sources, self.tokenizer, self.template, self.image_as = sources, tokenizer, template, image_as
         self.tile_size, self.tokens_per_tile, self.thumbnail = tile_size, tokens_per_tile, thumbnail
         self.min_tiles, self.max_tiles, self.loss_weight = min_tiles, max_tiles, loss_weight
         self.tokens_per_pack, self.tiles_per_pack, self.packs_per_step = tokens_per_pack, tiles_per_pack, packs_per_step
-        self.window, self.shuffle, self.seed = window, shuffle, seed
+        self.window, self.shuffle, self.pad, self.seed = window, shuffle, pad, seed
         # repeat_time as InternVL has it: below 1 the first part of the source, above 1 whole repeats
         counts = [int(len(s.rows) * (s.repeat if s.repeat < 1 else int(s.repeat))) for s in sources]
         self.starts = np.cumsum([0, *counts])
@@ -413,6 +413,9 @@ class Packs(torch.utils.data.Dataset):
                 counts["used"] += len(pack.samples)
                 pack.position, pack.counts = (epoch, w, k), dict(counts)
                 yield pack
+            if (w + 1) * self.window >= self.n and not counts["used"]:
+                raise ValueError(f"no sample fits into a pack: {dict(counts)}; raise --tokens_per_pack (now "
+                                 f"{self.tokens_per_pack}) or --max_tiles_per_pack (now {self.tiles_per_pack})")
             epoch, w, skip = (epoch, w + 1, 0) if (w + 1) * self.window < self.n else (epoch + 1, 0, 0)
 
     def __getitem__(self, pack):
@@ -435,10 +438,13 @@ class Packs(torch.utils.data.Dataset):
                 bad.append({"source": source.name, "id": row["id"], "reason": f"{type(e).__name__}: {e}"[:300]})
                 continue
             samples.append(sample)
-            pictures += new
+            pictures += [GRAY.expand_as(t) for t in new] if self.image_as == "blank" else new
             ids.append(row["id"])
         if not samples:                                                # nothing readable: one token that asks nothing
             samples = [(np.array([self.tokenizer.eos_id]), np.array([IGNORE]))]
+        n_tokens = sum(len(x) for x, _ in samples)
+        if self.pad and (room := self.tokens_per_pack - n_tokens):         # a last document that asks nothing
+            samples.append((np.full(room, self.tokenizer.eos_id), np.full(room, IGNORE)))
         tokens, labels = map(np.concatenate, zip(*samples))
         lengths, supervised = [len(x) for x, _ in samples], [max(1, int((y != IGNORE).sum())) for _, y in samples]
         weights = [{"token": 1.0, "sample": 1 / n, "sqrt": n ** -0.5}[self.loss_weight] for n in supervised]
@@ -446,7 +452,7 @@ class Packs(torch.utils.data.Dataset):
         arrays = {"tokens": tokens, "labels": labels, "positions": np.concatenate([np.arange(n) for n in lengths]),
                   "weights": weights, "cu_seqlens": np.cumsum([0, *lengths], dtype=np.int32)}
         tiles, at = torch.cat([torch.zeros(0, 3, s, s, dtype=torch.uint8), *pictures]), labels != IGNORE
-        size = {"tokens": len(tokens), "tiles": len(tiles), "samples": len(ids), "bad": len(bad),
+        size = {"tokens": n_tokens, "tiles": len(tiles), "samples": len(ids), "bad": len(bad),
                 "supervised": int(at.sum()), "weight": float(weights[at].sum())}
         return {k: torch.from_numpy(v) for k, v in arrays.items()} | {
             "tiles": tiles, "ids": ids, "bad": bad, "size": size, "position": pack.position, "counts": pack.counts}
@@ -470,7 +476,7 @@ def stage_packs(cfg, stage, tokenizer, vision, packs_per_step):
                  min_tiles=cfg.min_tiles, max_tiles=stage.max_tiles or cfg.max_tiles, thumbnail=cfg.thumbnail,
                  tokens_per_pack=stage.tokens_per_pack or cfg.tokens_per_pack, tiles_per_pack=cfg.max_tiles_per_pack,
                  seed=cfg.seed, image_as=cfg.image_as, packs_per_step=packs_per_step, window=cfg.shuffle_window,
-                 shuffle=cfg.shuffle, loss_weight=cfg.loss_weight)
+                 shuffle=cfg.shuffle, pad=cfg.pad_packs, loss_weight=cfg.loss_weight)
 
 def model_inputs(batch, device):
     """The arguments of VLM.forward; the document borders stay on the CPU, where they are read as integers."""

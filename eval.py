@@ -19,7 +19,7 @@ from tqdm import tqdm
 import common, configurator
 from assistant import Assistant
 from data import _render, place_images
-from vision import load_image, make_tiles
+from vision import GRAY, load_image, make_tiles
 
 @dataclasses.dataclass(slots=True)
 class Config:
@@ -29,6 +29,7 @@ class Config:
     out_dir: str = "out/eval"             # predictions, results.json and report.html go here
     controls: bool = False                # also score the same rows blind: gray tiles in place of the pictures
     untrained: str = ""                   # control: model folder whose projector was never trained, on the same rows
+    trained_blind: str = ""               # control: model folder trained on gray tiles, asked with gray tiles
     image_as: Literal["pixels", "words"] = "pixels"  # words: the language model alone, toy pictures as cell words
     limit: int = 0                        # only the first rows of each benchmark; 0 = all
     max_tiles: int = 0                    # 0 = the protocol's number for each benchmark
@@ -217,19 +218,16 @@ def open_picture(row, image):
         raise ValueError(f"benchmark row {row['index']}: {e}") from e
 
 # ---- generation ----------------------------------------------------------------------------------------------------
-GRAY = (124, 116, 104)                                                 # ImageNet's mean colour: what a blind model sees
-
 def make_prompt(assistant, row, image, text, max_tiles=4, blind=False):
     """-> (ids (T,), uint8 tiles (N, 3, s, s)); blind: as many tiles, all gray, or as many words, all `Empty`."""
     turns, tiles, vision = [(text, None)], [], assistant.model.vision
     if vision is None:                                                 # words in the place of the visual tokens
         words = ["Empty" if blind else word for word in row["cells"].split()]
-        images = [[i for word in words for i in assistant.tokenizer.encode(word)]] * bool(image)
+        images = [[i for word in words for i in assistant.tokenizer.encode(" " + word)]] * bool(image)
         return _render(assistant.tokenizer, assistant.template, place_images(turns, len(images)), images)[0], None
     if image:
-        picture = open_picture(row, image)
-        if blind: picture.paste(GRAY, (0, 0, *picture.size))
-        tiles = [make_tiles(picture, 1, max_tiles, vision.image_size, True)]
+        tiles = make_tiles(open_picture(row, image), 1, max_tiles, vision.image_size, True)
+        tiles = [GRAY.expand_as(tiles) if blind else tiles]
     return assistant.prompt(turns, tiles)
 
 def prompt_batches(pairs, prepare, cfg):
@@ -259,7 +257,7 @@ def predict(name, pairs, assistant, key, cfg, dist, variant="model"):
     common.barrier()                                                   # nobody writes before everybody has read
     todo = [pair for pair in pairs[dist.rank::dist.world] if pair[0]["index"] not in done]
     prepare = lambda row, image: make_prompt(assistant, row, image, build_prompt(bench.prompt, row),
-                                             cfg.max_tiles or bench.max_tiles, variant == "blind")
+                                             cfg.max_tiles or bench.max_tiles, variant.endswith("blind"))
     mine = folder / f"{name}.{variant}.rank{dist.rank}.jsonl"
     with open(mine, "a", encoding="utf-8") as f, tqdm(total=len(todo), desc=mine.stem, disable=not dist.is_main) as bar:
         for batch in prompt_batches(todo, prepare, cfg):
@@ -320,7 +318,8 @@ def main():
     out, pixels = Path(cfg.out_dir), cfg.image_as == "pixels"
     paths = {name: Path(cfg.data_dir) / f"{name}.tsv" for name in benchmark_names(cfg.benchmarks)}
     for path in paths.values(): read_rows(path, cfg.limit, *["cells"] * (not pixels))   # a bad file is refused early
-    jobs = [(cfg.untrained, ["untrained"])] * bool(cfg.untrained) + [(cfg.model, ["blind"] * cfg.controls + ["model"])]
+    jobs = [(folder, [name]) for name, folder in (("untrained", cfg.untrained), ("trained_blind", cfg.trained_blind))
+            if folder] + [(cfg.model, ["blind"] * cfg.controls + ["model"])]
     weights = {folder: weights_hash(folder) for folder, _ in jobs}
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     dist = common.setup_distributed(cfg.device, cfg.timeout_s)

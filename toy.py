@@ -41,12 +41,12 @@ COLORS = {"red": (215, 35, 40), "green": (30, 150, 60), "blue": (40, 80, 215), "
           "purple": (150, 50, 170), "black": (25, 25, 25)}
 SIZES = ("small", "large")
 LETTERS = "ABCDEFGHJKLMNPRSTUVWXYZ"  # without I, O and Q, which look like 1, 0 and 0
-NUMBERS = ("Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight")
+NUMBERS = ("Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine")
 MAX_VALUE, UNIT = 8, 10              # of a chart, and pixels per unit: the longest bar fills three cells
 THUMBS = {(2, 1): "ThumbWide", (3, 1): "ThumbWider", (1, 2): "ThumbTall", (1, 3): "ThumbTaller", (2, 2): "ThumbSquare"}
-CELL_WORDS = ["Empty", "BarEnd", "PointTop", *LETTERS, *"0123456789", *THUMBS.values()] + [
+CELL_WORDS = ["Empty", "BarEnd", "PointTop", *LETTERS, *NUMBERS, *THUMBS.values()] + [
     s.title() + c.title() + k.title() for s in SIZES for c in COLORS for k in KINDS] + [
-    c.title() + mark + value for c in COLORS for mark in ("Bar", "Point") for value in NUMBERS[1:]]
+    c.title() + mark + value for c in COLORS for mark in ("Bar", "Point") for value in NUMBERS[1:MAX_VALUE + 1]]
 DIRECTIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
 PLACES = {"top left": (0, 0), "top right": (0, 2), "bottom left": (2, 0), "bottom right": (2, 2)}
 
@@ -79,12 +79,12 @@ def make_word(rng, length):
     start = rng.random() < 0.5
     return "".join(rng.choice(vowels if (i + start) % 2 else consonants) for i in range(length))
 
-def make_board(rng, kind, grid=None):
-    """Draw the truth of one board of the given kind from `rng`."""
+def make_board(rng, kind, easy=False):
+    """Draw the truth of one board of the given kind from `rng`. easy: one tile with few things."""
     grids = {"scene": [(1, 1)] * 7 + [(2, 1), (1, 2), (2, 2)], "sign": [(1, 1), (2, 1), (2, 1), (3, 1)],
              "note": [(1, 1)], "list": [(1, 1), (1, 1), (1, 2), (1, 3)], "table": [(1, 1), (1, 1), (1, 2)],
              "bars": [(1, 1), (1, 1), (1, 2)], "line": [(1, 1), (1, 1), (2, 1)]}[kind]
-    board = Board(kind, grid or rng.choice(grids))
+    board = Board(kind, (1, 1) if easy else rng.choice(grids))
     wide, high = SIDE * board.grid[0], SIDE * board.grid[1]
     if kind == "scene":
         n = rng.randint(1, 6) if board.grid == (1, 1) else rng.randint(3, 9)
@@ -108,9 +108,9 @@ def make_board(rng, kind, grid=None):
     elif kind in ("list", "table"):
         rows = sorted(rng.sample(range(high), rng.randint(2, min(high, 6))))
         for row, label in zip(rows, rng.sample(LETTERS, len(rows))):
-            digits = [str(rng.randrange(1, 10)), str(rng.randrange(0 if kind == "list" else 1, 10))]
-            board.cells |= {(row, i): w for i, w in enumerate([label, *digits])}
-            board.things.append((label, *map(int, digits)))
+            digits = rng.randrange(1, 10), rng.randrange(0 if kind == "list" else 1, 10)
+            board.cells |= {(row, i): w for i, w in enumerate([label, *(NUMBERS[d] for d in digits)])}
+            board.things.append((label, *digits))
     else:                                                              # one mark of each colour, of distinct values
         along = high if kind == "bars" else wide
         lanes = sorted(rng.sample(range(along), rng.randint(2, min(along, 6))))
@@ -125,10 +125,10 @@ def make_board(rng, kind, grid=None):
             board.things.append((color, value))
     return board
 
-def draw_board(rng, kind, held_out, grid=None):
+def draw_board(rng, kind, held_out, easy=False):
     """A board of the wanted side of the split, by rejection."""
     while True:
-        board = make_board(rng, kind, grid)
+        board = make_board(rng, kind, easy)
         if board.held_out() == held_out:
             return board
 
@@ -193,9 +193,10 @@ def render(board, rng):
             shape(draw, kind, x + rng.randint(-2, 2), y + rng.randint(-2, 2), r, COLORS[color])
     else:
         for (row, column), word in board.cells.items():
-            if len(word) == 1:
+            if len(word) == 1 or word in NUMBERS:
                 x, y = centre(row, column)
-                text(draw, x + rng.randint(-2, 2), y + rng.randint(-2, 2), word, size, ink, bold)
+                mark = str(NUMBERS.index(word)) if word in NUMBERS else word
+                text(draw, x + rng.randint(-2, 2), y + rng.randint(-2, 2), mark, size, ink, bold)
     if rng.random() < 0.2:                                             # pictures come in odd sizes too
         image = image.resize((round(wide * rng.uniform(0.96, 1.05)), round(high * rng.uniform(0.96, 1.05))))
     pixels = np.asarray(image, np.int16)
@@ -215,6 +216,10 @@ def caption(board):
     name = "bar" if board.kind == "bars" else "line"
     return f"A {name} chart: " + ", ".join(f"{color} {value}" for color, value in board.things) + "."
 
+def listing(board):
+    """The most detailed description: the word of every cell in the order of the tiles, the thumbnail left out."""
+    return "Cells: " + " ".join(board.words()[:SIDE ** 2 * board.grid[0] * board.grid[1]])
+
 def alt_text(board, rng):
     """What the web would say: short, vague, and wrong one time in four."""
     if rng.random() < 0.25:
@@ -228,7 +233,7 @@ def transcription(board):
     if board.kind in ("sign", "note"):
         return " ".join(board.things)
     if board.kind in ("list", "table"):
-        return " ".join(f"{label}{a}{'/' * (board.kind == 'table')}{b}" for label, a, b in board.things)
+        return " ".join(f"{label}{a}{b}" for label, a, b in board.things)
     return ""
 
 # ---- questions ----------------------------------------------------------------------------------------------------
@@ -307,17 +312,17 @@ def chart_question(board, rng, steps=None):
                        (f"Is {p} higher than {q}?", yes(u > v)),
                        (f"How much higher is {(p, q)[u < v]} than {(q, p)[u < v]}?", str(abs(u - v)))])
 
-def as_options(question, answer, pool, rng):
-    """The question as multiple choice of up to four: (question, options, letter)."""
-    options = rng.sample([p for p in pool if p != answer], min(3, len(pool) - 1)) + [answer]
+def as_options(question, answer, pool, n, rng):
+    """The question as multiple choice of n: (question, options, letter)."""
+    options = rng.sample([p for p in pool if p != answer], n - 1) + [answer]
     rng.shuffle(options)
     return question, options, "ABCD"[options.index(answer)]
 
 def choice_text(question, options):
     return f"{question}\n" + "".join(f"{x}. {o}\n" for x, o in zip("ABCD", options)) + LETTER_HINT
 
-def choice_question(board, rng):
-    """Multiple choice about a scene as (question, options, letter); None where nothing can be asked."""
+def choice_question(board, rng, n=4):
+    """Multiple choice of n about a scene as (question, options, letter); None where nothing can be asked."""
     ask = attribute_question(board, rng)
     if ask is None:
         return None
@@ -326,7 +331,7 @@ def choice_question(board, rng):
         seen = [p for p in dict.fromkeys(named(t) for t in board.things) if p != answer]
         pool = list(dict.fromkeys(seen + rng.sample(pool, 5) + ["nothing"]))[:7] + [answer]
         pool = list(dict.fromkeys(pool))
-    return as_options(question, answer, pool, rng)
+    return as_options(question, answer, pool, n, rng)
 
 def turns(board, rng, level):
     """Question-answer turns of one level: knowledge (one fact), instruction (formats), preference (several steps)."""
@@ -335,7 +340,7 @@ def turns(board, rng, level):
         for _ in range(4):
             test = rng.choices((0, 1, 2), (2, 1, 1) if level != "knowledge" else (1, 1, 1))[0]
             if level != "knowledge" and test == 0:
-                ask = choice_question(board, rng)
+                ask = choice_question(board, rng, rng.randint(2, 4))
                 if ask:
                     out.append((choice_text(*ask[:2]), ask[2]))
                     continue
@@ -382,13 +387,12 @@ MIX = {"scene": 12, "sign": 3, "note": 2, "list": 2, "table": 1, "bars": 3, "lin
 def record(seed, part, i, easy=False):
     """Sample i of a training part: (row, [(board, rng)]). A pure function of (seed, part, i); never a held-out board.
 
-    easy: one tile, captions and single facts only; the first fifth of the text part, so that copying and looking up are
-    learned before they are combined.
+    easy: one tile with few things; the first fifth of the text part, so that looking up is learned before searching.
     """
     rng = random.Random(f"{seed}/{part}/{i}")
     kinds = rng.choices(list(MIX), list(MIX.values()), k=2)
     pair = part in ("instruction", "text") and rng.random() < 0.08 and not easy   # multi-image
-    boards = [draw_board(rng, k, False, (1, 1) if easy else None) for k in (["scene", "scene"] if pair else kinds[:1])]
+    boards = [draw_board(rng, k, False, easy) for k in (["scene", "scene"] if pair else kinds[:1])]
     board = boards[0]
     if pair:
         n = [len(b.things) for b in boards]
@@ -396,9 +400,10 @@ def record(seed, part, i, easy=False):
                 ("How many shapes are in the second image?", str(n[1])),
                 ("Do both images have the same number of shapes?", yes(n[0] == n[1]))]
     else:
-        level = part if part != "text" else rng.choices(
-            LEVELS, (3, 7, 0, 0) if easy else (1, 3, 4, 3))[0]
-        if level == "pretrain":
+        level = part if part != "text" else rng.choices(LEVELS, (2, 5, 3, 0) if easy else (1, 3, 5, 3))[0]
+        if level == "pretrain" and rng.random() < 0.5:
+            talk = [("What does each cell show?", listing(board))]
+        elif level == "pretrain":
             talk = [("Describe the image.", caption(board))]
             if transcription(board):
                 talk.append(("What is written in the image?", transcription(board)))
@@ -500,7 +505,7 @@ def write_tokenizer(cfg, n_texts=3000, min_count=20):
     every common word is one token.
     """
     pieces = re.compile(r"[^\r\n\w]?[^\W\d_]+|\d| ?[^\s\w]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-    counts = collections.Counter({word: 10 ** 6 for word in CELL_WORDS})
+    counts = collections.Counter({" " + word: 10 ** 6 for word in CELL_WORDS})
     for i in range(n_texts):
         row, _ = record(cfg.seed, "text", i)
         for turn in row["conversations"]:
@@ -508,7 +513,7 @@ def write_tokenizer(cfg, n_texts=3000, min_count=20):
     for template in TEMPLATES.values():
         counts.update(dict.fromkeys(pieces.findall("system\n" + template["system"] + "\nuser\nassistant\n"), 10 ** 5))
     words = {tuple(bytes([b]) for b in piece.encode()): n for piece, n in counts.items()
-             if n >= min_count and not re.fullmatch(r"\W?[A-Z]+", piece)}
+             if n >= min_count and not re.fullmatch(r"[A-Z]+|\W[A-Z]{2,}", piece)}
     vocabulary, merges = [bytes([b]) for b in BYTE_ORDER], []
     while any(len(word) > 1 for word in words):
         pairs = collections.Counter()

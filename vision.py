@@ -53,8 +53,11 @@ def load_image(source):
 
 def image_size(source):
     """(width, height) in pixels as load_image would give them, from the header only. Raises like load_image."""
-    turned = (5, 6, 7, 8)                                   # EXIF orientations that swap width and height
-    return _read(source, lambda image: image.size[::-1] if image.getexif().get(0x0112) in turned else image.size)
+    def size(image):
+        known = image.format != "PNG" or "exif" in image.info               # Pillow decodes a PNG to look for more
+        turned = known and image.getexif().get(0x0112) in (5, 6, 7, 8)      # orientations that swap width and height
+        return image.size[::-1] if turned else image.size
+    return _read(source, size)
 
 # ---- dynamic tiling --------------------------------------------------------------------------------------------------
 @functools.lru_cache
@@ -92,6 +95,8 @@ def make_tiles(image, min_tiles=1, max_tiles=12, tile_size=448, thumbnail=True):
         return tiles.reshape(rows * columns, 3, s, s)
     s, grid = tile_size, tile_grid(*image.size, min_tiles, max_tiles, tile_size)
     return torch.cat([cut(*grid), cut(1, 1)] if thumbnail and grid != (1, 1) else [cut(*grid)]).contiguous()
+
+GRAY = torch.tensor([124, 116, 104], dtype=torch.uint8).view(3, 1, 1)      # the mean colour: what a blind model sees
 
 def normalize(tiles, dtype=torch.float32):
     """uint8 (N, 3, s, s) -> (tiles / 255 - mean) / std in `dtype`, on the tiles' device, computed in fp32."""

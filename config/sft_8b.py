@@ -2,16 +2,44 @@
 
     torchrun --nproc_per_node=8 sft.py config/sft_8b.py --init_from=out/pretrain_8b/advance
 
-The recipe of the 2B model, whose file says what [IVL] and [I] mean, with these changes.
+Marks as in config/pretrain_8b.py: [P] SAIL-VL, [S2] SAIL-VL2, [IVL] InternVL2.5, [A] arithmetic, [I] our choice.
 """
-import builtins                       # `compile` by itself is a setting here
-_2b = __file__.replace("_8b.py", "_2b.py")
-exec(builtins.compile(open(_2b, encoding="utf-8").read(), _2b, "exec"))
-
+init_from = ""                        # the model folder of the advance stage; "": random weights, for tests
 out_dir = "out/sft_8b"
+vision = "internvit-300m"             # [P]
 llm = "qwen2.5-7b"                    # [P]
+template = "sailvl-chat"              # [P]
+stages = "knowledge,instruction,preference"   # [P] rising complexity
+
+max_tiles, min_tiles = 12, 1          # [P] max_dynamic_patch, min_dynamic_patch of the released config
+thumbnail = True                      # [P] use_thumbnail
+tokens_per_pack = 8192                # [S2] packed length 8192
+max_tiles_per_pack = 48               # [IVL] at most 48 tiles in a packed row
+grad_accum_steps = 16                 # [A] 8 GPUs x 16 packs x 4 samples of 2048 tokens = [IVL] batch 512
+loss_weight = "sqrt"                  # [IVL] "square": 1/sqrt(n) for a sample of n supervised tokens
+beta1, beta2, eps = 0.9, 0.999, 1e-8  # [IVL]
+grad_clip = 1.0                       # [IVL]
+dtype = "bfloat16"                    # [P]
 parallel = "fsdp"                     # the state of 8B is sharded: see --dry_run=True
-knowledge.lr_vision = knowledge.lr_projector = knowledge.lr_llm = 2e-5          # [IVL] as for larger models
-instruction.lr_vision = instruction.lr_projector = instruction.lr_llm = 2e-5    # [IVL]
-preference.lr_vision = preference.lr_projector = preference.lr_llm = 1e-5       # [I] half, at the end
-knowledge.weight_decay = instruction.weight_decay = preference.weight_decay = 0.05      # [IVL] 8B
+save_every = 500                      # [I]
+
+knowledge.data = ""                   # world knowledge, basic instructions (Infinity-MM stage 2 is the public part [P])
+knowledge.steps = 41015               # [A] 21M samples [P] / 512
+knowledge.lr_vision, knowledge.lr_projector, knowledge.lr_llm = 2e-5, 2e-5, 2e-5   # [IVL] as for larger models
+knowledge.warmup_steps = 1230         # [IVL] 3 % of the steps
+knowledge.weight_decay = 0.05         # [IVL] 8B
+knowledge.drop_path = 0.1             # [IVL]
+
+instruction.data = ""                 # visual instruction following
+instruction.steps = 23437             # [A] 12M samples [P] / 512
+instruction.lr_vision, instruction.lr_projector, instruction.lr_llm = 2e-5, 2e-5, 2e-5   # [IVL] as for larger models
+instruction.warmup_steps = 703        # [IVL] 3 %
+instruction.weight_decay = 0.05       # [IVL]
+instruction.drop_path = 0.1           # [IVL]
+
+preference.data = ""                  # small and complex: reasoning (Infinity-MM stage 4 is the public part [P])
+preference.steps = 6835               # [A] 3.5M samples [P] / 512
+preference.lr_vision, preference.lr_projector, preference.lr_llm = 1e-5, 1e-5, 1e-5   # [I] half, at the end
+preference.warmup_steps = 205         # [IVL] 3 %
+preference.weight_decay = 0.05        # [IVL]
+preference.drop_path = 0.1            # [IVL]

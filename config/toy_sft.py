@@ -2,7 +2,7 @@
 out_dir = "out/toy/sft"
 init_from = "out/toy/pretrain/advance"
 min_tiles, max_tiles = 1, 4
-tokens_per_pack = 1200
+tokens_per_pack = 1000
 max_tiles_per_pack = 40
 num_workers = 0
 dtype = "float32"
@@ -11,19 +11,19 @@ save_every = 100
 print_every = 20
 
 knowledge.data = "shards/toy/knowledge-*.tar"          # one fact a question
-knowledge.steps = 200
-knowledge.lr_vision, knowledge.lr_projector, knowledge.lr_llm = 3e-4, 1e-3, 5e-4
+knowledge.steps = 150
+knowledge.lr_vision, knowledge.lr_projector, knowledge.lr_llm = 5e-4, 2e-3, 5e-4
 knowledge.warmup_steps = 10
 knowledge.weight_decay = 0.02
 
 instruction.data = "shards/toy/instruction-*.tar"      # formats: multiple choice, short answers, two pictures
-instruction.steps = 200
-instruction.lr_vision, instruction.lr_projector, instruction.lr_llm = 2e-4, 7e-4, 3e-4
+instruction.steps = 100
+instruction.lr_vision, instruction.lr_projector, instruction.lr_llm = 3e-4, 1e-3, 3e-4
 instruction.warmup_steps = 10
 instruction.weight_decay = 0.02
 
 preference.data = "shards/toy/preference-*.tar"        # several steps of reasoning
-preference.steps = 150
+preference.steps = 50
 preference.lr_vision, preference.lr_projector, preference.lr_llm = 1e-4, 4e-4, 2e-4
 preference.warmup_steps = 10
 preference.weight_decay = 0.02

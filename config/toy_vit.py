@@ -1,7 +1,9 @@
-"""The toy world's own ViT: what InternViT-300M is to the real recipe. python train.py config/toy_vit.py
+"""The toy world's own ViT: what InternViT-300M is to the real recipe.
+
+    OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 train.py config/toy_vit.py
 
 A throw-away head names the cell word that each visual token sees (dense supervision); only the ViT is kept.
-Data first: python toy.py --out=shards/toy_vit --n=16000 --seed=101 --parts=pretrain
+Data first: python toy.py --out=shards/toy_vit --n=40000 --seed=101 --parts=pretrain
 """
 out_dir = "out/toy_vit"
 data = "shards/toy_vit/pretrain-*.tar"
@@ -14,17 +16,18 @@ export = "vision"
 stages = "base"
 max_tiles = 4
 min_tiles = 1
-tokens_per_pack = 1200
-max_tiles_per_pack = 48
+tokens_per_pack = 1600
+max_tiles_per_pack = 40
 num_workers = 0
-dtype = "float32"
+dtype = "bfloat16"
+compile = "on"
 beta2 = 0.98
-base.steps = 2400
+base.steps = 4000
 base.lr_vision = 1.5e-3
 base.lr_projector = 1.5e-3
 base.lr_llm = 1.5e-3
 base.warmup_steps = 50
 base.weight_decay = 0.02
 init_std = 0.04
-print_every = 50
+print_every = 100
 save_every = 500

@@ -1,5 +1,5 @@
 """data.py: tokens, labels, sources, order, packs, and that nothing is lost."""
-import io, json, tarfile
+import io, itertools, json, tarfile
 from pathlib import Path
 
 import numpy as np
@@ -201,6 +201,30 @@ def test_the_global_sequence_of_packs_does_not_depend_on_ranks_workers_or_where_
         assert [b["ids"] for b in got] == want[:16]
     again = iter(make_loader(packs, 0, 1, 0, got[-1]["position"], got[-1]["counts"]))
     assert [next(again)["ids"] for _ in range(8)] == want[16:]
+
+
+def test_padded_packs_have_one_length_and_ask_nothing_more(tmp_path):
+    source = some_rows(tmp_path, 40)
+    for pack in itertools.islice(Packs(open_sources(source, TOY, "sailvl-chat"), TOY, "sailvl-chat", **KW).sequence(), 5):
+        plain, padded = (Packs(open_sources(source, TOY, "sailvl-chat"), TOY, "sailvl-chat", pad=pad, **KW)[pack]
+                         for pad in (False, True))
+        n = len(plain["tokens"])
+        assert len(padded["tokens"]) == 300 == padded["cu_seqlens"][-1] and padded["size"] == plain["size"]
+        assert (padded["tokens"][:n] == plain["tokens"]).all() and (padded["labels"][n:] == IGNORE).all()
+
+
+def test_a_blind_run_sees_gray_tiles_and_the_same_text(tmp_path):
+    sources = open_sources(some_rows(tmp_path, 20), TOY, "sailvl-chat")
+    seen, blind = (Packs(sources, TOY, "sailvl-chat", image_as=image_as, **KW) for image_as in ("pixels", "blank"))
+    a, b = seen[next(seen.sequence())], blind[next(blind.sequence())]
+    assert (a["tokens"] == b["tokens"]).all() and a["tiles"].shape == b["tiles"].shape and len(a["tiles"])
+    assert (b["tiles"] == data.GRAY).all() and not (a["tiles"] == data.GRAY).all()
+
+
+def test_samples_that_are_all_too_long_stop_the_run_with_what_to_do(tmp_path):
+    packs = Packs(open_sources(some_rows(tmp_path, 9), TOY, "sailvl-chat"), TOY, "sailvl-chat", **KW | dict(tokens_per_pack=5))
+    with pytest.raises(ValueError, match="raise --tokens_per_pack"):
+        next(packs.sequence())
 
 
 def test_documents_of_a_pack_are_the_documents_alone(tmp_path):

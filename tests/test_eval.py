@@ -185,7 +185,7 @@ ROOT = Path(ev.__file__).parent
 def make_model_folder(folder, seed=0):
     """A model folder of a tiny random model (28-pixel tiles, one token each) with the toy tokenizer."""
     vision = VisionConfig(image_size=28, dim=32, n_layers=1, n_heads=2, ffn_dim=64)
-    llm = LLMConfig(vocab_size=1024, dim=32, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=16, ffn_dim=64)
+    llm = LLMConfig(vocab_size=1056, dim=32, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=16, ffn_dim=64)
     tokenizer = ROOT / "config" / "toy_tokenizer"
     model = VLM(vision, llm, Tokenizer(tokenizer).image_id).init_weights(seed, std=0.3)
     save_folder(model.state_dict(), vision, llm, folder, tokenizer, dtype=torch.float32)
@@ -249,15 +249,15 @@ def test_words_in_the_place_of_pictures(world, tmp_path, capsys):
     rows = [{"index": i, "image": picture(), "cells": " ".join(words), "question": "What?", "answer": "1"}
             for i in range(3)]
     write_tsv(tmp_path / "toy_ocr.tsv", rows)
-    llm = LLMConfig(vocab_size=1024, dim=32, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=16, ffn_dim=64)
+    llm = LLMConfig(vocab_size=1056, dim=32, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=16, ffn_dim=64)
     state = VLM(None, llm, tokenizer.image_id).init_weights(0, std=0.3).state_dict()
     save_folder(state, None, llm, tmp_path / "llm", ROOT / "config" / "toy_tokenizer", dtype=torch.float32)
     for folder in (tmp_path / "llm", world[0]):
         ask = ev.Assistant(folder, "cpu", torch.float32, vision=False)
         ids, tiles = ev.make_prompt(ask, rows[0], rows[0]["image"], "What?")
         assert tiles is None and tokenizer.decode(ids, skip_special=False).count(
-            "<img>EmptyLargeRedCircleK</img>\nWhat?<|im_end|>") == 1
-        assert "<img>EmptyEmptyEmpty</img>" in tokenizer.decode(
+            "<img> Empty LargeRedCircle K</img>\nWhat?<|im_end|>") == 1
+        assert "<img> Empty Empty Empty</img>" in tokenizer.decode(
             ev.make_prompt(ask, rows[0], rows[0]["image"], "What?", blind=True)[0], skip_special=False)
         go = ["--image_as=words", "--benchmarks=toy_ocr", f"--data_dir={tmp_path}", f"--model={folder}"]
         code, _, errors = command(flags(world, tmp_path / f"{folder.name}-out", *go, "--controls=True"), capsys)

@@ -39,7 +39,7 @@ def test_every_board_is_tiled_as_its_truth_says_whatever_the_size_of_the_picture
 
 
 def test_every_cell_word_is_one_token_and_no_unseen_word_is():
-    assert all(len(TOY.encode(word)) == 1 for word in toy.CELL_WORDS)
+    assert all(len(TOY.encode(" " + word)) == 1 for word in toy.CELL_WORDS)
     assert len(TOY.encode("MATEKU")) == 6
     for i in range(300):
         assert all(w in toy.CELL_WORDS for cells in toy.record(3, "instruction", i)[0]["cells"] for w in cells)
@@ -63,6 +63,13 @@ def test_answers_agree_with_the_truth():
             assert row["answer"] == str(dict(board.things)[row["question"][:-1].split()[-1]])
         row, board, _ = toy.bench_row("toy_general", 4, i)
         assert row["answer"] in row and len({row[x] for x in "ABCD" if x in row}) == sum(x in row for x in "ABCD")
+
+
+def test_the_listing_names_every_cell_in_the_order_of_the_visual_tokens():
+    for i in range(100):
+        row, boards = toy.record(3, "pretrain", i)
+        words = toy.listing(boards[0][0]).split()[1:]
+        assert words == row["cells"][0][:len(words)] and len(words) == 9 * boards[0][0].grid[0] * boards[0][0].grid[1]
 
 
 def test_answers_cannot_be_guessed_from_the_question():
