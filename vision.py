@@ -140,9 +140,14 @@ class VisionEmbeddings(nn.Module):
         self.position_embedding = nn.Parameter(torch.empty(1, 1 + cfg.n_patches, cfg.dim))
 
     def forward(self, tiles):                                               # (N, 3, s, s)
-        x, table = self.patch_embedding(tiles).flatten(2).transpose(1, 2), self.position_embedding
+        x, table = self.patch_embedding(tiles), self.position_embedding     # (N, C, rows, columns), (1, 1 + P, C)
+        side, grid = math.isqrt(table.shape[1] - 1), x.shape[2:]
+        if grid != (side, side):                             # tiles of another size than it was trained on
+            places = table[:, 1:].float().view(1, side, side, -1).permute(0, 3, 1, 2)           # (1, C, side, side)
+            places = F.interpolate(places, size=grid, mode="bicubic", align_corners=False)
+            table = torch.cat([table[:, :1], places.flatten(2).transpose(1, 2).to(table.dtype)], 1)
         first = (self.class_embedding + table[:, :1]).expand(len(x), -1, -1)                    # (N, 1, C)
-        return torch.cat([first, x + table[:, 1:]], 1)                                          # (N, L, C)
+        return torch.cat([first, x.flatten(2).transpose(1, 2) + table[:, 1:]], 1)               # (N, L, C)
 
 class VisionBlock(nn.Module):
     def __init__(self, cfg):

@@ -186,6 +186,17 @@ def test_tiles_do_not_depend_on_their_neighbours():
     assert torch.equal(together[:3], again[:3]) and torch.equal(together[4], again[4])
 
 
+def test_positions_are_interpolated_to_another_grid():
+    vit = small_vit()
+    table = vit.embeddings.position_embedding
+    grid = table[:, 1:].reshape(1, 4, 4, 32).permute(0, 3, 1, 2)
+    bigger = torch.nn.functional.interpolate(grid, size=(6, 5), mode="bicubic", align_corners=False)
+    tiles = torch.randn(1, 3, 84, 70)
+    x = vit.embeddings.patch_embedding(tiles).flatten(2) + bigger.flatten(2)
+    torch.testing.assert_close(vit.embeddings(tiles)[:, 1:], x.transpose(1, 2))
+    assert vit(tiles).shape == (1, 30, 32)
+
+
 def test_drop_path_drops_whole_tiles_keeps_the_mean_and_is_off_in_evaluation():
     torch.manual_seed(0)
     x = drop_path(torch.ones(4000, 2, 3), 0.25)
