@@ -531,7 +531,6 @@ class Config:
     tile_size: int = 448             # show: pixels of a tile
     tokens_per_tile: int = 256       # show: visual tokens of a tile
     max_tiles: int = 12              # show: tile limit of a sample
-    debug: bool = False              # show tracebacks
 
 def main():
     configure(cfg := Config(), [a for a in sys.argv[1:] if a.startswith("-")])

@@ -267,9 +267,7 @@ def predict(name, pairs, assistant, key, cfg, dist, variant="model"):
                 f.write("\n" + json.dumps({"key": key, "index": row["index"], "prediction": text}))   # ends a torn line
             f.flush()
             bar.update(len(batch))
-    parts = [done] * dist.world
-    if dist.world > 1: torch.distributed.all_gather_object(parts, done)
-    return {index: text for part in parts for index, text in part.items()}
+    return {index: text for part in common.gather(done, dist) for index, text in part.items()}
 
 # ---- results and report --------------------------------------------------------------------------------------------
 def picture_uri(image):

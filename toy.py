@@ -32,7 +32,6 @@ class Config:
     n_bench: int = 200               # questions of each benchmark
     seed: int = 1                    # another seed: other samples, same world
     parts: str = "pretrain,knowledge,instruction,preference,bench"  # also: text, tokenizer
-    debug: bool = False              # show tracebacks
 
 CELL, SIDE = 28, 3                   # pixels of a cell, cells along a tile
 TILE = CELL * SIDE                   # 84 pixels
@@ -80,7 +79,7 @@ def make_word(rng, length):
     return "".join(rng.choice(vowels if (i + start) % 2 else consonants) for i in range(length))
 
 def make_board(rng, kind, easy=False):
-    """Draw the truth of one board of the given kind from `rng`. easy: one tile with few things."""
+    """Draw the truth of one board of the given kind from `rng`. easy: one tile."""
     grids = {"scene": [(1, 1)] * 7 + [(2, 1), (1, 2), (2, 2)], "sign": [(1, 1), (2, 1), (2, 1), (3, 1)],
              "note": [(1, 1)], "list": [(1, 1), (1, 1), (1, 2), (1, 3)], "table": [(1, 1), (1, 1), (1, 2)],
              "bars": [(1, 1), (1, 1), (1, 2)], "line": [(1, 1), (1, 1), (2, 1)]}[kind]
@@ -387,7 +386,7 @@ MIX = {"scene": 12, "sign": 3, "note": 2, "list": 2, "table": 1, "bars": 3, "lin
 def record(seed, part, i, easy=False):
     """Sample i of a training part: (row, [(board, rng)]). A pure function of (seed, part, i); never a held-out board.
 
-    easy: one tile with few things; the first fifth of the text part, so that looking up is learned before searching.
+    easy: one tile and no several steps; the first fifth of the text part, so that looking up is learned first.
     """
     rng = random.Random(f"{seed}/{part}/{i}")
     kinds = rng.choices(list(MIX), list(MIX.values()), k=2)

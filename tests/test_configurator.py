@@ -115,7 +115,8 @@ def test_a_repeated_flag_adds_to_a_tuple_and_replaces_what_a_file_said(tmp_path)
     (["--dtype=float23"], "must be one of auto, float32, got 'float23', did you mean 'float32'?"),
     (["--llm=tou"], "llm has no preset 'tou', did you mean 'toy'? (there are toy, big)"),
     (["--alignment=fast"], "set alignment field by field, alignment.steps = ..."),
-    (["--seed", "3"], "--seed: not understood; write a flag as --seed=value"), (["-seed=3"], "write a flag as --seed=value"),
+    (["--seed", "3"], "--seed: not understood; write a flag as --seed=value"),
+    (["-seed=3"], "write a flag as --seed=value"),
     (["--=3"], "write a flag as"), (["seed=3"], "seed=3: not understood"), (["toy"], "a config file as NAME.py"),
     (["--debug=yes"], "--debug=yes: unknown name 'debug'")])
 def test_a_bad_command_line_is_refused_with_what_to_write(argv, message):

@@ -142,7 +142,8 @@ def test_saving_replaces_an_old_model_folder_and_nothing_else(tmp_path, monkeypa
 @pytest.mark.parametrize("change, words", [
     (dict(architectures=["InternVLChatModelX"]), "architecture InternVLChatModelX is not supported"),
     (dict(vision_config__architectures=["AIMv2Model"]), r"vision encoder: architectures = \['AIMv2Model'\] is not sup"),
-    (dict(llm_config__architectures=["InternLM2ForCausalLM"]), r"model: architectures = \['InternLM2ForCausalLM'\] is not"),
+    (dict(llm_config__architectures=["InternLM2ForCausalLM"]),
+     r"model: architectures = \['InternLM2ForCausalLM'\] is not"),
     (dict(vision_config__qk_normalization=True), "qk_normalization = True is not supported"),
     (dict(llm_config__rope_scaling={"type": "yarn"}), "rope_scaling = .* is not supported"),
     (dict(ps_version="v1"), "ps_version = 'v1' is not supported, only 'v2'"),

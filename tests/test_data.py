@@ -205,9 +205,9 @@ def test_the_global_sequence_of_packs_does_not_depend_on_ranks_workers_or_where_
 
 def test_padded_packs_have_one_length_and_ask_nothing_more(tmp_path):
     source = some_rows(tmp_path, 40)
-    for pack in itertools.islice(Packs(open_sources(source, TOY, "sailvl-chat"), TOY, "sailvl-chat", **KW).sequence(), 5):
-        plain, padded = (Packs(open_sources(source, TOY, "sailvl-chat"), TOY, "sailvl-chat", pad=pad, **KW)[pack]
-                         for pad in (False, True))
+    make = lambda pad: Packs(open_sources(source, TOY, "sailvl-chat"), TOY, "sailvl-chat", pad=pad, **KW)
+    for pack in itertools.islice(make(False).sequence(), 5):
+        plain, padded = make(False)[pack], make(True)[pack]
         n = len(plain["tokens"])
         assert len(padded["tokens"]) == 300 == padded["cu_seqlens"][-1] and padded["size"] == plain["size"]
         assert (padded["tokens"][:n] == plain["tokens"]).all() and (padded["labels"][n:] == IGNORE).all()
@@ -222,7 +222,8 @@ def test_a_blind_run_sees_gray_tiles_and_the_same_text(tmp_path):
 
 
 def test_samples_that_are_all_too_long_stop_the_run_with_what_to_do(tmp_path):
-    packs = Packs(open_sources(some_rows(tmp_path, 9), TOY, "sailvl-chat"), TOY, "sailvl-chat", **KW | dict(tokens_per_pack=5))
+    sources = open_sources(some_rows(tmp_path, 9), TOY, "sailvl-chat")
+    packs = Packs(sources, TOY, "sailvl-chat", **KW | dict(tokens_per_pack=5))
     with pytest.raises(ValueError, match="raise --tokens_per_pack"):
         next(packs.sequence())
 
