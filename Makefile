@@ -1,4 +1,4 @@
-# make demo       a fresh clone -> a pretrained, fine-tuned and evaluated toy VLM in out/demo, three and a half minutes on two cores
+# make demo       a fresh clone -> a pretrained, fine-tuned and evaluated toy VLM in out/demo, under three minutes on two cores
 # make test       everything the README promises, checked; make lint, make toy-bases: see below
 SHELL  := /bin/bash
 PYTHON ?= python3
@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 RUN    := $(BIN)/torchrun --standalone --nproc_per_node=2
 DEMO   := out/demo
 SHARDS := shards/toy
-N      := 2000
+N      := 3000
 
 .PHONY: demo demo-long five-stages test test-nightly lint toy-bases
 .DELETE_ON_ERROR:
@@ -48,7 +48,7 @@ five-stages:
 	cat $(DEMO)/pretrain/log.jsonl $(DEMO)/sft/log.jsonl > $(DEMO)/log.jsonl; \
 	$(BIN)/python common.py plot $(DEMO)/log.jsonl $(DEMO)/loss.png; \
 	$(RUN) eval.py --model=$(DEMO)/model --untrained=$(DEMO)/start --controls=True $(if $(BLIND),--trained_blind=$(DEMO)/blind/sft/preference) \
-	    --data_dir=$(SHARDS) --benchmarks=toy --out_dir=$(DEMO); \
+	    --data_dir=$(SHARDS) --benchmarks=toy --out_dir=$(DEMO) $(EVAL); \
 	echo "$$((SECONDS - start)) seconds; look at $(DEMO)/report.html and $(DEMO)/loss.png, then try:"; \
 	echo "  $(BIN)/python sample.py --model=$(DEMO)/model --image=YOUR.jpg --prompt='Describe the image.'"
 
@@ -61,10 +61,16 @@ test-nightly: $(VENV)/dev.done
 lint: $(VENV)/dev.done
 	$(BIN)/python -m ruff check .
 
-# how the two pretrained parts of the toy world in config/toy_vit and config/toy_llm were made (about half an hour each at most)
+# how the two pretrained parts of the toy world in config/toy_vit and config/toy_llm were made: under half an hour each
 toy-bases: $(VENV)/run.done
-	$(BIN)/python toy.py --out=shards/toy_vit --n=40000 --seed=101 --parts=pretrain
-	OMP_NUM_THREADS=1 $(RUN) train.py config/toy_vit.py
 	$(BIN)/python toy.py --out=shards/toy_llm --n=230000 --seed=102 --parts=text
 	OMP_NUM_THREADS=1 $(RUN) train.py config/toy_llm.py
-	$(BIN)/python eval.py --image_as=words --model=out/toy_llm/base --data_dir=shards/toy --benchmarks=toy --out_dir=out/toy_llm/eval
+	$(BIN)/python toy.py --out=shards/toy_llm_noise --n=150000 --seed=103 --parts=text
+	OMP_NUM_THREADS=1 $(RUN) train.py config/toy_llm.py config/toy_llm_noise.py
+	$(BIN)/python toy.py --out=shards/toy_bench --parts=bench
+	$(BIN)/python eval.py --image_as=words --model=out/toy_llm_noise/base --data_dir=shards/toy_bench --benchmarks=toy --out_dir=out/toy_llm_noise/eval
+	$(BIN)/python toy.py --out=shards/toy_vit --n=40000 --seed=101 --parts=pretrain
+	OMP_NUM_THREADS=1 $(RUN) train.py config/toy_vit.py
+	$(BIN)/python convert.py assemble --vision=out/toy_vit/base --llm=out/toy_llm_noise/base --out=out/toy_vit_noise/start
+	$(BIN)/python toy.py --out=shards/toy_vit_noise --n=24000 --seed=101 --parts=pretrain
+	OMP_NUM_THREADS=1 $(RUN) train.py config/toy_vit.py config/toy_vit_noise.py

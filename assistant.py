@@ -4,7 +4,7 @@ import torch
 from data import Tokenizer, chat_ids
 from model import generate, generate_stream
 from vision import load_image, make_tiles
-from weights import load_folder
+from weights import check_vocabulary, load_folder
 
 class Assistant:
     """A loaded model folder with the settings of `generate`. Shapes: T tokens of a prompt, N tiles of side s."""
@@ -13,6 +13,7 @@ class Assistant:
         self.tokenizer, (self.model, about) = Tokenizer(folder), load_folder(folder, device, dtype, vision)
         if vision and self.model.vision is None:
             raise ValueError(f"{folder}: a language model without vision; give a whole model folder")
+        check_vocabulary(self.model.llm, self.tokenizer)
         self.model.eval()
         self.settings = {"stop_ids": {self.tokenizer.eos_id}, **settings}
         self.template, self.thumbnail = about.get("template", "sailvl-chat"), about.get("use_thumbnail", True)

@@ -42,7 +42,7 @@ class RunConfig:
     data: str = ""  # sources as name=path pairs separated by commas
     init_from: str = ""  # model folder to start from; "": random weights
     tokenizer: str = ""  # folder of the tokenizer, when init_from is empty
-    template: str = "sailvl-chat"  # prompt template
+    template: str = ""  # prompt template; "": the folder's, else sailvl-chat
     stages: str = ""  # names of the stages to run, in order, separated by commas
     seed: int = 1234  # of weights, data order and stochastic depth
     init_std: float = 0.02  # of random matrices, where no folder gives weights
@@ -53,7 +53,8 @@ class RunConfig:
     min_tiles: int = 1  # tiles per image, at least
     max_tiles: int = 12  # tiles per image, at most, the thumbnail not counted
     thumbnail: bool = True  # add the whole picture as a last tile when there are several
-    image_as: Literal["pixels", "blank", "words", "dense"] = "pixels"  # blank: gray, a control; words, dense: toy bases
+    image_as: Literal["pixels", "blank", "words"] = "pixels"  # blank: gray, a control; words: toy cells, for its LLM
+    cell_labels: Literal["none", "also", "only"] = "none"  # toy: each visual token predicts the word of its own cell
     shuffle: bool = True  # False: samples in the order of the files
     pad_packs: bool = False  # fill each pack up with unsupervised tokens: one shape for torch.compile
     shuffle_window: int = 1024  # samples planned into packs at a time
@@ -61,6 +62,7 @@ class RunConfig:
     # optimization
     grad_accum_steps: int = 1  # micro-batches per step and rank
     loss_weight: Literal["token", "sample", "sqrt"] = "token"  # a supervised token weighs 1, 1/n or 1/sqrt(n)
+    embed_noise: float = 0.0  # noise on what enters projector and LLM, grows to this share of its size in half a stage
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW
     eps: float = 1e-8  # AdamW
@@ -74,7 +76,7 @@ class RunConfig:
     threads: int = 0  # CPU threads of one rank; 0: PyTorch's choice
     timeout_s: int = 600  # a collective that hangs this long ends the run
     # saving and showing
-    save_every: int = 1000  # steps between checkpoints; also at the end of each stage
+    save_every: int = 1000  # steps between checkpoints
     keep: int = 2  # newest checkpoints kept, at least 2
     resume: Literal["auto", "never"] = "auto"  # auto: go on from the newest good checkpoint; never: refuse
     print_every: int = 10  # steps per printed line
@@ -260,7 +262,8 @@ def tensors_of(model, optimizer):
 
 def save_checkpoint(out_dir, step, model, optimizer, state, dist, keep):
     """Write checkpoints/step_{step:08d}/, delete what is older than the newest max(2, keep) good ones. All ranks call
-    it; `state`, any JSON value, is rank 0's. A crash at any point leaves the earlier ones usable. Raises OSError."""
+    it, each with its state, a JSON value. A crash at any point leaves the earlier ones usable. Raises OSError."""
+    state = gather(state, dist)[-1]  # the last rank had the last pack of the step
     final = Path(out_dir) / "checkpoints" / f"step_{step:08d}"
     tmp, tensors = final.with_name(f".tmp_{final.name}"), tensors_of(model, optimizer)
     if dist.is_main:
@@ -397,8 +400,18 @@ def named_stages(cfg):
         raise ValueError(f"--stages: unknown stage {name!r}, choose from {', '.join(known)}")
     return [(name, known[name]) for name in names]
 
-def open_run(cfg, values, origins, stages, dist):
-    """Take the run folder, write config.json, find the newest good checkpoint (None: start anew). All ranks call it."""
+def where_to_start(cfg, origins, name):
+    """(model folder, first step) of stage `name`. The folder is that of the stage before it, if this run folder has one
+    and --init_from does not name another for the first stage to run. Steps count on from stage to stage, run or not."""
+    order, selected, out = type(cfg)().stages.split(","), named_stages(cfg), Path(cfg.out_dir)
+    before = order[:order.index(name)] if name in order else []
+    done = [n for n in before if (out / n / "config.json").exists()]
+    told = name == selected[0][0] and origins["init_from"] == "command line"
+    steps = [getattr(cfg, n).steps for n in before]
+    return str(out / done[-1]) if done and not told else cfg.init_from, sum(min(n, cfg.max_steps or n) for n in steps)
+
+def open_run(cfg, origins, stages, dist):
+    """Take the run folder and find the newest good checkpoint in it (None: start anew). All ranks call it."""
     out, start = Path(cfg.out_dir), cfg.init_from or cfg.tokenizer
     if not os.path.isdir(start):
         raise ValueError(f"{start or '(none)'} is not a folder: give --init_from=MODEL_FOLDER, or --tokenizer=FOLDER "
@@ -406,11 +419,13 @@ def open_run(cfg, values, origins, stages, dist):
     for name, stage in stages:
         if not (cfg.data or stage.data):
             raise ValueError(f"stage {name} has no data: give --data=PATH or {name}.data in the config")
+        if stage.data and origins["data"] == "command line" != origins[f"{name}.data"]:
+            raise ValueError(f"{origins[f'{name}.data']} gives stage {name} data of its own: instead of --data, write "
+                             f"--{name}.data=PATH")
     if dist.is_main: lock_run_folder(out)
     checkpoint = find_checkpoint(out, dist)
     if cfg.resume == "never" and (checkpoint or any((out / name / "config.json").exists() for name, _ in stages)):
         raise ValueError(f"{out} holds an earlier run and --resume=never; choose another --out_dir or remove it")
-    if dist.is_main: write_run_config(out, values, origins)
     return checkpoint
 
 def resume(checkpoint, name, fingerprint, model, optimizer, dist):
@@ -420,24 +435,28 @@ def resume(checkpoint, name, fingerprint, model, optimizer, dist):
         return {"stage": name, "fingerprint": fingerprint, "position": [0, 0, 0], "counts": {}, "step": 0,
                 "quarantined": 0, "tokens_seen": 0, "samples_seen": 0}
     if state["fingerprint"] != fingerprint:
-        raise ValueError(f"the data of stage {name} changed since {checkpoint} was written; go on with the same data "
-                         "or start anew in another --out_dir")
+        raise ValueError(f"the data of stage {name}, their order or the size of packs and steps changed since "
+                         f"{checkpoint} was written; go on with the same or start anew in another --out_dir")
     return load_checkpoint(checkpoint, model, optimizer, dist)
 
-def announce(out_dir, name, model, stage, packs, state, dist):
-    """Print what this stage trains on what, and note the records that its index could not read."""
+def announce(cfg, values, origins, name, model, stage, packs, state, dist):
+    """Write config.json, now that the stage really runs, print what it trains on what, and note the records that its
+    index could not read."""
+    out_dir = cfg.out_dir
     if dist.is_main:
+        write_run_config(out_dir, values, origins)
         if state["step"] == 0:
             log_bad(out_dir, [bad for source in packs.sources for bad in source.meta["bad"]])
         print_stage_table(name, model, stage)
         print(f"{packs.n:,} samples in {len(packs.sources)} sources, {packs.n_bad} unreadable; "
               f"{'goes on at' if state['step'] else 'starts at'} step {state['step']}", flush=True)
 
-def check_quarantine(state, n_bad, out_dir):
-    """Stop a run whose data are rotten: more than max(100, 1 % of the samples seen) unreadable. Raises RunStopped."""
-    bad, seen = n_bad + state["quarantined"], n_bad + state["samples_seen"]
-    if bad > max(100, 0.01 * seen):
-        raise RunStopped(f"{bad} unreadable samples of {seen}: see {out_dir}/bad_samples.jsonl and mend or remove them")
+def check_quarantine(state, packs, out_dir):
+    """Stop a run whose data are rotten: max(100, 1 %) of the rows in the index, or of the samples seen, are unreadable.
+    Raises RunStopped."""
+    for bad, n in ((packs.n_bad, packs.n), (state["quarantined"], state["samples_seen"])):
+        if bad > max(100, 0.01 * n):
+            raise RunStopped(f"{bad} unreadable samples of {n}: see {out_dir}/bad_samples.jsonl, mend or remove them")
 
 def next_state(state, step, batch, totals):
     """What a checkpoint after this step must know: where the data go on, and the counts so far."""
@@ -511,5 +530,6 @@ def plot_loss(log_path, png_path):
 
 if __name__ == "__main__":
     if len(sys.argv) != 4 or sys.argv[1] != "plot" or not os.path.isfile(sys.argv[2]):
-        sys.exit("error: write python common.py plot LOG.jsonl OUT.png; the log must exist")
+        print("error: write python common.py plot LOG.jsonl OUT.png; the log must exist", file=sys.stderr)
+        sys.exit(2)
     plot_loss(*sys.argv[2:])

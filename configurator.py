@@ -92,7 +92,16 @@ def configure(cfg, argv=None):
             run_file(arg, cfg, put)
         elif arg not in ("--debug=True", "--debug=False"):  # launch() reads these
             put(*arg[2:].split("=", 1), arg, "command line")
+    for key, value in resolved(cfg).items():
+        least = key in AT_LEAST_ONE or key.endswith(".steps")
+        if isinstance(value, (int, float)) and value < least:
+            raise ConfigError(f"{origins[key]}: {key}={value} must be at least {least:d}")
     return origins
+
+# no number may be negative; these may not be 0 either
+AT_LEAST_ONE = set("""tokens_per_pack max_tiles_per_pack min_tiles shuffle_window grad_accum_steps
+    save_every print_every keep timeout_s batch_size batch_tokens llm.n_heads llm.n_kv_heads llm.dim llm.head_dim
+    vision.image_size vision.patch_size vision.dim vision.n_heads vision.downsample""".split())
 
 class View:
     """A nested dataclass as a config file sees it: reads pass through, assignments are checked and applied at once."""

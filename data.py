@@ -8,7 +8,8 @@ alone -> `Packs.__getitem__` in a worker (decode, tile) -> batch. Nothing is cut
 else it is dropped and counted; an unreadable row is quarantined and counted.
 Shapes: T tokens of a pack, S samples in a pack, N tiles of a pack, s tile side in pixels.
 """
-import bisect, collections, fcntl, functools, glob, hashlib, itertools, json, os, re, signal, sys, tarfile, unicodedata
+import bisect, collections, contextlib, fcntl, functools, glob, hashlib, itertools, json, os, re, signal, sys, tarfile
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,8 +51,11 @@ class Tokenizer:
         vocab, whole, added = (Path(folder) / f"{name}.json" for name in ("vocab", "tokenizer", "added_tokens"))
         if not vocab.exists() and not whole.exists():
             raise FileNotFoundError(f"no tokenizer in {folder}: it needs vocab.json or tokenizer.json of a Qwen2 model")
-        pieces = read_json(vocab) if vocab.exists() else read_json(whole)["model"]["vocab"]
-        ranks = {bytes(CHAR_TO_BYTE[c] for c in piece): i for piece, i in pieces.items() if piece not in SPECIAL_TOKENS}
+        try:
+            pieces = read_json(vocab) if vocab.exists() else read_json(whole)["model"]["vocab"]
+            ranks = {bytes(CHAR_TO_BYTE[c] for c in p): i for p, i in pieces.items() if p not in SPECIAL_TOKENS}
+        except (KeyError, TypeError, AttributeError) as e:
+            raise ValueError(f"{folder}: not the byte-level vocabulary of a Qwen2 tokenizer ({e!r})") from None
         self.special = {t: len(ranks) + k for k, t in enumerate(SPECIAL_TOKENS)}
         self.special |= read_json(added) if added.exists() else {}
         self.bpe = tiktoken.Encoding("qwen", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=self.special)
@@ -112,24 +116,25 @@ def _render(tokenizer, template, turns, images, system=None):
             add(encode(assistant) + end, supervised=True)
     return ids, targets
 
-def render(row, tokenizer, template, n_tiles, tokens_per_tile, image_as="pixels"):
+def render(row, tokenizer, template, n_tiles, tokens_per_tile, image_as="pixels", cell_labels="none"):
     """Token ids and labels of a record in one pass, so that they cannot disagree.
     n_tiles: tiles of each of the row's images. Returns (ids (T,), labels (T,)), int64; labels[t] is the token that
     position t must predict, IGNORE where nothing is supervised: only answers and their <|im_end|> are.
-    image_as "words": the row's `cells` stand in the place of visual tokens (text-only base models);
-    "dense": pixels, and the label of each visual token is its cell word (vision-only base models)."""
-    if image_as in ("pixels", "blank"):
-        images = [[tokenizer.image_id] * (n * tokens_per_tile) for n in n_tiles]
-    else:
-        words = [[i for word in cells for i in tokenizer.encode(" " + word)] for cells in row["cells"]]
-        assert [*map(len, words)] == [*map(len, row["cells"])], f"{row['id']}: a cell word is not one token"
-        images = words if image_as == "words" else [[tokenizer.image_id] * len(w) for w in words]
+    image_as "words": the row's `cells` stand in the place of visual tokens (text-only base models).
+    cell_labels "also": the label of each visual token is its own cell word; "only": nothing else is supervised."""
+    if (image_as == "words" or cell_labels != "none" and n_tiles) and not row.get("cells"):
+        raise ValueError("--image_as=words and --cell_labels need `cells`, which only toy data has")
+    words = [[i for word in cells for i in tokenizer.encode(" " + word)] for cells in row.get("cells", ())]
+    images = words if image_as == "words" else [[tokenizer.image_id] * (n * tokens_per_tile) for n in n_tiles]
+    slots = [[tokenizer.image_id] * len(image) for image in images]
     system, turns = conversation(row)
-    ids, targets = map(np.array, _render(tokenizer, template, place_images(turns, len(images)), images, system))
-    labels = np.append(targets[1:], IGNORE)
-    if image_as == "dense":                                            # each visual token names what it sees
+    ids, targets = map(np.array, _render(tokenizer, template, place_images(turns, len(slots)), slots, system))
+    labels, visual = np.append(targets[1:], IGNORE), ids == tokenizer.image_id
+    if cell_labels == "only":
         labels[:] = IGNORE
-        labels[ids == tokenizer.image_id] = sum(words, [])
+    if cell_labels != "none" and visual.any():                         # not while an index is made, without tiles
+        labels[visual] = sum(words, [])
+    ids[visual] = sum(images, [])
     return ids, labels
 
 def conversation(row):
@@ -144,7 +149,9 @@ def conversation(row):
     for k, turn in enumerate(row[name]):
         role, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
         if isinstance(text, list):                                     # message parts: text and images in place
-            text = "".join("<image>\n" if part.get("type") == "image" else part.get("text", "") for part in text)
+            if strange := {part.get("type") for part in text} - {"text", "image", "image_url"}:
+                raise ValueError(f"{name}[{k}]: a part of type {strange.pop()!r}; there are text, image and image_url")
+            text = "".join(part["text"] if part["type"] == "text" else "<image>\n" for part in text)
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{name}[{k}]: empty {role} turn")
         roles.append({"human": "user", "gpt": "assistant"}.get(role, role))
@@ -156,21 +163,33 @@ def conversation(row):
 
 def image_names(row):
     """Names of the row's images, in order."""
+    if "video" in row:
+        raise ValueError("a video; there are only images here")
     names = row.get("image", row.get("images", []))
     names = [names] if isinstance(names, str) else list(names or [])
     for turn in row.get("messages", []):
         if isinstance(turn.get("content"), list):
-            names += [p.get("image", p.get("path")) for p in turn["content"] if p.get("type") == "image"]
+            names += [p["image_url"]["url"].removeprefix("file://") if p["type"] == "image_url" else
+                      p.get("image", p.get("path")) for p in turn["content"] if p.get("type") in ("image", "image_url")]
     return names
 
 # ---- sources: one memory-mapped index each ------------------------------------------------------------------------
 ROW = np.dtype([("offset", "i8"), ("size", "i4"), ("tokens", "i4"), ("first_image", "i8"), ("n_images", "i4")])
 IMAGE = np.dtype([("offset", "i8"), ("size", "i4"), ("width", "i4"), ("height", "i4")])    # offset, size: in a tar
+UNREADABLE = (ValueError, OSError, KeyError, TypeError, AttributeError, RecursionError)     # what a bad row raises
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
 @functools.lru_cache(None)
 def mapped(path):
     return np.load(path, mmap_mode="r")
+
+@contextlib.contextmanager
+def open_tar(path):
+    try:
+        with tarfile.open(path) as tar:
+            yield tar
+    except tarfile.TarError as e:
+        raise ValueError(f"{path} is no whole tar file ({e}); copy it again or leave it out") from None
 
 class Source:
     """One file or folder of records with an index beside it: where each row is, how many tokens it has apart from the
@@ -186,13 +205,14 @@ class Source:
             raise FileNotFoundError(f"data source {path} does not exist")
         self.root = Path(root or (self.path if self.path.is_dir() else self.path.parent))
         self.is_tar, stat = self.path.suffix == ".tar", self.path.stat()
-        about = [str(self.path.resolve()), stat.st_size, stat.st_mtime_ns, tokenizer.hash, template, image_as]
+        about = [str(self.path.resolve()), str(self.root), stat.st_size, stat.st_mtime_ns]
+        about += [tokenizer.hash, template, image_as]
         beside = self.path.parent if os.access(self.path.parent, os.W_OK) else Path("shards/index")  # read-only data
         self.index = beside / f".{self.path.name}.index-{sha256([*about, ROW.descr])[:12]}"
         self.index.mkdir(parents=True, exist_ok=True)
         with open(self.index / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not (self.index / "meta.json").exists():
+            if not (self.index / "meta.json").exists() or self._mended(tokenizer, template, image_as):
                 self._build(tokenizer, template, image_as)
         self.meta = read_json(self.index / "meta.json")
 
@@ -224,7 +244,7 @@ class Source:
         """Yield (offset, size) of every record and, of a tar, {name: (offset, size)} of its pictures."""
         if self.is_tar:                                                # never extracted
             key = lambda m: re.match(r"(?:.*/)?[^./]*", m.name)[0]     # path up to the first dot, as WebDataset has it
-            with tarfile.open(self.path) as tar:
+            with open_tar(self.path) as tar:
                 for _, group in itertools.groupby((m for m in tar if m.isreg()), key):  # links, devices: not data
                     group = {os.path.basename(m.name): (m.offset_data, m.size) for m in group}
                     texts = [at for end in (".json", ".txt") for name, at in group.items() if name.endswith(end)]
@@ -240,30 +260,42 @@ class Source:
                 if line.strip():
                     yield file.tell() - len(line), len(line), None
 
-    def _build(self, tokenizer, template, image_as):
+    def _measure(self, offset, size, pictures, i, tokenizer, template, image_as):
+        """Tokens apart from visual ones, and (offset, size, width, height) of each image; raises one of UNREADABLE."""
+        row = self._row(offset, size, i)
+        if image_as == "words":
+            found = []
+        elif pictures is None:
+            found = [(0, 0, *image_size(self.root / name)) for name in image_names(row)]
+        else:                                                          # in the order of the row, if it names them
+            names = [os.path.basename(name) for name in image_names(row)]
+            places = [pictures[name] for name in names if name in pictures] or pictures.values()
+            found = [(*place, *image_size(self._read(*place))) for place in places]
+        ids, _ = render(row, tokenizer, template, [0] * len(found), 0, image_as)
+        return (ids != tokenizer.image_id).sum(), found
+
+    def _mended(self, *reading):
+        """Whether a row that was unreadable can be read now: its picture is there. A tar changes only as a whole."""
+        for bad in read_json(self.index / "meta.json")["bad"] if not self.is_tar else ():
+            with contextlib.suppress(*UNREADABLE):
+                self._measure(*self.rows[bad["row"]].item()[:2], None, bad["row"], *reading)
+                mapped.cache_clear()
+                return True
+
+    def _build(self, *reading):
         rows, images, bad = [], [], []
         for offset, size, pictures in tqdm(self._records(), f"index {self.path.name}", leave=False):
             try:
-                row = self._row(offset, size, len(rows))
-                if image_as in ("words", "dense") and not row.get("cells"):
-                    raise ValueError(f"image_as={image_as} needs `cells`, which only toy data has")
-                if image_as == "words":
-                    found = []
-                elif pictures is None:
-                    found = [(0, 0, *image_size(self.root / name)) for name in image_names(row)]
-                else:                                                  # in the order of the row, if it names them
-                    names = [os.path.basename(name) for name in image_names(row)]
-                    places = [pictures[name] for name in names if name in pictures] or pictures.values()
-                    found = [(*place, *image_size(self._read(*place))) for place in places]
-                ids, _ = render(row, tokenizer, template, [0] * len(found), 0, image_as)
-                rows.append((offset, size, (ids != tokenizer.image_id).sum(), len(images), len(found)))
+                tokens, found = self._measure(offset, size, pictures, len(rows), *reading)
+                rows.append((offset, size, tokens, len(images), len(found)))
                 images += found
-            except (ValueError, OSError, KeyError, TypeError, AttributeError) as e:
+            except UNREADABLE as e:
                 bad.append({"source": self.name, "row": len(rows), "reason": f"{type(e).__name__}: {e}"[:300]})
                 rows.append((offset, size, -1, len(images), 0))
         rows, images = np.array(rows, ROW), np.array(images, IMAGE)
-        np.save(self.index / "rows.npy", rows)
-        np.save(self.index / "images.npy", images)
+        for name, array in (("rows", rows), ("images", images)):       # renamed: a run may have the old ones mapped
+            np.save(self.index / "new.npy", array)
+            os.replace(self.index / "new.npy", self.index / f"{name}.npy")
         meta = {"bad": bad, "digest": hashlib.sha256(rows.tobytes() + images.tobytes()).hexdigest()}
         (self.index / "meta.tmp").write_text(json.dumps(meta))
         os.replace(self.index / "meta.tmp", self.index / "meta.json")  # which says that the index is whole
@@ -273,15 +305,20 @@ def folder_rows(folder):
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in IMAGE_SUFFIXES:
             row, text = path.with_suffix(".json"), path.with_suffix(".txt")
-            row = read_json(row) if row.exists() else {"caption": text.read_text() if text.exists() else ""}
+            try:
+                row = read_json(row) if row.exists() else {"caption": text.read_text() if text.exists() else ""}
+            except ValueError as e:                                    # quarantined when the row is read
+                row = {"conversations": [{"from": "human", "value": f"unreadable: {e}"}]}
             yield {"id": path.stem, **row, "image": str(path.relative_to(folder))}
 
 def open_sources(spec, tokenizer, template, image_as="pixels"):
     """Sources of `--data`: comma-separated `path` or `name=path`; a path may be .jsonl, .json (LLaVA array or InternVL
     meta), .tar, a folder of captioned images, or a pattern with `*` or `{000..012}`."""
+    if template not in TEMPLATES:
+        raise ValueError(f"--template={template}: unknown, choose from {', '.join(TEMPLATES)}")
     sources, reading = [], (tokenizer, template, image_as)
     for entry in filter(None, map(str.strip, spec.split(","))):
-        name, path = entry.split("=", 1) if "=" in entry else ("", entry)
+        name, path = entry.split("=", 1) if "=" in entry and not os.path.exists(entry) else ("", entry)
         if braces := re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", path):
             before, first, last, after = braces.groups()
             paths = [f"{before}{i:0{len(first)}d}{after}" for i in range(int(first), int(last) + 1)]
@@ -293,9 +330,9 @@ def open_sources(spec, tokenizer, template, image_as="pixels"):
                 continue
             for key, item in read_json(path).items():                  # InternVL meta: paths as written, else beside it
                 here = lambda p: p if os.path.exists(p) else path.parent / p
-                if "annotation" not in item:
-                    raise ValueError(f"{path}: {key} has no `annotation`")
-                sources.append(Source(key, here(item["annotation"]), *reading, here(item.get("root", "")),
+                if not isinstance(item, dict) or not isinstance(item.get("annotation"), str):
+                    raise ValueError(f"{path}: {key} has no `annotation`, the path of its rows")
+                sources.append(Source(key, here(item["annotation"]), *reading, here(item.get("root") or ""),
                                       float(item.get("repeat_time", 1)), item.get("max_dynamic_patch", 0)))
     if not sources:
         raise ValueError("no data: give --data=PATH (.jsonl, .json, .tar, a folder, or a pattern)")
@@ -337,11 +374,12 @@ class Packs(torch.utils.data.Dataset):
     tokens_per_pack, tiles_per_pack: the two budgets. The global sequence of packs depends on (seed, sources, budgets,
     packs_per_step) only, never on the number of ranks or workers."""
     def __init__(self, sources, tokenizer, template, *, tile_size, tokens_per_tile, min_tiles=1, max_tiles=12,
-                 thumbnail=True, tokens_per_pack=8192, tiles_per_pack=48, seed=0, image_as="pixels", packs_per_step=1,
-                 window=2048, shuffle=True, pad=False, loss_weight="token"):
+                 thumbnail=True, tokens_per_pack=8192, tiles_per_pack=48, seed=0, image_as="pixels", cell_labels="none",
+                 packs_per_step=1, window=2048, shuffle=True, pad=False, loss_weight="token"):
         self.sources, self.tokenizer, self.template, self.image_as = sources, tokenizer, template, image_as
         self.tile_size, self.tokens_per_tile, self.thumbnail = tile_size, tokens_per_tile, thumbnail
-        self.min_tiles, self.max_tiles, self.loss_weight = min_tiles, max_tiles, loss_weight
+        self.min_tiles, self.max_tiles = min_tiles, max_tiles
+        self.cell_labels, self.loss_weight = cell_labels, loss_weight
         self.tokens_per_pack, self.tiles_per_pack, self.packs_per_step = tokens_per_pack, tiles_per_pack, packs_per_step
         self.window, self.shuffle, self.pad, self.seed = window, shuffle, pad, seed
         # repeat_time as InternVL has it: below 1 the first part of the source, above 1 whole repeats
@@ -351,7 +389,9 @@ class Packs(torch.utils.data.Dataset):
         if self.n == 0 or all((s.rows["tokens"] < 0).all() for s in sources):
             raise ValueError(f"no usable sample in {', '.join(str(s.path) for s in sources)} ({self.n} rows, "
                              f"{self.n_bad} unreadable); try: python data.py check {sources[0].path}")
-        self.fingerprint = sha256([[s.name, s.meta["digest"], s.repeat, s.max_tiles] for s in sources])[:16]
+        self.fingerprint = sha256([[s.name, s.meta["digest"], s.repeat, s.max_tiles] for s in sources] + [
+            seed, shuffle, window, packs_per_step, tokens_per_pack, tiles_per_pack, min_tiles, max_tiles, thumbnail,
+        ])[:16]
 
     def plan_sample(self, i):
         """((source, row, tiles per image), tokens, tiles) of sample i of all sources, or why it is dropped."""
@@ -421,8 +461,9 @@ class Packs(torch.utils.data.Dataset):
     def __getitem__(self, pack):
         """The batch of a planned pack: its images decoded and tiled, its text rendered.
         tokens, labels, positions (T,) int64; weights (T,) fp32; cu_seqlens (S+1,) int32; tiles (N, 3, s, s) uint8;
-        ids; bad: samples that failed to decode and are left out; size: how much of everything there is."""
-        samples, pictures, ids, bad, s = [], [], [], [], self.tile_size
+        ids; bad: samples that failed to decode and are left out; size: how much of everything there is; lengths: tokens
+        of each sample."""
+        samples, pictures, ids, bad, n_cells, s = [], [], [], [], [], self.tile_size
         for k, i, n_tiles in pack.samples:
             source = self.sources[k]
             row = {"id": f"{source.name}:{i}"}
@@ -433,29 +474,33 @@ class Packs(torch.utils.data.Dataset):
                        for k, n in enumerate(limits)]
                 if [*map(len, new)] != n_tiles:                        # the file is no longer what the index saw
                     raise ValueError(f"images gave {[*map(len, new)]} tiles where {n_tiles} were planned")
-                sample = render(row, self.tokenizer, self.template, n_tiles, self.tokens_per_tile, self.image_as)
+                sample = render(row, self.tokenizer, self.template, n_tiles, self.tokens_per_tile, self.image_as,
+                                self.cell_labels)
             except (ValueError, OSError, KeyError) as e:
                 bad.append({"source": source.name, "id": row["id"], "reason": f"{type(e).__name__}: {e}"[:300]})
                 continue
             samples.append(sample)
+            n_cells.append(sum(map(len, row["cells"])) if self.cell_labels != "none" else 0)
             pictures += [GRAY.expand_as(t) for t in new] if self.image_as == "blank" else new
             ids.append(row["id"])
         if not samples:                                                # nothing readable: one token that asks nothing
             samples = [(np.array([self.tokenizer.eos_id]), np.array([IGNORE]))]
-        n_tokens = sum(len(x) for x, _ in samples)
-        if self.pad and (room := self.tokens_per_pack - n_tokens):         # a last document that asks nothing
+        real = [len(x) for x, _ in samples]
+        if self.pad and (room := self.tokens_per_pack - sum(real)):        # a last document that asks nothing
             samples.append((np.full(room, self.tokenizer.eos_id), np.full(room, IGNORE)))
         tokens, labels = map(np.concatenate, zip(*samples))
-        lengths, supervised = [len(x) for x, _ in samples], [max(1, int((y != IGNORE).sum())) for _, y in samples]
-        weights = [{"token": 1.0, "sample": 1 / n, "sqrt": n ** -0.5}[self.loss_weight] for n in supervised]
+        lengths = [len(x) for x, _ in samples]
+        answers = [max(1, (y != IGNORE).sum() - n) for (_, y), n in zip(samples, [*n_cells, 0, 0])]
+        weights = [{"token": 1.0, "sample": 1 / n, "sqrt": n ** -0.5}[self.loss_weight] for n in answers]
         weights = np.repeat(np.array(weights, np.float32), lengths)
         arrays = {"tokens": tokens, "labels": labels, "positions": np.concatenate([np.arange(n) for n in lengths]),
                   "weights": weights, "cu_seqlens": np.cumsum([0, *lengths], dtype=np.int32)}
         tiles, at = torch.cat([torch.zeros(0, 3, s, s, dtype=torch.uint8), *pictures]), labels != IGNORE
-        size = {"tokens": n_tokens, "tiles": len(tiles), "samples": len(ids), "bad": len(bad),
+        size = {"tokens": sum(real), "tiles": len(tiles), "samples": len(ids), "bad": len(bad),
                 "supervised": int(at.sum()), "weight": float(weights[at].sum())}
         return {k: torch.from_numpy(v) for k, v in arrays.items()} | {
-            "tiles": tiles, "ids": ids, "bad": bad, "size": size, "position": pack.position, "counts": pack.counts}
+            "tiles": tiles, "ids": ids, "bad": bad, "size": size, "lengths": real, "position": pack.position,
+            "counts": pack.counts}
 
 def _start_worker(_):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)                      # a preempted job saves; its workers must live
@@ -471,12 +516,13 @@ def make_loader(packs, rank=0, world=1, num_workers=0, position=(0, 0, 0), count
 
 def stage_packs(cfg, stage, tokenizer, vision, packs_per_step):
     """The Packs of one stage of a run: the stage's own data and budgets where it sets them, else the run's."""
-    sources = open_sources(cfg.data or stage.data, tokenizer, cfg.template, cfg.image_as)
+    sources = open_sources(stage.data or cfg.data, tokenizer, cfg.template, cfg.image_as)
     return Packs(sources, tokenizer, cfg.template, tile_size=vision.image_size, tokens_per_tile=vision.tokens_per_tile,
                  min_tiles=cfg.min_tiles, max_tiles=stage.max_tiles or cfg.max_tiles, thumbnail=cfg.thumbnail,
                  tokens_per_pack=stage.tokens_per_pack or cfg.tokens_per_pack, tiles_per_pack=cfg.max_tiles_per_pack,
-                 seed=cfg.seed, image_as=cfg.image_as, packs_per_step=packs_per_step, window=cfg.shuffle_window,
-                 shuffle=cfg.shuffle, pad=cfg.pad_packs, loss_weight=cfg.loss_weight)
+                 seed=cfg.seed, image_as=cfg.image_as, cell_labels=cfg.cell_labels,
+                 packs_per_step=packs_per_step, window=cfg.shuffle_window, shuffle=cfg.shuffle, pad=cfg.pad_packs,
+                 loss_weight=cfg.loss_weight)
 
 def model_inputs(batch, device):
     """The arguments of VLM.forward; the document borders stay on the CPU, where they are read as integers."""
@@ -499,7 +545,9 @@ def check(paths):
             except (ValueError, OSError) as e:
                 reasons[i] = f"id {row['id']}: {type(e).__name__}: {e}"
         for i in sorted(reasons):
-            print(f"{source.path}: line {i + 1}: {reasons[i]}")
+            offset = int(source.rows[i]["offset"])
+            where = f"row {i + 1}" if source.is_tar else f"line {1 + source._read(0, offset).count(bytes([10]))}"
+            print(f"{source.path}: {where}: {reasons[i]}")
         total, n_bad = total + len(source.rows), n_bad + len(reasons)
     print(f"{total} rows, {total - n_bad} good, {n_bad} bad")
     return n_bad

@@ -262,7 +262,7 @@ def predict(name, pairs, assistant, key, cfg, dist, variant="model"):
     with open(mine, "a", encoding="utf-8") as f, tqdm(total=len(todo), desc=mine.stem, disable=not dist.is_main) as bar:
         for batch in prompt_batches(todo, prepare, cfg):
             texts = assistant.answers([p for _, p in batch], max_new_tokens=cfg.max_new_tokens or bench.max_new_tokens)
-            for (row, _), text in zip(batch, texts, strict=True):
+            for (row, _), text in zip(batch, (text.replace("\r", " ") for text in texts), strict=True):    # csv's own
                 done[row["index"]] = text
                 f.write("\n" + json.dumps({"key": key, "index": row["index"], "prediction": text}))   # ends a torn line
             f.flush()

@@ -108,9 +108,12 @@ class VLM(nn.Module):
     Build it under torch.device("meta"), then `to_empty(device=...)` and `init_weights`; or see weights.load_folder."""
     def __init__(self, vision, llm, image_token_id):
         super().__init__()
-        assert llm.n_heads % llm.n_kv_heads == 0, f"{llm.n_heads} heads do not divide over {llm.n_kv_heads} kv heads"
-        assert llm.head_dim % 2 == 0, f"head_dim {llm.head_dim} must be even for the rotary embedding"
+        if llm.n_heads % llm.n_kv_heads:
+            raise ValueError(f"{llm.n_heads} heads do not divide over {llm.n_kv_heads} kv heads")
+        if llm.head_dim % 2:
+            raise ValueError(f"head_dim {llm.head_dim} must be even for the rotary embedding")
         self.vision, self.llm, self.image_token_id = vision, llm, image_token_id
+        self.embed_noise = 0.0              # see noisy()
         if vision:
             self.vision_model, self.mlp1 = ViT(vision), Projector(vision, llm.dim)
         self.language_model = nn.ModuleDict(dict(
@@ -130,11 +133,19 @@ class VLM(nn.Module):
         init_weights(self, seed, std, self.vision.init_values if self.vision else 1.0)
         return self
 
+    def noisy(self, x):
+        """x (..., C), in training with normal noise of up to embed_noise times its size, each row a level of its own.
+        NEFTune (arXiv 2310.05914) has one level. A base trained so gets on well with a fresh projector."""
+        if not (self.embed_noise and self.training):
+            return x
+        level = self.embed_noise * torch.rand_like(x[..., :1]) * x.detach().square().mean(-1, True).sqrt()
+        return x + level * torch.randn_like(x)
+
     def visual_tokens(self, tiles):
         """uint8 tiles (N, 3, s, s) -> (N * tokens_per_tile, C of the LLM). Frozen parts keep no activations."""
         with torch.set_grad_enabled(train_vit := trains(self.vision_model)):
             x = normalize(tiles, self.vision_model.embeddings.patch_embedding.weight.dtype)
-            x = pixel_shuffle(self.vision_model(x), self.vision.downsample)
+            x = self.noisy(pixel_shuffle(self.vision_model(x), self.vision.downsample))
         with torch.set_grad_enabled(train_vit or trains(self.mlp1)):
             return self.mlp1(x).flatten(0, 1)
 
@@ -168,7 +179,7 @@ class VLM(nn.Module):
         nothing is asked. cu_seqlens (S+1,) int32. tiles (N, 3, s, s) uint8; N may be 0. weights (T,) fp32 multiplies
         the loss of each position. Only supervised rows go through the final norm and the head.
         ValueError if image tokens and tiles disagree."""
-        h = self.hidden(self.embed(tokens, tiles), positions, packed(cu_seqlens))
+        h = self.hidden(self.noisy(self.embed(tokens, tiles)), positions, packed(cu_seqlens))
         rows = (labels != IGNORE).nonzero()[:, 0]
         h, labels = h.index_select(0, rows), labels.index_select(0, rows)                       # (supervised, ...)
         row_loss = lambda h, labels: F.cross_entropy(self.head(h), labels, reduction="none")
@@ -284,7 +295,7 @@ def sample(logits, temperature, top_p, top_k, noise):
     if temperature == 0:
         return logits.argmax(-1)
     p, ids = (logits / temperature).softmax(-1).sort(-1, descending=True)
-    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)                       # the first token always stays
+    p[:, 1:] = p[:, 1:].masked_fill((p.cumsum(-1) - p)[:, 1:] >= top_p, 0.0)    # the first token always stays
     if top_k:
         p[:, top_k:] = 0.0
     mass = p.cumsum(-1)

@@ -3,6 +3,7 @@ import torch
 
 import common
 from model import VLM, train_flops
+from weights import read_configs
 
 TOKENS, TILES, SUPERVISED = 2048, 7, 192  # of the sample that a plan is made for: 6 tiles and a thumbnail
 
@@ -12,8 +13,9 @@ def print_plan(cfg, stages, world):
     Memory: fp32 master, gradient and two Adam moments for what trains (16 bytes), bf16 for what is frozen; under
     --parallel=fsdp all ranks share both. FLOPs are strict (model.train_flops), for packs full of such samples; days at
     `mfu_assumed` of a GPU of 989 TFLOP/s."""
+    vision, llm = read_configs(cfg.init_from)[:2] if cfg.init_from else (cfg.vision, cfg.llm)
     with torch.device("meta"):
-        model = VLM(None if cfg.image_as == "words" else cfg.vision, cfg.llm, 0)
+        model = VLM(None if cfg.image_as == "words" else vision, llm, 0)
     days = 0.0
     for name, stage in stages:
         rows = common.print_stage_table(name, model, stage)

@@ -357,7 +357,7 @@ def turns(board, rng, level):
             if level != "knowledge" and not question.startswith(("Is ", "Are ")) and rng.random() < 0.2:
                 question += "\n" + SHORT_HINT
             out.append((question, answer))
-        return out
+        return unlike(out)
     if board.kind in ("sign", "note", "list", "table"):
         out.append(("What is written in the image?", transcription(board)))
         if board.kind in ("list", "table"):
@@ -377,7 +377,11 @@ def turns(board, rng, level):
         elif level != "knowledge" and rng.random() < 0.2:
             question += "\n" + SHORT_HINT
         out.append((question, answer))
-    return out
+    return unlike(out)
+
+def unlike(turns):
+    """The turns without those that ask again what one before asked."""
+    return [*{question.split("\n")[0]: (question, answer) for question, answer in turns}.values()]
 
 # ---- records ------------------------------------------------------------------------------------------------------
 LEVELS = ("pretrain", "knowledge", "instruction", "preference")

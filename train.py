@@ -1,7 +1,7 @@
 """Pretraining in two stages: alignment (projector), then advance (ViT + projector). The language model stays frozen.
 
     torchrun --nproc_per_node=8 train.py config/pretrain_2b.py                 # 8 GPUs
-    python train.py config/pretrain_2b.py --grad_accum_steps=64                # 1 GPU, the same global batch
+    python train.py config/pretrain_2b.py --grad_accum_steps=512               # 1 GPU, the same global batch
     python train.py config/toy.py                                              # CPU, a minute
     python train.py config/pretrain_2b.py --dry_run=True                       # parameters, memory, FLOPs, days
     python train.py config/pretrain_2b.py --stages=advance --init_from=out/pretrain_2b/alignment
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from tqdm import tqdm
 
 import common
 from common import RunConfig, Stage
@@ -51,21 +52,21 @@ def main():
     dtype = common.compute_dtype(cfg.dtype, dist.device)
     autocast = torch.autocast(dist.device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
     out, peak = Path(cfg.out_dir), common.peak_flops(dist.device)
-    checkpoint = common.open_run(cfg, resolved(cfg), origins, stages, dist)     # the newest good one, or None
+    values, checkpoint = resolved(cfg), common.open_run(cfg, origins, stages, dist)     # the newest good one, or None
     log = common.open_log(out) if dist.is_main else None
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
-    folder, first_step = cfg.init_from, 0
 
     for name, stage in stages:
         # ---- one stage: model, data, optimizer ----------------------------------------------------------------------
         steps, accum = min(stage.steps, cfg.max_steps or stage.steps), stage.grad_accum_steps or cfg.grad_accum_steps
         if (out / name / "config.json").exists():
             common.say(dist, f"{name}: finished before, its model folder is {out / name}")
-            folder, first_step = str(out / name), first_step + steps
             continue
+        folder, first_step = common.where_to_start(cfg, origins, name)
         tokenizer_dir = folder or cfg.tokenizer
         tokenizer = Tokenizer(tokenizer_dir)
         model, extra = start_model(cfg, origins, folder, tokenizer, text_only=cfg.image_as == "words")
+        cfg.template = cfg.template or extra.get("template", "sailvl-chat")
         vision, llm, trainable = model.vision, model.llm, common.set_trainable(model, stage)
         packs = stage_packs(cfg, stage, tokenizer, vision or cfg.vision, packs_per_step=accum * dist.world)
         common.set_dtypes(model, dtype)
@@ -76,9 +77,10 @@ def main():
         model = common.parallelize(model, cfg, dist).train()
         optimizer = common.make_optimizer(model, stage, cfg)
         state = common.resume(checkpoint, name, packs.fingerprint, model, optimizer, dist)
-        common.announce(out, name, model, stage, packs, state, dist)
+        common.announce(cfg, values, origins, name, model, stage, packs, state, dist)
         batches = iter(make_loader(packs, dist.rank, dist.world, cfg.num_workers, state["position"], state["counts"]))
         step, bad_steps = state["step"], 0
+        bar = tqdm(total=steps, initial=step, desc=name, disable=None if dist.is_main else True)    # on a terminal
 
         # ==== the loop ===============================================================================================
         while step < steps:
@@ -88,10 +90,11 @@ def main():
             waited = time.perf_counter() - start
             # The loss is one token mean over the whole step: all ranks, all micro-batches, whatever their lengths.
             totals = {key: sum(b["size"][key] for b in micro) for key in micro[0]["size"]}
-            lengths = [n for b in micro for n in b["cu_seqlens"].diff().tolist()]
+            lengths = [n for b in micro for n in b["lengths"]]
             totals["flops"] = train_flops(vision, llm, totals["tiles"], lengths, totals["supervised"], trainable)
             totals = common.all_reduce_dict(totals, dist)
             scale = common.lr_scale(step, steps, stage.warmup_steps, stage.min_lr_ratio)
+            getattr(model, "module", model).embed_noise = cfg.embed_noise * min(1, 2 * step / steps)
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * scale
             loss_sum = torch.zeros((), device=dist.device)
@@ -108,6 +111,7 @@ def main():
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step, bad_steps = step + 1, 0 if finite else bad_steps + 1
+            bar.update()
             common.log_bad(out, [bad for b in micro for bad in b["bad"]])
 
             # ---- what happened ----
@@ -115,15 +119,15 @@ def main():
             clock = time.perf_counter() - start, waited
             row = common.step_row(name, step, steps, loss, norm, norms, optimizer, totals, state, clock, peak, dist)
             if not finite:
-                row["skipped"] = [i for b in micro for i in b["ids"]]
+                row["skipped"] = sum(common.gather([i for b in micro for i in b["ids"]], dist), [])
                 common.say(dist, f"WARNING: step {step} skipped: loss {loss}, gradient norm {norm.item()}")
             if dist.is_main:
                 common.log_line(log, row)
                 if step % cfg.print_every == 0 or step == steps:
-                    print(common.format_step(row), flush=True)
+                    bar.write(common.format_step(row))
             if bad_steps >= 3:
                 raise common.RunStopped(f"three steps in a row without a finite loss or gradient, see {out}/log.jsonl")
-            common.check_quarantine(state, packs.n_bad, out)
+            common.check_quarantine(state, packs, out)
             stop = preemption.stop_requested(dist)
             if stop or step % cfg.save_every == 0:
                 common.save_checkpoint(out, first_step + step, model, optimizer, state, dist, cfg.keep)
@@ -131,6 +135,7 @@ def main():
                 common.say(dist, f"stopped by a signal after {name} {step}, saved; the same command goes on")
                 return common.close_distributed()
         # ==== end of the loop ========================================================================================
+        bar.close()
 
         parts = dict(model=(vision, llm), vision=(vision, None))[cfg.export]
         weights = common.full_state(model)
@@ -139,7 +144,6 @@ def main():
                 min_dynamic_patch=cfg.min_tiles, max_dynamic_patch=cfg.max_tiles, use_thumbnail=cfg.thumbnail))
         common.barrier()
         common.say(dist, f"{name}: model folder {out / name}")
-        folder, first_step = str(out / name), first_step + steps
     if dist.is_main:
         common.plot_loss(out / "log.jsonl", out / "loss.png")
     common.close_distributed()

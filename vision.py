@@ -177,9 +177,11 @@ class ViT(nn.Module):
     """InternViT: class token, learned positions, pre-norm blocks with layer scale, no final norm."""
     def __init__(self, cfg):
         super().__init__()
-        assert cfg.dim % cfg.n_heads == 0, f"dim {cfg.dim} does not divide by n_heads {cfg.n_heads}"
-        assert cfg.image_size % (cfg.patch_size * cfg.downsample) == 0, \
-            f"image_size {cfg.image_size} does not divide by patch_size {cfg.patch_size} x downsample {cfg.downsample}"
+        if cfg.dim % cfg.n_heads:
+            raise ValueError(f"dim {cfg.dim} does not divide by n_heads {cfg.n_heads}")
+        if cfg.image_size % (cfg.patch_size * cfg.downsample):
+            raise ValueError(f"image_size {cfg.image_size} does not divide by patch_size {cfg.patch_size} x downsample "
+                             f"{cfg.downsample}")
         self.embeddings = VisionEmbeddings(cfg)
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(VisionBlock(cfg) for _ in range(cfg.n_layers))})
         self.drop_path = 0.0                        # rate of the last block; grows linearly from 0 over the depth

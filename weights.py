@@ -57,8 +57,15 @@ def _values(where, section, fixed, names=(), **defaults):
 def read_configs(folder):
     """-> (VisionConfig or None, LLMConfig or None, the raw config.json as a dict). One of the two is None for the
     folder of a ViT or of a language model alone. ValueError (unknown architecture or option) or FileNotFoundError."""
-    path, vision, llm = Path(folder) / "config.json", None, None
+    path = Path(folder) / "config.json"
     raw = read_json(path)
+    try:
+        return *_read_config(path, raw), raw
+    except (TypeError, AttributeError, ZeroDivisionError, KeyError) as e:
+        raise ValueError(f"{path} is not what it should be: {e!r}") from None
+
+def _read_config(path, raw):
+    vision = llm = None
     if (kind := (raw.get("architectures") or ["none"])[0]) not in PREFIX:
         raise ValueError(f"{path}: architecture {kind} is not supported, only {', '.join(PREFIX)}")
     if kind != "Qwen2ForCausalLM":
@@ -77,7 +84,7 @@ def read_configs(folder):
             rope_theta=rope.get("rope_theta", 1e4), max_position_embeddings=32768))
     if vision and llm:
         _values(path, raw, TOP_FIXED | dict(force_image_size=vision.image_size))
-    return vision, llm, raw
+    return vision, llm
 
 def image_token_id(folder):
     path = Path(folder) / "added_tokens.json"
@@ -147,17 +154,21 @@ def load_folder(folder, device="cpu", dtype=None, vision=True):
         state[name].copy_(tensor)
     return model, raw
 
+def check_vocabulary(llm, tokenizer):
+    if llm.vocab_size < tokenizer.n_vocab:
+        raise ValueError(f"llm.vocab_size={llm.vocab_size} is smaller than the tokenizer's {tokenizer.n_vocab} tokens; "
+                         "take the tokenizer that belongs to the model, or, for random weights, set --llm.vocab_size")
+
 def start_model(cfg, origins, folder, tokenizer, text_only=False):
     """-> (VLM on the CPU, config.json extras): a model folder's weights, or random ones of cfg.vision and cfg.llm.
     Sizes that the configuration sets by itself must be those of the folder, else ValueError."""
     if not folder:
-        if cfg.llm.vocab_size < (n := tokenizer.n_vocab):
-            raise ValueError(f"llm.vocab_size={cfg.llm.vocab_size} is smaller than the tokenizer's {n} tokens; "
-                             f"set --llm.vocab_size={n} or more")
+        check_vocabulary(cfg.llm, tokenizer)
         with torch.device("meta"):
             model = VLM(None if text_only else cfg.vision, cfg.llm, tokenizer.image_id)
         return model.to_empty(device="cpu").init_weights(cfg.seed, cfg.init_std), {}
     model, raw = load_folder(folder, vision=not text_only)
+    check_vocabulary(model.llm, tokenizer)
     for key, origin in origins.items():
         part, _, name = key.partition(".")
         if part in ("vision", "llm") and getattr(model, part) and origin != "default" and name != "tie_embeddings":
@@ -203,6 +214,8 @@ def write_folder(tensors, config, out_dir, tokenizer_dir, dtype, files=None):
     if out.exists() and any(out.iterdir()) and not (out / "config.json").is_file():
         raise ValueError(f"{out} exists and is not a model folder; choose another name or remove it")
     new, old = (out.with_name(f".{out.name}.{word}-{os.getpid()}") for word in ("tmp", "old"))
+    for left in out.parent.glob(f".{out.name}.*-*"):                        # by a write that was killed
+        shutil.rmtree(left)
     new.mkdir(parents=True)
     try:
         for name in TOKENIZER_FILES if tokenizer_dir else ():
@@ -236,7 +249,10 @@ def _write_shards(tensors, folder, dtype):
     for i, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         part = {name: tensors[name].detach().to("cpu", dtype, copy=True).contiguous() for name in names}
-        save_file(part, folder / file, metadata=dict(format="pt"))
+        try:
+            save_file(part, folder / file, metadata=dict(format="pt"))
+        except SafetensorError as e:
+            raise OSError(f"{folder / file} could not be written ({e}); is the disk full?") from None
         where |= dict.fromkeys(names, file)
     if len(shards) > 1:
         size = sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize

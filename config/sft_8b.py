@@ -25,14 +25,14 @@ save_every = 500                      # [I]
 
 knowledge.data = ""                   # world knowledge, basic instructions (Infinity-MM stage 2 is the public part [P])
 knowledge.steps = 41015               # [A] 21M samples [P] / 512
-knowledge.lr_vision, knowledge.lr_projector, knowledge.lr_llm = 2e-5, 2e-5, 2e-5   # [IVL] as for larger models
+knowledge.lr_vision, knowledge.lr_projector, knowledge.lr_llm = 2e-5, 2e-5, 2e-5   # [I] half of InternVL2.5's
 knowledge.warmup_steps = 1230         # [IVL] 3 % of the steps
 knowledge.weight_decay = 0.05         # [IVL] 8B
 knowledge.drop_path = 0.1             # [IVL]
 
 instruction.data = ""                 # visual instruction following
 instruction.steps = 23437             # [A] 12M samples [P] / 512
-instruction.lr_vision, instruction.lr_projector, instruction.lr_llm = 2e-5, 2e-5, 2e-5   # [IVL] as for larger models
+instruction.lr_vision, instruction.lr_projector, instruction.lr_llm = 2e-5, 2e-5, 2e-5   # [I] half of InternVL2.5's
 instruction.warmup_steps = 703        # [IVL] 3 %
 instruction.weight_decay = 0.05       # [IVL]
 instruction.drop_path = 0.1           # [IVL]

@@ -16,12 +16,12 @@ beta2 = 0.98
 save_every = 100
 print_every = 20
 
-alignment.steps = 200
+alignment.steps = 150
 alignment.lr_projector = 6e-3         # a fresh, tiny projector; the real ones are in config/pretrain_2b.py
 alignment.warmup_steps = 10
 alignment.weight_decay = 0.02
 
-advance.steps = 60
+advance.steps = 80
 advance.lr_vision = 3e-4
 advance.lr_projector = 1.5e-3
 advance.warmup_steps = 10

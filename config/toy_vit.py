@@ -8,7 +8,7 @@ Data first: python toy.py --out=shards/toy_vit --n=40000 --seed=101 --parts=pret
 out_dir = "out/toy_vit"
 data = "shards/toy_vit/pretrain-*.tar"
 tokenizer = "config/toy_tokenizer"
-image_as = "dense"                    # labels sit on the visual tokens
+cell_labels = "only"                  # labels sit on the visual tokens, nowhere else
 vision = "toy"
 llm = "toy"
 llm.n_layers = 0                      # the throw-away decoder: projector, norm, head

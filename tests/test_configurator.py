@@ -87,7 +87,7 @@ image = (f"{_base}.png",)
 
 
 @pytest.mark.parametrize(("flag", "key", "value"), [
-    ("--seed=1e6", "seed", 1_000_000), ("--seed=-3", "seed", -3), ("--alignment.lr=2", "alignment.lr", 2.0),
+    ("--seed=1e6", "seed", 1_000_000), ("--alignment.lr=2", "alignment.lr", 2.0),
     ("--alignment.lr=1e-5", "alignment.lr", 1e-5), ("--debugging=True", "debugging", True),
     ("--dtype=float32", "dtype", "float32"), ("--out_dir=a=b", "out_dir", "a=b"),
     ("--out_dir=2024", "out_dir", "2024"), ("--out_dir=", "out_dir", ""),

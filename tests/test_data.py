@@ -268,6 +268,38 @@ def test_the_index_is_rebuilt_when_the_file_changes(tmp_path):
     assert len(open_sources(spec, TOY, "sailvl-chat")[0].rows) == 2
 
 
+def test_a_row_that_was_mended_is_read_without_touching_its_file(tmp_path):
+    spec = write_rows(tmp_path, [talk(image="late.png"), talk()])
+    assert len(open_sources(spec, TOY, "sailvl-chat")[0].meta["bad"]) == 1
+    (tmp_path / "late.png").write_bytes(picture())
+    assert open_sources(spec, TOY, "sailvl-chat")[0].meta["bad"] == []
+
+
+def test_openai_image_urls_are_read_and_what_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "a.png").write_bytes(picture())
+    part = lambda **more: {"messages": [{"role": "user", "content": [{"type": "text", "text": "What?"}, more]},
+                                        {"role": "assistant", "content": "This."}]}
+    rows = [part(type="image_url", image_url={"url": "a.png"}), part(type="video_url", video_url={"url": "a.mp4"}),
+            talk(video="a.mp4")]
+    source, = open_sources(write_rows(tmp_path, rows), TOY, "sailvl-chat")
+    assert source.rows["n_images"].tolist() == [1, 0, 0]
+    reasons = [bad["reason"] for bad in source.meta["bad"]]
+    assert len(reasons) == 2 and "video_url" in reasons[0] and "a video" in reasons[1]
+
+
+def test_other_budgets_order_or_steps_are_other_data(tmp_path):
+    sources = open_sources(write_rows(tmp_path, [talk()]), TOY, "sailvl-chat")
+    marks = {Packs(sources, TOY, "sailvl-chat", **KW | more).fingerprint
+             for more in ({}, dict(seed=9), dict(tokens_per_pack=399), dict(packs_per_step=3), dict(shuffle=False))}
+    assert len(marks) == 5
+
+
+def test_a_damaged_tar_is_named(tmp_path):
+    (tmp_path / "cut.tar").write_bytes(b"not a tar at all" * 99)
+    with pytest.raises(ValueError, match="cut.tar is no whole tar file"):
+        open_sources(f"{tmp_path}/cut.tar", TOY, "sailvl-chat")
+
+
 def test_check_names_the_line_and_show_prints_what_the_model_sees(tmp_path, capsys):
     (tmp_path / "p.png").write_bytes(picture())
     rows = [talk("<image>\nWhat?", "Red.", image="p.png", id="a"), {"id": "b", "conversations": []}]

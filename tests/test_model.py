@@ -133,6 +133,18 @@ def test_loss_is_the_weighted_sum_over_supervised_positions(monkeypatch):
     torch.testing.assert_close(*grads)
 
 
+def test_embedding_noise_is_of_the_given_size_and_in_training_only():
+    vlm, (tokens, labels, positions, cu, tiles) = tiny(), pack((9, 30), (1, 2))
+    clean = vlm(tokens, labels, positions, cu, tiles)
+    vlm.embed_noise, x = 0.5, torch.randn(20000, 64)
+    noise = vlm.noisy(x) - x
+    size = noise.square().mean(-1).sqrt() / x.square().mean(-1).sqrt()             # uniform between 0 and 0.5
+    assert abs(size.mean() - 0.25) < 0.01 and 0.49 < size.quantile(0.99) < 0.6 and size.min() < 0.01
+    assert abs(noise.mean()) < 0.01
+    assert vlm(tokens, labels, positions, cu, tiles) != clean
+    assert vlm.eval()(tokens, labels, positions, cu, tiles) == clean
+
+
 def test_a_pack_without_supervision_gives_zero_loss_and_zero_gradients():
     vlm = tiny()
     tokens, labels, positions, cu, tiles = pack((9, 30), (1, 3))

@@ -2,9 +2,10 @@
 import time
 from pathlib import Path
 
+import pytest
 
 import toy
-from data import Tokenizer, open_sources, Packs
+from data import Tokenizer, open_sources, Packs, render
 from vision import count_tiles, tile_grid
 
 TOY = Tokenizer(Path(__file__).parent.parent / "config" / "toy_tokenizer")
@@ -98,17 +99,30 @@ def test_shards_are_ordinary_webdataset_tars_and_a_finished_shard_is_kept(tmp_pa
     assert not batch["bad"] and (batch["tokens"] == TOY.image_id).sum() == 9 * len(batch["tiles"])
 
 
-def test_words_and_dense_labels_stand_where_the_visual_tokens_stand(tmp_path):
+def test_words_and_cell_labels_stand_where_the_visual_tokens_stand(tmp_path):
     toy.write_parts(toy.Config(out=str(tmp_path), n=20), ["pretrain"])
     batches = {}
-    for image_as in ("pixels", "words", "dense"):
-        packs = Packs(open_sources(f"{tmp_path}/*.tar", TOY, "sailvl-chat", image_as), TOY, "sailvl-chat", tile_size=84,
-                      tokens_per_tile=9, max_tiles=4, tokens_per_pack=4000, tiles_per_pack=200, image_as=image_as)
-        batches[image_as] = packs[next(packs.sequence())]
-    at = batches["pixels"]["tokens"] == TOY.image_id
-    assert batches["pixels"]["ids"] == batches["words"]["ids"] == batches["dense"]["ids"]
-    assert at.any() and (batches["words"]["tokens"][at] == batches["dense"]["labels"][at]).all()
-    assert (batches["dense"]["labels"][~at] == -100).all() and not len(batches["words"]["tiles"])
+    for name in (("pixels", "none"), ("words", "none"), ("words", "also"), ("pixels", "also"), ("pixels", "only")):
+        packs = Packs(open_sources(f"{tmp_path}/*.tar", TOY, "sailvl-chat", name[0]), TOY, "sailvl-chat", tile_size=84,
+                      tokens_per_tile=9, max_tiles=4, tokens_per_pack=4000, tiles_per_pack=200, image_as=name[0],
+                      cell_labels=name[1], loss_weight="sample")
+        batches[name] = packs[next(packs.sequence())]
+    plain, words = batches["pixels", "none"], batches["words", "none"]["tokens"]
+    at = plain["tokens"] == TOY.image_id
+    assert at.any() and len({tuple(batch["ids"]) for batch in batches.values()}) == 1
+    assert not len(batches["words", "also"]["tiles"]) and (words[~at] == plain["tokens"][~at]).all()
+    for name in (("words", "also"), ("pixels", "also"), ("pixels", "only")):
+        assert (batches[name]["labels"][at] == words[at]).all()                    # each cell is its own word
+        others = -100 if name[1] == "only" else plain["labels"][~at]
+        assert (batches[name]["labels"][~at] == others).all()
+    assert (batches["pixels", "also"]["weights"] == plain["weights"]).all()        # answers weigh what they weighed
+
+
+def test_rows_without_cells_cannot_be_labelled_with_cells():
+    row = {"id": "a", "image": "a.png", "caption": "a cat"}
+    for how in (dict(image_as="words"), dict(cell_labels="also")):
+        with pytest.raises(ValueError, match="need `cells`, which only toy data has"):
+            render(row, TOY, "sailvl-chat", [1], 9, **how)
 
 
 def test_drawing_is_fast_enough_to_be_free(capsys):

@@ -1,12 +1,12 @@
 """train.py and sft.py: what trains, what is frozen, that a run goes on as if nothing had happened, honest refusals."""
-import difflib, json, os, signal, subprocess, sys
+import contextlib, difflib, json, os, signal, subprocess, sys, types
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-import sft, toy, train
+import common, sft, toy, train
 
 ROOT = Path(__file__).parent.parent
 TINY = """--tokenizer=config/toy_tokenizer --vision=toy --vision.dim=32 --vision.n_layers=1 --vision.n_heads=2
@@ -41,6 +41,15 @@ def launch(script, arguments, ranks=1, **kw):
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     return subprocess.Popen([sys.executable, *torchrun, script, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **kw)
+
+
+def kill_tree(pid):
+    """SIGKILL a process and all that descend from it, so that nobody can tidy up."""
+    children = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(int(pid), signal.SIGKILL)
+    for child in children:
+        kill_tree(child)
 
 
 def weights(folder):
@@ -83,6 +92,45 @@ def test_a_stopped_run_goes_on_to_the_same_weights_bit_for_bit(tmp_path, shards,
             assert all(torch.equal(got[k], want[k]) for k in want), (out, stage)
 
 
+def test_two_ranks_killed_at_once_go_on_to_the_same_weights_bit_for_bit(tmp_path, shards):
+    whole = launch("train.py", argv(tmp_path / "whole", shards, steps=7), ranks=2)
+    assert whole.wait(120) == 0, whole.stdout.read()
+    arguments = argv(tmp_path / "killed", shards, "--save_every=2", "--print_every=1", steps=7)
+    process = launch("train.py", arguments, ranks=2)
+    for line in process.stdout:
+        if line.startswith("alignment 5/"):
+            kill_tree(process.pid)
+            break
+    process.wait(60)
+    again = launch("train.py", arguments, ranks=2)
+    output = again.communicate(timeout=120)[0]
+    assert again.returncode == 0 and "goes on at step 4" in output, output
+    losses = [{(r["stage"], r["step"]): r["loss"] for r in log(tmp_path / out)} for out in ("whole", "killed")]
+    assert losses[0] == losses[1]
+    for stage in ("alignment", "advance"):
+        got, want = weights(tmp_path / "killed" / stage), weights(tmp_path / "whole" / stage)
+        assert all(torch.equal(got[k], want[k]) for k in want), stage
+
+
+def test_one_stage_after_the_other_gives_what_both_in_one_command_give(tmp_path, shards, monkeypatch):
+    run(train, argv(tmp_path / "both", shards, steps=6), monkeypatch)
+    save = "--save_every=3"
+    first = launch("train.py", argv(tmp_path / "each", shards, save, "--stages=alignment", steps=6))
+    assert first.wait(60) == 0, first.stdout.read()
+    slow = argv(tmp_path / "each", shards, save, "--print_every=1", "--stages=advance", steps=6)
+    process, output = launch("train.py", slow), ""
+    for line in process.stdout:
+        output += line
+        if line.startswith("advance 4/"):
+            process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0, output
+    numbers = sorted(path.name for path in (tmp_path / "each" / "checkpoints").glob("step_*"))
+    assert numbers[-1] in ("step_00000010", "step_00000011")                      # behind the six of alignment
+    run(train, slow, monkeypatch)
+    got, want = weights(tmp_path / "each" / "advance"), weights(tmp_path / "both" / "advance")
+    assert all(torch.equal(got[k], want[k]) for k in want)
+
+
 def test_one_process_two_ddp_ranks_and_two_fsdp_ranks_take_the_same_steps(tmp_path, shards, monkeypatch):
     run(train, argv(tmp_path / "one", shards, "--grad_accum_steps=2"), monkeypatch)
     for parallel in ("ddp", "fsdp"):
@@ -123,6 +171,11 @@ def test_the_loss_falls(tmp_path, shards, monkeypatch):
     (["config/nothing.py"], "config/nothing.py"),
     (["--llm.vocab_size=500"], "vocab_size"),
     (["--alignment.lr_projector=0", "--stages=alignment"], "trains nothing"),
+    (["--template=sailvl"], "--template=sailvl: unknown"),
+    (["--grad_accum_steps=0"], "grad_accum_steps=0 must be at least 1"),
+    (["--max_steps=-1"], "max_steps=-1 must be at least 0"),
+    (["--llm.n_heads=3", "--llm.n_kv_heads=2"], "3 heads do not divide over 2"),
+    (["--vision.image_size=90"], "image_size 90 does not divide"),
 ])
 def test_a_mistake_gets_one_clear_line_and_writes_no_weights(tmp_path, shards, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(ROOT)
@@ -153,7 +206,7 @@ def test_other_data_under_a_checkpoint_are_refused(tmp_path, shards, monkeypatch
     import shutil
     shutil.rmtree(tmp_path / "a" / "alignment")
     toy.write_parts(toy.Config(out=str(tmp_path), n=50), ["pretrain"])
-    with pytest.raises(ValueError, match="data of stage alignment changed"):
+    with pytest.raises(ValueError, match="data of stage alignment, their order or the size of packs and steps changed"):
         run(train, argv(tmp_path / "a", f"{tmp_path}/*.tar", stages=("alignment",)), monkeypatch)
 
 
@@ -162,6 +215,23 @@ def test_dry_run_prints_the_published_sizes_without_building_anything(monkeypatc
     run(train, [f"config/{config}.py", "--dry_run=True"], monkeypatch)
     text = capsys.readouterr().out
     assert f"685 tensors, {parameters:,} parameters" in text and "days in all" in text and "GB per GPU" in text
+
+
+def test_the_data_of_a_stage_go_first_and_a_flag_that_would_be_lost_is_refused(tmp_path, shards, monkeypatch):
+    arguments = argv(tmp_path / "r", shards, f"--advance.data={shards.replace('*', '000000')}", "--max_steps=1")
+    run(train, [a for a in arguments if not a.startswith("--data=")] + [f"--alignment.data={shards}"], monkeypatch)
+    (tmp_path / "c.py").write_text("advance.data = 'other.jsonl'")
+    with pytest.raises(ValueError, match="--advance.data=PATH"):
+        run(train, [tmp_path / "c.py", *argv(tmp_path / "s", shards)], monkeypatch)
+
+
+def test_one_percent_of_a_large_source_may_be_unreadable():
+    packs, state = types.SimpleNamespace(n=20000, n_bad=150), {"quarantined": 0, "samples_seen": 8}
+    common.check_quarantine(state, packs, "out")
+    for bad in (types.SimpleNamespace(n=14000, n_bad=150), packs):
+        state["quarantined"] = 200 * (bad is packs)
+        with pytest.raises(ValueError, match="unreadable samples"):
+            common.check_quarantine(state, bad, "out")
 
 
 def test_unreadable_samples_are_named_and_a_rotten_source_stops_the_run(tmp_path, monkeypatch):
