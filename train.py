@@ -76,7 +76,7 @@ def main():
             compile_blocks(model)
         model = common.parallelize(model, cfg, dist).train()
         optimizer = common.make_optimizer(model, stage, cfg)
-        state = common.resume(checkpoint, name, packs.fingerprint, model, optimizer, dist)
+        state, checkpoint = common.resume(checkpoint, name, packs.fingerprint, model, optimizer, dist), None
         common.announce(cfg, values, origins, name, model, stage, packs, state, dist)
         batches = iter(make_loader(packs, dist.rank, dist.world, cfg.num_workers, state["position"], state["counts"]))
         step, bad_steps = state["step"], 0
