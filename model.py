@@ -151,15 +151,18 @@ class VLM(nn.Module):
 
     def embed(self, tokens, tiles):
         """tokens (T,), tiles (N, 3, s, s) uint8 or None -> embeddings (T, C), visual tokens at <IMG_CONTEXT>. A pack
-        without tiles runs a black one, unused, through trainable vision: all ranks must reduce the same gradients."""
+        without tiles runs a black one, unused, through trainable vision: all ranks must reduce the same gradients.
+        A text-only model may see words, tiles (N, W) int64: a visual token is the sum of W embeddings."""
         h = self.language_model.model.embed_tokens(tokens)                                      # (T, C)
         rows, n_tiles = (tokens == self.image_token_id).nonzero()[:, 0], 0 if tiles is None else len(tiles)
-        if len(rows) != (expected := n_tiles * self.vision.tokens_per_tile if self.vision else 0):
+        if len(rows) != (expected := n_tiles * (self.vision.tokens_per_tile if self.vision else 1)):
             raise ValueError(f"the pack has {len(rows)} <IMG_CONTEXT> tokens, but its {n_tiles} tiles give {expected}")
         if not n_tiles:
             if self.vision is None or not (trains(self.vision_model) or trains(self.mlp1)):
                 return h
             tiles = tokens.new_zeros(1, 3, self.vision.image_size, self.vision.image_size, dtype=torch.uint8)
+        if self.vision is None:
+            return h.index_copy(0, rows, self.language_model.model.embed_tokens(tiles).sum(1))
         return h.index_copy(0, rows, self.visual_tokens(tiles)[:len(rows)].to(h.dtype))
 
     def hidden(self, h, positions, attend, cache=None):
