@@ -1,4 +1,4 @@
-"""model.py: exactness against transformers, packing, loss, frozen parts, generation, FLOPs."""
+"""model.py: packing, loss, frozen parts, generation, FLOPs. Exactness is in test_parity.py."""
 import random, types
 
 import pytest
@@ -38,68 +38,6 @@ def pack(lengths, n_tiles=(), seed=0):
     positions = torch.cat([torch.arange(n) for n in lengths])
     tiles = torch.randint(0, 256, (sum(n_tiles), 3, 56, 56), generator=g, dtype=torch.uint8)
     return tokens, labels, positions, cu.int(), tiles
-
-
-def transformers_twin(vlm):
-    """The same weights in transformers' own InternVL classes (an independent implementation)."""
-    t = pytest.importorskip("transformers", reason="transformers is the oracle; pip install -r requirements-dev.txt")
-    v, c = vlm.vision, vlm.llm
-    vision = t.InternVLVisionConfig(
-        hidden_size=v.dim, num_hidden_layers=v.n_layers, num_attention_heads=v.n_heads, intermediate_size=v.ffn_dim,
-        image_size=[v.image_size] * 2, patch_size=[v.patch_size] * 2, attention_bias=True, norm_type="layer_norm",
-        layer_norm_eps=v.norm_eps, use_mean_pooling=True)
-    text = t.Qwen2Config(
-        vocab_size=c.vocab_size, hidden_size=c.dim, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
-        num_key_value_heads=c.n_kv_heads, intermediate_size=c.ffn_dim, rms_norm_eps=c.norm_eps, head_dim=c.head_dim,
-        rope_parameters=dict(rope_type="default", rope_theta=c.rope_theta), tie_word_embeddings=False)
-    twin = t.InternVLForConditionalGeneration(t.InternVLConfig(
-        vision_config=vision.to_dict(), text_config=text.to_dict(), image_token_id=IMG, tie_word_embeddings=False))
-    names = [("vision_model.embeddings.class_embedding", "model.vision_tower.embeddings.cls_token"),
-             ("vision_model.embeddings.position_embedding", "model.vision_tower.embeddings.position_embeddings"),
-             ("vision_model.embeddings.patch_embedding", "model.vision_tower.embeddings.patch_embeddings.projection"),
-             ("vision_model.encoder.layers", "model.vision_tower.encoder.layer"),
-             (".attn.proj.", ".attention.projection_layer."), (".norm1.", ".layernorm_before."),
-             (".norm2.", ".layernorm_after."), (".ls1", ".lambda_1"), (".ls2", ".lambda_2"),
-             ("mlp1.0", "model.multi_modal_projector.layer_norm"), ("mlp1.1", "model.multi_modal_projector.linear_1"),
-             ("mlp1.3", "model.multi_modal_projector.linear_2"), ("language_model.lm_head", "lm_head"),
-             ("language_model.model.", "model.language_model.")]
-    state = {}
-    for name, tensor in vlm.state_dict().items():
-        for ours, theirs in names:
-            name = name.replace(ours, theirs) if not name.startswith("model.language_model.") else name
-        for part, rows in zip("qkv", tensor.chunk(3)) if ".attn.qkv." in name else ():
-            state[name.replace(".attn.qkv.", f".attention.{part}_proj.")] = rows
-        if ".attn.qkv." not in name:
-            state[name] = tensor
-    assert set(state) == set(twin.state_dict()), set(state) ^ set(twin.state_dict())
-    twin.load_state_dict(state)
-    return twin.eval()
-
-
-def test_logits_and_gradients_equal_transformers():
-    vlm = tiny()
-    twin = transformers_twin(vlm)
-    lengths, n_tiles = (9, 30, 14, 21), (1, 3, 0, 2)
-    tokens, labels, positions, cu, tiles = pack(lengths, n_tiles)
-    ours = vlm.logits(tokens, positions, cu, tiles)
-    from vision import normalize
-    first, theirs = 0, []
-    for doc, n in zip(tokens.split(lengths), n_tiles):
-        pixels = normalize(tiles[first:first + n]) if n else None
-        theirs.append(twin(input_ids=doc[None], pixel_values=pixels).logits[0])
-        first += n
-    theirs = torch.cat(theirs)
-    assert ours.std() > 0.5
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
-    vlm(tokens, labels, positions, cu, tiles).backward()
-    torch.nn.functional.cross_entropy(theirs, labels, reduction="sum").backward()
-    vit, llm = vlm.vision_model, vlm.language_model.model
-    for a, b in ((vit.embeddings.patch_embedding, "model.vision_tower.embeddings.patch_embeddings.projection"),
-                 (vlm.mlp1[1], "model.multi_modal_projector.linear_1"),
-                 (llm.embed_tokens, "model.language_model.embed_tokens"),
-                 (llm.layers[0].self_attn.k_proj, "model.language_model.layers.0.self_attn.k_proj")):
-        a, b = a.weight, twin.get_parameter(b + ".weight").grad
-        assert (a.grad - b).abs().max() <= 1e-3 * b.abs().max()
 
 
 def test_documents_of_a_pack_do_not_see_each_other():
