@@ -229,15 +229,18 @@ def test_sampling_draws_with_the_probabilities_of_the_softmax():
 # ---- FLOPs -----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("llm, sample, align, advance, sft", [
-    ("qwen2.5-1.5b", (1, 320, 48), 2.48, 3.93, 4.79), ("qwen2.5-1.5b", (7, 2048, 192), 17.1, 27.3, 32.7),
-    ("qwen2.5-1.5b", (11, 3840, 768), 32.7, 48.7, 59.1), ("qwen2.5-7b", (1, 320, 48), 9.28, 10.7, 15.0),
-    ("qwen2.5-7b", (7, 2048, 192), 61.7, 71.9, 98.8), ("qwen2.5-7b", (11, 3840, 768), 119, 135, 186)])
-def test_strict_flops_equal_the_published_hand_count(llm, sample, align, advance, sft):
+    ("qwen2.5-1.5b", (1, 320, 48), 2.48202, 3.93243, 4.79336),
+    ("qwen2.5-1.5b", (7, 2048, 192), 17.1308, 27.2837, 32.7399),
+    ("qwen2.5-1.5b", (11, 3840, 768), 32.7178, 48.6723, 59.0931),
+    ("qwen2.5-7b", (1, 320, 48), 9.27721, 10.7319, 14.9604),
+    ("qwen2.5-7b", (7, 2048, 192), 61.7089, 71.8918, 98.8287),
+    ("qwen2.5-7b", (11, 3840, 768), 119.125, 135.127, 186.078)])
+def test_strict_flops_equal_an_independent_count_to_a_tenth_of_a_percent(llm, sample, align, advance, sft):
     tiles, tokens, supervised = sample
     cfg = LLMConfig(**LLMConfig.PRESETS[llm])
     for train, teraflops in (((0, 1, 0), align), ((1, 1, 0), advance), ((1, 1, 1), sft)):
         got = train_flops(VisionConfig(), cfg, tiles, [tokens], supervised, train)
-        assert isinstance(got, int) and f"{got / 1e12:.3g}" == f"{teraflops:.3g}"
+        assert isinstance(got, int) and got / 1e12 == pytest.approx(teraflops, rel=1e-3)
 
 
 def test_strict_flops_count_attention_only_inside_documents():
