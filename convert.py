@@ -17,10 +17,9 @@ import torch
 
 from configurator import configure, launch
 from data import TEMPLATES, Tokenizer, read_json
-from model import init_weights
-from vision import MEAN, STD, Projector
-from weights import (HEAD, config_json, image_token_id, inspect_folder, load_folder, read_tensors, save_folder,
-                     write_folder)
+from model import VLM, init_weights
+from vision import MEAN, STD
+from weights import HEAD, config_json, fill, image_token_id, inspect_folder, load_folder, save_folder, write_folder
 
 USAGE = ("usage: convert.py assemble --vision=DIR --llm=DIR --out=DIR | check DIR | "
          "export SRC DST --layout=internvl|transformers")
@@ -41,11 +40,13 @@ def assemble(cfg):
     (vision, *_, ours), (_, llm, _, theirs) = map(inspect_folder, (cfg.vision, cfg.llm))
     if not vision or not llm:
         raise ValueError(f"{cfg.llm} holds no language model" if vision else f"{cfg.vision} holds no vision encoder")
-    init_weights(projector := Projector(vision, llm.dim), cfg.seed)
-    state = dict(read_tensors(ours, "vision_model.")) | dict(read_tensors(theirs, "language_model."))
-    state |= {"mlp1." + name: tensor for name, tensor in projector.state_dict().items()}
+    with torch.device("meta"):
+        model = VLM(vision, llm, -1).to(dtype := getattr(torch, cfg.dtype))
+    fill(model.to_empty(device="cpu"), {name: entry for part, table in (("vision", ours), ("language", theirs))
+                                        for name, entry in table.items() if name.startswith(part + "_model.")})
+    init_weights(model.mlp1, cfg.seed)
     files = extend_tokenizer(Path(cfg.llm), llm.vocab_size, cfg.template)
-    save_folder(state, vision, llm, cfg.out, cfg.llm, cfg.template, getattr(torch, cfg.dtype), files=files)
+    save_folder(model.state_dict(), vision, llm, cfg.out, cfg.llm, cfg.template, dtype, files=files)
     print(f"{cfg.out}: written; the projector is untrained (seed {cfg.seed})")
 
 def extend_tokenizer(folder, vocab_size, template):
@@ -102,8 +103,8 @@ def transformers_tensors(state):
     return out
 
 def prompt_files(config, template, image):
-    """tokenizer_config.json (from its content so far) and chat_template.jinja: the prompt template as the Jinja text that
-    others read. image: what stands for a picture, `<image>` where a model's own code or vLLM puts its tokens in."""
+    """tokenizer_config.json (of its content so far) and chat_template.jinja: the prompt template as Jinja, for others.
+    image: what stands for a picture, `<image>` where a model's own code or vLLM puts its tokens in."""
     system, sep = TEMPLATES[template]["system"], "<|im_end|>" + TEMPLATES[template]["sep"].replace("\n", "\\n")
     text = ("{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\n" + system + sep + "' }}{% endif %}"
             "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"

@@ -134,13 +134,6 @@ def inspect_folder(folder):
         raise ValueError(f"{folder}: " + "; ".join(wrong[:5]) + f" and {len(wrong) - 5} more" * (len(wrong) > 5))
     return vision, llm, raw, table
 
-def read_tensors(table, prefix=""):
-    """Yield (our name, tensor on the CPU, as stored) of the entries with this prefix, one at a time, file by file."""
-    for path in sorted({path for path, *_ in table.values()}):
-        with safe_open(path, framework="pt") as f:
-            yield from ((ours, f.get_tensor(name)) for ours, (file, name, *_) in table.items()
-                        if file == path and ours.startswith(prefix))
-
 def open_folder(folder, dtype=None, vision=True):
     """-> (VLM on the meta device, config.json as a dict, the table that `fill` needs). dtype None is that of the stored
     embedding table; vision=False is for the language model alone. Raises as inspect_folder."""
@@ -153,8 +146,8 @@ def open_folder(folder, dtype=None, vision=True):
 
 @torch.no_grad()
 def fill(model, table):
-    """Fill the parameters of a VLM from the files of its folder, one at a time; a rank reads only the rows it keeps.
-    Memory beside the model: one tensor, because the file is closed, and what was read of it let go, after each."""
+    """Fill what a VLM has of a table's entries from their files; a rank reads only the rows it keeps. Memory beside the
+    model: one tensor, because the file is closed, and what was read of it let go, after each."""
     for name, p in model.state_dict().items():
         local, rows = kept_rows(p)
         if name in table and len(local):                                    # a tied head is not in it
@@ -183,8 +176,8 @@ def start_model(cfg, origins, folder, tokenizer, text_only=False):
     check_vocabulary(model.llm, tokenizer)
     for key, origin in origins.items():
         part, _, name = key.partition(".")
-        free = ("tie_embeddings", "init_values", "max_positions")           # the weights decide, or it changes nothing
-        if part in ("vision", "llm") and getattr(model, part) and origin != "default" and name not in free:
+        if (part in ("vision", "llm") and getattr(model, part) and origin != "default"
+                and name not in ("tie_embeddings", "init_values", "max_positions")):    # which bind no loaded weight
             want, have = (getattr(getattr(one, part), name) for one in (cfg, model))
             if want != have:
                 raise ValueError(f"{origin}: {key}={want}, but {folder} has {have}; leave it out, or start from random "
@@ -225,9 +218,8 @@ def save_folder(state, vision, llm, out_dir, tokenizer_dir=None, template="sailv
                for name in parameter_shapes(vision, llm) if name != HEAD or not llm.tie_embeddings}
     if vision and llm:                                                      # llama.cpp looks for mean and std here
         files = {"preprocessor_config.json": dict(
-            image_mean=MEAN, image_std=STD, size=vision.image_size, crop_size=vision.image_size, resample=3,
-            do_resize=True, do_center_crop=True, do_normalize=True, do_convert_rgb=True,
-            feature_extractor_type="CLIPFeatureExtractor")} | (files or {})
+            feature_extractor_type="CLIPFeatureExtractor", size=vision.image_size, crop_size=vision.image_size,
+            resample=3, image_mean=MEAN, image_std=STD)} | (files or {})
     write_folder(tensors, config, out_dir, tokenizer_dir if llm else None, dtype, files)
 
 def write_folder(tensors, config, out_dir, tokenizer_dir, dtype, files=None):

@@ -420,7 +420,7 @@ def test_loading_takes_less_than_1_15_times_the_weights(tmp_path):
             "print((peak() - before) / sum(p.nbytes for p in vlm.parameters()))" % str(folder))
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert 0.9 < float(done.stdout) < 1.15
+    assert 0.5 < float(done.stdout) < 1.15
 
 
 # ---- R22 -----------------------------------------------------------------------------------------------------------------

@@ -131,10 +131,11 @@ def transformers(folder):
 
 def shallow(folder, out):
     """The first two layers of each part of the folder, fp32, against transformers on the exported copy."""
-    from weights import read_configs, read_tensors, inspect_folder, save_folder
-    vision, llm, _ = read_configs(folder)
-    vision.n_layers = llm.n_layers = 2
-    save_folder(dict(read_tensors(inspect_folder(folder)[3])), vision, llm, out, folder)
+    from weights import load_folder, save_folder
+    vlm, _ = load_folder(folder)
+    vlm.vision.n_layers = vlm.llm.n_layers = 2
+    save_folder(vlm.state_dict(), vlm.vision, vlm.llm, out, folder)
+    del vlm
     compare(out)
 
 
