@@ -142,20 +142,22 @@ def compute_dtype(name, device):
 
 def parallelize(model, cfg, dist):
     """Move the model to its device and spread it over the ranks; returns the module to call. On a fresh model in each
-    stage, after `set_trainable`. DDP copies it; FSDP2 shards weights, gradients and moments, one unit per block of the
-    language model and one for the rest: the ViT is of the rest so that a rank whose pack holds no tile may skip a
-    frozen ViT and leave nobody waiting in a collective. Both average: loss = loss_sum * world / supervised tokens."""
+    stage, after `set_trainable`. From the meta device it comes without weights: all ranks then fill it alike. DDP has
+    copies; FSDP2 shards weights, gradients and moments, one unit per block of the language model and one for the rest:
+    the ViT is of the rest so that a rank whose pack holds no tile may skip a frozen ViT and leave nobody waiting in a
+    collective. Both average: loss = loss_sum * world / supervised tokens."""
     vision, blocks = getattr(model, "vision_model", None), list(model.language_model.model.layers)
     if cfg.activation_checkpointing:
         for block in blocks + (list(vision.encoder.layers) if vision is not None else []):
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # in place: names stay
-    if not td.is_initialized(): return model.to(dist.device)
+    move = model.to_empty if any(p.is_meta for p in model.parameters()) else model.to
+    if not td.is_initialized(): return move(device=dist.device)
     if cfg.parallel == "ddp":  # without device_ids, with which DDP would move cu_seqlens to the GPU
-        return DistributedDataParallel(model.to(dist.device), gradient_as_bucket_view=True)
+        return DistributedDataParallel(move(device=dist.device), gradient_as_bucket_view=True, init_sync=False)
     mesh, dtype = td.init_device_mesh(dist.device.type, (dist.world,)), compute_dtype(cfg.dtype, dist.device)
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)  # so that loss weights stay fp32
     for unit in [*blocks, model]: fully_shard(unit, mesh=mesh, mp_policy=policy)
-    return model
+    return move(device=dist.device)
 
 def set_gradient_sync(model, on):
     """Before each forward: DDP adds up over ranks in a step's last micro-batch only; FSDP, to save memory, in each."""

@@ -5,8 +5,8 @@
     python convert.py export out/sft/model exported --layout=transformers
 
 assemble joins a released ViT and a released language model (each may also be a whole model folder, of which that part
-is taken) with a fresh projector and adds the image tokens to the tokenizer. export writes InternVL's layout, which
-vLLM, llama.cpp and VLMEvalKit read, or the layout of transformers' own InternVL classes. Nothing is ever half written.
+is taken) with a fresh projector and adds the image tokens to the tokenizer. export writes InternVL's layout, made for
+vLLM and llama.cpp, or the layout of transformers' own InternVL classes. Nothing is ever half written.
 """
 import math, sys
 from dataclasses import dataclass
@@ -16,11 +16,10 @@ from typing import Literal
 import torch
 
 from configurator import configure, launch
-from data import TEMPLATES, Tokenizer
-from model import init_weights
-from vision import MEAN, STD, Projector
-from weights import (HEAD, config_json, image_token_id, inspect_folder, load_folder, read_json, read_tensors,
-                     save_folder, write_folder)
+from data import TEMPLATES, Tokenizer, read_json
+from model import VLM, init_weights
+from vision import MEAN, STD
+from weights import HEAD, config_json, fill, image_token_id, inspect_folder, load_folder, save_folder, write_folder
 
 USAGE = ("usage: convert.py assemble --vision=DIR --llm=DIR --out=DIR | check DIR | "
          "export SRC DST --layout=internvl|transformers")
@@ -41,14 +40,16 @@ def assemble(cfg):
     (vision, *_, ours), (_, llm, _, theirs) = map(inspect_folder, (cfg.vision, cfg.llm))
     if not vision or not llm:
         raise ValueError(f"{cfg.llm} holds no language model" if vision else f"{cfg.vision} holds no vision encoder")
-    init_weights(projector := Projector(vision, llm.dim), cfg.seed)
-    state = dict(read_tensors(ours, "vision_model.")) | dict(read_tensors(theirs, "language_model."))
-    state |= {"mlp1." + name: tensor for name, tensor in projector.state_dict().items()}
-    files = extend_tokenizer(Path(cfg.llm), llm.vocab_size)
-    save_folder(state, vision, llm, cfg.out, cfg.llm, cfg.template, getattr(torch, cfg.dtype), files=files)
+    with torch.device("meta"):
+        model = VLM(vision, llm, -1).to(dtype := getattr(torch, cfg.dtype))
+    fill(model.to_empty(device="cpu"), {name: entry for part, table in (("vision", ours), ("language", theirs))
+                                        for name, entry in table.items() if name.startswith(part + "_model.")})
+    init_weights(model.mlp1, cfg.seed)
+    files = extend_tokenizer(Path(cfg.llm), llm.vocab_size, cfg.template)
+    save_folder(model.state_dict(), vision, llm, cfg.out, cfg.llm, cfg.template, dtype, files=files)
     print(f"{cfg.out}: written; the projector is untrained (seed {cfg.seed})")
 
-def extend_tokenizer(folder, vocab_size):
+def extend_tokenizer(folder, vocab_size, template):
     """Give the special tokens of SAIL-VL that Qwen2.5's tokenizer does not have the ids that follow -> {file name: new
     content}. ValueError for other added tokens, and if an id has no row in the embedding table: it is never resized."""
     ids, config = Tokenizer(folder).special, read_json(folder / "tokenizer_config.json")
@@ -61,8 +62,9 @@ def extend_tokenizer(folder, vocab_size):
     tokens = {i: dict(content=token, lstrip=False, normalized=False, rstrip=False, single_word=False,
                       special=not token.startswith(plain)) for token, i in ids.items()}
     special = dict(additional_special_tokens=[token["content"] for token in tokens.values() if token["special"]])
-    files = {"added_tokens.json": ids, "tokenizer_config.json": config | special | dict(added_tokens_decoder=tokens),
-             "special_tokens_map.json": special | dict(eos_token="<|im_end|>", pad_token="<|endoftext|>")}
+    files = prompt_files(config | special | dict(added_tokens_decoder=tokens), template, "<image>") | {
+        "added_tokens.json": ids,
+        "special_tokens_map.json": special | dict(eos_token="<|im_end|>", pad_token="<|endoftext|>")}
     if (path := folder / "tokenizer.json").is_file():
         files[path.name] = read_json(path) | dict(added_tokens=[{"id": i, **token} for i, token in tokens.items()])
     return files
@@ -100,15 +102,17 @@ def transformers_tensors(state):
         out |= {name.replace("qkv", part): rows for part, rows in parts}
     return out
 
-def chat_template(template):
-    """The prompt template as the Jinja text that transformers keeps beside a tokenizer."""
+def prompt_files(config, template, image):
+    """tokenizer_config.json (of its content so far) and chat_template.jinja: the prompt template as Jinja, for others.
+    image: what stands for a picture, `<image>` where a model's own code or vLLM puts its tokens in."""
     system, sep = TEMPLATES[template]["system"], "<|im_end|>" + TEMPLATES[template]["sep"].replace("\n", "\\n")
-    return ("{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\n" + system + sep + "' }}{% endif %}"
+    text = ("{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\n" + system + sep + "' }}{% endif %}"
             "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
             "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
             "{% for part in message['content'] %}"
-            "{{ '<IMG_CONTEXT>\\n' if part['type'] == 'image' else part['text'] }}{% endfor %}{% endif %}"
+            "{{ '" + image + "\\n' if part['type'] == 'image' else part['text'] }}{% endfor %}{% endif %}"
             "{{ '" + sep + "' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+    return {"tokenizer_config.json": config | dict(chat_template=text), "chat_template.jinja": text}
 
 def export(source, target, transformers):
     model, raw = load_folder(source)
@@ -116,10 +120,12 @@ def export(source, target, transformers):
     dtype, template = model.language_model.lm_head.weight.dtype, raw.get("template", "sailvl-chat")
     if vision is None:
         raise ValueError(f"{source} is a language model only; assemble it with a vision encoder first")
-    if not transformers:
-        return save_folder(state, vision, llm, target, source, template, dtype, raw)
     if template not in TEMPLATES:
         raise ValueError(f"{source}: config.json names the template {template!r}; known are {', '.join(TEMPLATES)}")
+    words = read_json(Path(source) / "tokenizer_config.json")
+    if not transformers:
+        files = prompt_files(words, template, "<image>")
+        return save_folder(state, vision, llm, target, source, template, dtype, raw, files)
     if llm.tie_embeddings:
         state.pop(HEAD)
     config = dict(
@@ -132,11 +138,11 @@ def export(source, target, transformers):
             patch_size=[vision.patch_size] * 2, attention_bias=vision.qkv_bias, use_qk_norm=False,
             layer_scale_init_value=vision.init_values, use_absolute_position_embeddings=True, use_mean_pooling=True))
     processor = dict(processor_class="InternVLProcessor")
-    words = dict(start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>",
+    image = dict(start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>",
                  video_token="<|video_pad|>")
+    words |= image | dict(extra_special_tokens=image)
     write_folder(transformers_tensors(state), config, target, source, dtype, {
-        "tokenizer_config.json": read_json(Path(source) / "tokenizer_config.json") | words | dict(
-            extra_special_tokens=words, chat_template=chat_template(template)),
+        **prompt_files(words, template, "<IMG_CONTEXT>"),
         "processor_config.json": processor | dict(image_seq_length=vision.tokens_per_tile),
         "preprocessor_config.json": processor | dict(
             image_processor_type="GotOcr2ImageProcessorFast", crop_to_patches=True, do_resize=True, resample=3,

@@ -24,7 +24,7 @@ from vision import GRAY, count_tiles, image_size, load_image, make_tiles
 def read_json(path):
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:                          # a million brackets are no data
         raise ValueError(f"{path} is not valid JSON: {e}") from None
 
 def sha256(value):

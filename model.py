@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import attention
@@ -50,7 +51,8 @@ class RMSNorm(nn.RMSNorm):
 
 def rope_table(positions, head_dim, theta):
     """positions (T,) -> (cos, sin), each (T, 1, D) fp32. sin carries the sign of rotate_half: - in the first half."""
-    frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    # exactly as it was in training: one unit in the last place of a frequency turns position 32,767 by 0.002
+    frequency = 1 / theta ** (torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
     angle = positions.float()[:, None, None] * frequency                                        # (T, 1, D/2)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
@@ -79,6 +81,14 @@ class Block(nn.Module):
         y = self.post_attention_layernorm(x)
         return x + mlp.down_proj(F.silu(mlp.gate_proj(y)) * mlp.up_proj(y))
 
+def kept_rows(p):
+    """(what this rank keeps of a parameter, which rows of the whole they are): all, unless FSDP has sharded it."""
+    if not isinstance(p, DTensor):
+        return p, slice(0, len(p))
+    local, most = p.to_local(), -(-len(p) // p.device_mesh.size())
+    first = min(len(p), most * p.device_mesh.get_local_rank())
+    return local, slice(first, first + len(local))
+
 @torch.no_grad()
 def init_weights(module, seed, std=0.02, layer_scale=1.0):
     """Fill every parameter: matrices normal(0, std), those that write to the residual stream smaller by
@@ -96,7 +106,8 @@ def init_weights(module, seed, std=0.02, layer_scale=1.0):
             p.fill_(leaf != "bias")
         else:
             scale = p.shape[1] ** -0.5 if owner == "embed_tokens" else std / max(1, 2 * depth.get(owner, 0)) ** 0.5
-            p.copy_(torch.empty(p.shape, dtype=torch.float32).normal_(0, scale, generator=generator))
+            local, rows = kept_rows(p)
+            local.copy_(torch.empty(p.shape, dtype=torch.float32).normal_(0, scale, generator=generator)[rows])
 
 # ---- the vision-language model ---------------------------------------------------------------------------------------
 
@@ -105,7 +116,7 @@ def trains(module):
 
 class VLM(nn.Module):
     """ViT -> pixel shuffle -> projector -> decoder. vision=None builds a text-only model (no vision_model, no mlp1).
-    Build it under torch.device("meta"), then `to_empty(device=...)` and `init_weights`; or see weights.load_folder."""
+    Build it under torch.device("meta"), then `to_empty(device=...)` and `init_weights`; or see weights.fill."""
     def __init__(self, vision, llm, image_token_id):
         super().__init__()
         if llm.n_heads % llm.n_kv_heads:
@@ -124,12 +135,14 @@ class VLM(nn.Module):
         self.tie_weights()
 
     def tie_weights(self):
-        """Share the embedding table; again after to_empty, which gives both names a tensor of their own."""
         if self.llm.tie_embeddings:
             self.language_model.lm_head.weight = self.language_model.model.embed_tokens.weight
+        return self
+
+    def to_empty(self, *, device, recurse=True):
+        return super().to_empty(device=device, recurse=recurse).tie_weights()   # both names got a tensor of their own
 
     def init_weights(self, seed, std=0.02):
-        self.tie_weights()
         init_weights(self, seed, std, self.vision.init_values if self.vision else 1.0)
         return self
 

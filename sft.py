@@ -22,7 +22,7 @@ from data import Tokenizer, make_loader, model_inputs, stage_packs
 from model import LLMConfig, compile_blocks, train_flops
 from plan import print_plan
 from vision import VisionConfig
-from weights import save_folder, start_model
+from weights import save_folder, start_model, start_weights
 
 # ---- settings -------------------------------------------------------------------------------------------------------
 
@@ -61,7 +61,7 @@ def main():
         folder, first_step = common.where_to_start(cfg, origins, name)
         tokenizer_dir = folder or cfg.tokenizer
         tokenizer = Tokenizer(tokenizer_dir)
-        model, extra = start_model(cfg, origins, folder, tokenizer)
+        model, extra, table = start_model(cfg, origins, folder, tokenizer)
         cfg.template = cfg.template or extra.get("template", "sailvl-chat")
         vision, llm, trainable = model.vision, model.llm, common.set_trainable(model, stage)
         packs = stage_packs(cfg, stage, tokenizer, vision or cfg.vision, packs_per_step=accum * dist.world)
@@ -71,6 +71,7 @@ def main():
         if cfg.compile == "on" or (cfg.compile == "auto" and dist.device.type == "cuda"):
             compile_blocks(model)
         model = common.parallelize(model, cfg, dist).train()
+        start_weights(model, table, cfg)                                     # each rank reads what it keeps
         optimizer = common.make_optimizer(model, stage, cfg)
         state, checkpoint = common.resume(checkpoint, name, packs.fingerprint, model, optimizer, dist), None
         common.announce(cfg, values, origins, name, model, stage, packs, state, dist)

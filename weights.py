@@ -12,8 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from model import VLM, LLMConfig
-from vision import VisionConfig
+from data import read_json
+from model import VLM, LLMConfig, kept_rows
+from vision import MEAN, STD, VisionConfig
 
 PREFIX = {"SailVLModel": "", "InternVLChatModel": "", "Qwen2ForCausalLM": "language_model.",
           "InternVisionModel": "vision_model."}
@@ -29,20 +30,15 @@ VISION_NAMES = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", 
                 "intermediate_size", "layer_norm_eps", "qkv_bias", "initializer_factor")
 LLM_NAMES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
              "intermediate_size", "rope_theta", "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings")
-VISION_FIXED = dict(architectures=["InternVisionModel"], hidden_act="gelu", norm_type="layer_norm",
-                    qk_normalization=False)
-LLM_FIXED = dict(architectures=["Qwen2ForCausalLM"], hidden_act="silu", use_sliding_window=False, rope_scaling=None)
+VISION_FIXED = dict(architectures=["InternVisionModel"], model_type="intern_vit_6b", hidden_act="gelu",
+                    norm_type="layer_norm", qk_normalization=False)
+LLM_FIXED = dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2", hidden_act="silu", use_sliding_window=False,
+                 rope_scaling=None)
 TOP_FIXED = dict(ps_version="v2", select_layer=-1)
 TOP_DEFAULTS = dict(dynamic_image_size=True, min_dynamic_patch=1, max_dynamic_patch=12, use_thumbnail=True,
                     pad2square=False, use_backbone_lora=0, use_llm_lora=0)
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
-
-def read_json(path):
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise ValueError(f"{path}: not valid JSON ({e})") from None
 
 def _values(where, section, fixed, names=(), **defaults):
     """The values of these names in a section of config.json; refuse what is missing, or other than `fixed`."""
@@ -102,8 +98,13 @@ def inspect_folder(folder):
     vision, llm, raw = read_configs(folder)
     shapes, prefix, table = parameter_shapes(vision, llm), PREFIX[raw["architectures"][0]], {}
     index = Path(folder) / "model.safetensors.index.json"
-    files = read_json(index).get("weight_map", {}).values() if index.is_file() else ["model.safetensors"]
-    for path in sorted({index.with_name(file) for file in files}):
+    try:
+        files = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"{index} has no weight_map from tensors to files; copy it again") from None
+    if strange := [file for file in files if file != os.path.basename(file)]:
+        raise ValueError(f"{index}: {strange[0]} is not a file of this folder")
+    for path in sorted(map(index.with_name, files)):
         try:
             with safe_open(path, framework="pt") as f:
                 for name in f.keys():
@@ -112,7 +113,8 @@ def inspect_folder(folder):
                     tensor = f.get_slice(name)
                     table[prefix + name] = path, name, tuple(tensor.get_shape()), tensor.get_dtype()
         except FileNotFoundError:
-            raise FileNotFoundError(f"{path}: missing; the folder is incomplete, copy it again") from None
+            raise FileNotFoundError(f"{path}: missing; the folder is incomplete, copy it again (of weights, only "
+                                    ".safetensors files are read)") from None
         except SafetensorError as e:
             raise ValueError(f"{path}: damaged or cut short ({e}); copy it again") from None
     if llm:
@@ -125,33 +127,37 @@ def inspect_folder(folder):
         raise ValueError(f"{folder}: weights and config.json disagree; " + "; ".join(
             f"{len(names)} {what}: {', '.join(sorted(names)[:5])}" + f" and {len(names) - 5} more" * (len(names) > 5)
             for what, names in sides.items() if names))
-    for name, (path, _, shape, dtype) in table.items():
-        if shape != shapes[name]:
-            raise ValueError(f"{path}: {name} has shape {shape}, config.json asks for {shapes[name]}")
-        if dtype not in DTYPES:
-            raise ValueError(f"{path}: {name} is stored as {dtype}; only floating-point weights can be loaded")
+    wrong = [f"{name} has shape {shape}, config.json asks for {shapes[name]}" if dtype in DTYPES else
+             f"{name} is stored as {dtype}, which is none of {', '.join(DTYPES)}"
+             for name, (_, _, shape, dtype) in table.items() if shape != shapes[name] or dtype not in DTYPES]
+    if wrong:
+        raise ValueError(f"{folder}: " + "; ".join(wrong[:5]) + f" and {len(wrong) - 5} more" * (len(wrong) > 5))
     return vision, llm, raw, table
 
-def read_tensors(table, prefix=""):
-    """Yield (our name, tensor on the CPU, as stored) of the entries with this prefix, one at a time, file by file."""
-    for path in sorted({path for path, *_ in table.values()}):
-        with safe_open(path, framework="pt") as f:
-            yield from ((ours, f.get_tensor(name)) for ours, (file, name, *_) in table.items()
-                        if file == path and ours.startswith(prefix))
-
-def load_folder(folder, device="cpu", dtype=None, vision=True):
-    """-> (VLM, config.json as a dict). dtype None keeps the stored one; vision=False loads the language model alone.
-    Tensors are streamed one at a time. ValueError or FileNotFoundError when the folder is not what it says."""
+def open_folder(folder, dtype=None, vision=True):
+    """-> (VLM on the meta device, config.json as a dict, the table that `fill` needs). dtype None is that of the stored
+    embedding table; vision=False is for the language model alone. Raises as inspect_folder."""
     vision_cfg, llm, raw, table = inspect_folder(folder)
     if llm is None:
         raise ValueError(f"{folder} is a vision encoder only; join it with a language model: convert.py assemble")
     with torch.device("meta"):
         model = VLM(vision_cfg if vision else None, llm, image_token_id(folder))
-    model.to(dtype or DTYPES[table["language_model.model.embed_tokens.weight"][3]])
-    model.to_empty(device=device).tie_weights()
-    state = model.state_dict()
-    for name, tensor in read_tensors(table, "" if vision else "language_model."):
-        state[name].copy_(tensor)
+    return model.to(dtype or DTYPES[table["language_model.model.embed_tokens.weight"][3]]), raw, table
+
+@torch.no_grad()
+def fill(model, table):
+    """Fill what a VLM has of a table's entries from their files; a rank reads only the rows it keeps. Memory beside the
+    model: one tensor, because the file is closed, and what was read of it let go, after each."""
+    for name, p in model.state_dict().items():
+        local, rows = kept_rows(p)
+        if name in table and len(local):                                    # a tied head is not in it
+            with safe_open(table[name][0], framework="pt") as f:
+                local.copy_(f.get_slice(table[name][1])[rows])
+
+def load_folder(folder, device="cpu", dtype=None, vision=True):
+    """-> (VLM, config.json as a dict) of a folder, whole, on a device; arguments and errors as of open_folder."""
+    model, raw, table = open_folder(folder, dtype, vision)
+    fill(model.to_empty(device=device), table)
     return model, raw
 
 def check_vocabulary(llm, tokenizer):
@@ -160,37 +166,42 @@ def check_vocabulary(llm, tokenizer):
                          "take the tokenizer that belongs to the model, or, for random weights, set --llm.vocab_size")
 
 def start_model(cfg, origins, folder, tokenizer, text_only=False):
-    """-> (VLM on the CPU, config.json extras): a model folder's weights, or random ones of cfg.vision and cfg.llm.
-    Sizes that the configuration sets by itself must be those of the folder, else ValueError."""
+    """-> (VLM on the meta device, config.json extras, table): a model folder's, or of cfg.vision and cfg.llm with table
+    None; start_weights fills it. Sizes that the configuration sets itself must be the folder's, else ValueError."""
     if not folder:
         check_vocabulary(cfg.llm, tokenizer)
         with torch.device("meta"):
-            model = VLM(None if text_only else cfg.vision, cfg.llm, tokenizer.image_id)
-        return model.to_empty(device="cpu").init_weights(cfg.seed, cfg.init_std), {}
-    model, raw = load_folder(folder, vision=not text_only)
+            return VLM(None if text_only else cfg.vision, cfg.llm, tokenizer.image_id), {}, None
+    model, raw, table = open_folder(folder, vision=not text_only)
     check_vocabulary(model.llm, tokenizer)
     for key, origin in origins.items():
         part, _, name = key.partition(".")
-        if part in ("vision", "llm") and getattr(model, part) and origin != "default" and name != "tie_embeddings":
+        if (part in ("vision", "llm") and getattr(model, part) and origin != "default"
+                and name not in ("tie_embeddings", "init_values", "max_positions")):    # which bind no loaded weight
             want, have = (getattr(getattr(one, part), name) for one in (cfg, model))
             if want != have:
                 raise ValueError(f"{origin}: {key}={want}, but {folder} has {have}; leave it out, or start from random "
                                  "weights with --init_from=")
-    return model, raw
+    return model, raw, table
+
+def start_weights(model, table, cfg):
+    """Fill the model of start_model once it is on its device, sharded or not: from its folder, or at random."""
+    model = getattr(model, "module", model)                                 # out of DDP
+    fill(model, table) if table else model.init_weights(cfg.seed, cfg.init_std)
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 def _write_json(path, content):
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8")
 
 def config_json(vision, llm, dtype, template="sailvl-chat", extra=None):
     """config.json as a dict, in the released layouts; `extra` may change the TOP_DEFAULTS of a whole model."""
     kind = str(dtype).removeprefix("torch.")
     v = vision and dict(zip(VISION_NAMES, astuple(vision))) | VISION_FIXED | dict(
-        model_type="intern_vit_6b", torch_dtype=kind, use_flash_attn=False, dropout=0.0, attention_dropout=0.0,
-        drop_path_rate=0.0, num_channels=3)
+        torch_dtype=kind, use_flash_attn=False, dropout=0.0, attention_dropout=0.0, drop_path_rate=0.0, num_channels=3)
     t = llm and dict(zip(LLM_NAMES, astuple(llm))) | LLM_FIXED | dict(
-        model_type="qwen2", torch_dtype=kind, attention_dropout=0.0, initializer_range=0.02, use_cache=True)
+        torch_dtype=kind, attention_dropout=0.0, initializer_range=0.02, use_cache=True)
     if vision is None or llm is None:
         return v or t
     return {name: (extra or {}).get(name, value) for name, value in TOP_DEFAULTS.items()} | TOP_FIXED | dict(
@@ -205,11 +216,15 @@ def save_folder(state, vision, llm, out_dir, tokenizer_dir=None, template="sailv
     config = config_json(vision, llm, dtype, template, extra)
     tensors = {name.removeprefix(PREFIX[config["architectures"][0]]): state[name]
                for name in parameter_shapes(vision, llm) if name != HEAD or not llm.tie_embeddings}
+    if vision and llm:                                                      # llama.cpp looks for mean and std here
+        files = {"preprocessor_config.json": dict(
+            feature_extractor_type="CLIPFeatureExtractor", size=vision.image_size, crop_size=vision.image_size,
+            resample=3, image_mean=MEAN, image_std=STD)} | (files or {})
     write_folder(tensors, config, out_dir, tokenizer_dir if llm else None, dtype, files)
 
 def write_folder(tensors, config, out_dir, tokenizer_dir, dtype, files=None):
     """Write a folder whole or not at all (temporary name, then rename); an older model folder is replaced. tensors:
-    {stored name: tensor}. The tokenizer's files are copied; files: {name: dict}, JSON in their stead or as well."""
+    {stored name: tensor}. The tokenizer's files are copied; files: {name: dict or text}, in their stead or as well."""
     out = Path(out_dir)
     if out.exists() and any(out.iterdir()) and not (out / "config.json").is_file():
         raise ValueError(f"{out} exists and is not a model folder; choose another name or remove it")
@@ -248,7 +263,9 @@ def _write_shards(tensors, folder, dtype):
         room -= size
     for i, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        part = {name: tensors[name].detach().to("cpu", dtype, copy=True).contiguous() for name in names}
+        part = {name: tensors[name].detach().to("cpu", dtype).contiguous() for name in names}
+        part = {name: tensor.clone() if tensor.nbytes < tensor.untyped_storage().nbytes() else tensor
+                for name, tensor in part.items()}                           # a part of something cannot be saved
         try:
             save_file(part, folder / file, metadata=dict(format="pt"))
         except SafetensorError as e:

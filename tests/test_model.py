@@ -1,4 +1,4 @@
-"""model.py: exactness against transformers, packing, loss, frozen parts, generation, FLOPs."""
+"""model.py: packing, loss, frozen parts, generation, FLOPs. Exactness is in test_parity.py."""
 import random, types
 
 import pytest
@@ -38,68 +38,6 @@ def pack(lengths, n_tiles=(), seed=0):
     positions = torch.cat([torch.arange(n) for n in lengths])
     tiles = torch.randint(0, 256, (sum(n_tiles), 3, 56, 56), generator=g, dtype=torch.uint8)
     return tokens, labels, positions, cu.int(), tiles
-
-
-def transformers_twin(vlm):
-    """The same weights in transformers' own InternVL classes (an independent implementation)."""
-    t = pytest.importorskip("transformers", reason="transformers is the oracle; pip install -r requirements-dev.txt")
-    v, c = vlm.vision, vlm.llm
-    vision = t.InternVLVisionConfig(
-        hidden_size=v.dim, num_hidden_layers=v.n_layers, num_attention_heads=v.n_heads, intermediate_size=v.ffn_dim,
-        image_size=[v.image_size] * 2, patch_size=[v.patch_size] * 2, attention_bias=True, norm_type="layer_norm",
-        layer_norm_eps=v.norm_eps, use_mean_pooling=True)
-    text = t.Qwen2Config(
-        vocab_size=c.vocab_size, hidden_size=c.dim, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
-        num_key_value_heads=c.n_kv_heads, intermediate_size=c.ffn_dim, rms_norm_eps=c.norm_eps, head_dim=c.head_dim,
-        rope_parameters=dict(rope_type="default", rope_theta=c.rope_theta), tie_word_embeddings=False)
-    twin = t.InternVLForConditionalGeneration(t.InternVLConfig(
-        vision_config=vision.to_dict(), text_config=text.to_dict(), image_token_id=IMG, tie_word_embeddings=False))
-    names = [("vision_model.embeddings.class_embedding", "model.vision_tower.embeddings.cls_token"),
-             ("vision_model.embeddings.position_embedding", "model.vision_tower.embeddings.position_embeddings"),
-             ("vision_model.embeddings.patch_embedding", "model.vision_tower.embeddings.patch_embeddings.projection"),
-             ("vision_model.encoder.layers", "model.vision_tower.encoder.layer"),
-             (".attn.proj.", ".attention.projection_layer."), (".norm1.", ".layernorm_before."),
-             (".norm2.", ".layernorm_after."), (".ls1", ".lambda_1"), (".ls2", ".lambda_2"),
-             ("mlp1.0", "model.multi_modal_projector.layer_norm"), ("mlp1.1", "model.multi_modal_projector.linear_1"),
-             ("mlp1.3", "model.multi_modal_projector.linear_2"), ("language_model.lm_head", "lm_head"),
-             ("language_model.model.", "model.language_model.")]
-    state = {}
-    for name, tensor in vlm.state_dict().items():
-        for ours, theirs in names:
-            name = name.replace(ours, theirs) if not name.startswith("model.language_model.") else name
-        for part, rows in zip("qkv", tensor.chunk(3)) if ".attn.qkv." in name else ():
-            state[name.replace(".attn.qkv.", f".attention.{part}_proj.")] = rows
-        if ".attn.qkv." not in name:
-            state[name] = tensor
-    assert set(state) == set(twin.state_dict()), set(state) ^ set(twin.state_dict())
-    twin.load_state_dict(state)
-    return twin.eval()
-
-
-def test_logits_and_gradients_equal_transformers():
-    vlm = tiny()
-    twin = transformers_twin(vlm)
-    lengths, n_tiles = (9, 30, 14, 21), (1, 3, 0, 2)
-    tokens, labels, positions, cu, tiles = pack(lengths, n_tiles)
-    ours = vlm.logits(tokens, positions, cu, tiles)
-    from vision import normalize
-    first, theirs = 0, []
-    for doc, n in zip(tokens.split(lengths), n_tiles):
-        pixels = normalize(tiles[first:first + n]) if n else None
-        theirs.append(twin(input_ids=doc[None], pixel_values=pixels).logits[0])
-        first += n
-    theirs = torch.cat(theirs)
-    assert ours.std() > 0.5
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
-    vlm(tokens, labels, positions, cu, tiles).backward()
-    torch.nn.functional.cross_entropy(theirs, labels, reduction="sum").backward()
-    vit, llm = vlm.vision_model, vlm.language_model.model
-    for a, b in ((vit.embeddings.patch_embedding, "model.vision_tower.embeddings.patch_embeddings.projection"),
-                 (vlm.mlp1[1], "model.multi_modal_projector.linear_1"),
-                 (llm.embed_tokens, "model.language_model.embed_tokens"),
-                 (llm.layers[0].self_attn.k_proj, "model.language_model.layers.0.self_attn.k_proj")):
-        a, b = a.weight, twin.get_parameter(b + ".weight").grad
-        assert (a.grad - b).abs().max() <= 1e-3 * b.abs().max()
 
 
 def test_documents_of_a_pack_do_not_see_each_other():
@@ -291,15 +229,18 @@ def test_sampling_draws_with_the_probabilities_of_the_softmax():
 # ---- FLOPs -----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("llm, sample, align, advance, sft", [
-    ("qwen2.5-1.5b", (1, 320, 48), 2.48, 3.93, 4.79), ("qwen2.5-1.5b", (7, 2048, 192), 17.1, 27.3, 32.7),
-    ("qwen2.5-1.5b", (11, 3840, 768), 32.7, 48.7, 59.1), ("qwen2.5-7b", (1, 320, 48), 9.28, 10.7, 15.0),
-    ("qwen2.5-7b", (7, 2048, 192), 61.7, 71.9, 98.8), ("qwen2.5-7b", (11, 3840, 768), 119, 135, 186)])
-def test_strict_flops_equal_the_published_hand_count(llm, sample, align, advance, sft):
+    ("qwen2.5-1.5b", (1, 320, 48), 2.48202, 3.93243, 4.79336),
+    ("qwen2.5-1.5b", (7, 2048, 192), 17.1308, 27.2837, 32.7399),
+    ("qwen2.5-1.5b", (11, 3840, 768), 32.7178, 48.6723, 59.0931),
+    ("qwen2.5-7b", (1, 320, 48), 9.27721, 10.7319, 14.9604),
+    ("qwen2.5-7b", (7, 2048, 192), 61.7089, 71.8918, 98.8287),
+    ("qwen2.5-7b", (11, 3840, 768), 119.125, 135.127, 186.078)])
+def test_strict_flops_equal_an_independent_count_to_a_tenth_of_a_percent(llm, sample, align, advance, sft):
     tiles, tokens, supervised = sample
     cfg = LLMConfig(**LLMConfig.PRESETS[llm])
     for train, teraflops in (((0, 1, 0), align), ((1, 1, 0), advance), ((1, 1, 1), sft)):
         got = train_flops(VisionConfig(), cfg, tiles, [tokens], supervised, train)
-        assert isinstance(got, int) and f"{got / 1e12:.3g}" == f"{teraflops:.3g}"
+        assert isinstance(got, int) and got / 1e12 == pytest.approx(teraflops, rel=1e-3)
 
 
 def test_strict_flops_count_attention_only_inside_documents():
