@@ -148,7 +148,7 @@ def _document(x, start, end, stride, width: constexpr, B: constexpr, D: constexp
 
 @jit
 def _forward(q, k, v, out, lse, table, T, q_row, k_row, v_row, scale, H: constexpr, K: constexpr, D: constexpr,
-             BM: constexpr, BN: constexpr, CAUSAL: constexpr, FOLD: constexpr, DOT: constexpr, WARPS: constexpr = False):
+             BM: constexpr, BN: constexpr, CAUSAL: constexpr, FOLD: constexpr, DOT: constexpr, WARPS: constexpr = 0):
     """One block of query rows of one head. table (blocks, 4): first and last row in the document, its start and end in
     the pack. q_row, k_row, v_row: elements from one row to the next. lse, here and below: (H, T)."""
     head, block = tl.program_id(0), table + 4 * tl.program_id(1)

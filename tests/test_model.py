@@ -114,7 +114,7 @@ def test_documents_of_a_pack_do_not_see_each_other():
     assert not torch.equal(before[9:39], after[9:39])
 
 
-def test_loss_is_the_weighted_sum_over_supervised_positions(monkeypatch):
+def test_loss_is_the_weighted_sum_over_supervised_positions():
     vlm = tiny()
     tokens, labels, positions, cu, tiles = pack((9, 30, 14), (1, 3, 0))
     weights = torch.rand(tokens.shape)
@@ -123,14 +123,6 @@ def test_loss_is_the_weighted_sum_over_supervised_positions(monkeypatch):
     each = torch.nn.functional.cross_entropy(logits[rows], labels[rows], reduction="none")
     torch.testing.assert_close(vlm(tokens, labels, positions, cu, tiles), each.sum())
     torch.testing.assert_close(vlm(tokens, labels, positions, cu, tiles, weights), (each * weights[rows]).sum())
-    monkeypatch.setattr(M, "HEAD_ROWS", 7)                      # the head in pieces: same loss, same gradient
-    grads = []
-    for size in (7, 4096):
-        monkeypatch.setattr(M, "HEAD_ROWS", size)
-        vlm.zero_grad()
-        vlm(tokens, labels, positions, cu, tiles, weights).backward()
-        grads.append(vlm.language_model.lm_head.weight.grad.clone())
-    torch.testing.assert_close(*grads)
 
 
 def test_embedding_noise_is_of_the_given_size_and_in_training_only():
