@@ -1,6 +1,6 @@
 """The Triton kernels, on a GPU or in Triton's interpreter, against the definition in fp64: the error is at most twice that
 of PyTorch in the same precision (flash-attention's rule), and a broken line is noticed."""
-import functools, importlib.util
+import functools, importlib.util, os, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -160,3 +160,10 @@ def test_a_broken_line_is_noticed(name, tmp_path):
     mutant = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(mutant)
     assert set(noticed) <= broken(mutant, *case)
+
+
+def test_every_kernel_compiles_for_hopper_without_spilling():
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, ROOT / "tests/sm90.py"], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert sum(line.endswith("True") for line in done.stdout.splitlines()) == 6     # forward kernels with D <= 128
