@@ -17,13 +17,13 @@ The kernels walk over the keys block by block and never hold a row of scores (Fl
 dQ is one kernel (a program owns query rows and walks keys), dK and dV another (it owns keys and walks the queries of
 all H/K heads that share them): no atomics, so gradients are deterministic, and K and V are never expanded. A program
 gets a block of rows of one document; its bounds are scalars from a small table, and tensor descriptors (TMA on Hopper)
-end with the document. So no mask is loaded in the loop, which is what lets Triton specialise the warps of the forward
-kernel, and nothing of a neighbour is ever read.
+end with the document: the loop loads no mask, which lets Triton specialise the warps of the forward kernel, and nothing
+of a neighbour is ever read.
 
 A tile of the ViT has 1 + 1024 tokens; 1025 rows and keys fill 81 pairs of blocks of 128, of which 21 % is air. So where
 every document is one longer than whole blocks, and nothing is causal, the first token is folded: its key enters the
-starting values (m = s_0, l = 1, a = v_0), its query those of dK and dV, its own row is a block of 16: 65 pairs. All of
-this is compiled for sm_90a and interpreted on a CPU; it has not been timed on a GPU yet.
+starting values (m = s_0, l = 1, a = v_0), its query those of dK and dV, its own row is a block of 16: 65 pairs.
+Compiled for sm_90a and interpreted on a CPU; not timed on a GPU yet.
 
 Shape letters: T tokens of a pack, H query heads, K key/value heads (H is a multiple of K), D head dim, S documents
 (samples, or tiles in the ViT), L tokens of the longest document of a group; BM query rows and BN keys of a block.
@@ -58,8 +58,8 @@ def attention(q, k, v, cu_seqlens, max_seqlen, causal):
 
 def _missing(D):
     """Why the kernels cannot run; "" if they can."""
-    wrong_size = "" if D in (16, 32, 64, 128, 256) else f"head_dim {D} is not a power of two from 16 to 256"
-    return wrong_size if triton else "Triton is not installed (pip install triton)"
+    reason = "" if D in (16, 32, 64, 128, 256) else f"head_dim {D} is not a power of two from 16 to 256"
+    return reason if triton else "Triton is not installed (pip install triton)"
 
 @functools.cache                                                # once per reason
 def _loud(reason):
@@ -95,14 +95,11 @@ def _sdpa(q, k, v, cu_seqlens, max_seqlen, causal):
 def _batched(q, k, v, causal):
     """q (S, L, H, D), k and v (S, L, K, D) -> (S, L, H, D)."""
     (S, L, H, D), K = q.shape, k.shape[2]
-    if q.device.type != "cpu":
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=H != K).transpose(1, 2)
-    if L > SHORT:               # the CPU's backward is several times slower in bf16 than in fp32
-        k, v = (x.repeat_interleave(H // K, 2) if 1 < K < H else x.expand(S, L, H, D) for x in (k, v))
+    if L > SHORT or q.is_cuda:  # the CPU's backward is several times slower in bf16 than in fp32
         with torch.autocast("cpu", enabled=False):
-            qkv = (x.float().transpose(1, 2) for x in (q, k, v))
-            return F.scaled_dot_product_attention(*qkv, is_causal=causal).transpose(1, 2).to(q.dtype)
+            qkv = ((x if q.is_cuda else x.float()).transpose(1, 2) for x in (q, k, v))
+            out = F.scaled_dot_product_attention(*qkv, is_causal=causal, enable_gqa=H != K)
+        return out.transpose(1, 2).to(q.dtype)
     # The H/K query heads that share a key head are stacked along the length: no copies of k and v.
     q = q.transpose(1, 2).reshape(S * K, H // K * L, D)
     k, v = (x.transpose(1, 2).reshape(S * K, L, D) for x in (k, v))

@@ -40,7 +40,7 @@ def test_only_the_six_packages_are_imported_at_run_time():
 
 def test_the_program_stays_short_and_its_lines_too():
     lines = {path: path.read_text().splitlines() for path in FILES}
-    assert sum(map(len, lines.values())) < 4500
+    assert sum(len(text) for path, text in lines.items() if path.stem != "bench") < 4500    # bench measures the program
     for path, text in lines.items():
         long = [i + 1 for i, line in enumerate(text) if len(line) > 120]
         assert not long, f"{path.name}: lines {long} are longer than 120 characters"
