@@ -14,13 +14,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import attention
+from kernels.cross_entropy import linear_cross_entropy
 from vision import Projector, ViT, normalize, pixel_shuffle, working_dtype
 
 IGNORE = -100               # the label of a position that is not supervised
-HEAD_ROWS = 4096            # supervised rows that go through the head at once; more are recomputed in the backward pass
 PREFILL_TOKENS = 16384      # prompt tokens that go through the model at once during generation
 
 @dataclass(slots=True)
@@ -198,11 +197,14 @@ class VLM(nn.Module):
         h = self.hidden(self.noisy(self.embed(tokens, tiles)), positions, packed(cu_seqlens))
         rows = (labels != IGNORE).nonzero()[:, 0]
         h, labels = h.index_select(0, rows), labels.index_select(0, rows)                       # (supervised, ...)
-        row_loss = lambda h, labels: F.cross_entropy(self.head(h), labels, reduction="none")
-        if len(rows) > HEAD_ROWS:
-            row_loss = functools.partial(checkpoint, row_loss, use_reentrant=False)
-        loss = torch.cat([row_loss(*part) for part in zip(h.split(HEAD_ROWS), labels.split(HEAD_ROWS))])
-        return (loss if weights is None else loss * weights.index_select(0, rows)).sum()
+        weights = None if weights is None else weights.index_select(0, rows)
+        # Under FSDP the head belongs to the root, whose weights are whole during this call. Who shards it as a unit of
+        # its own gets the plain loss, for only the head's own call gathers its weight.
+        head = self.language_model.lm_head.weight
+        if isinstance(head, DTensor):
+            loss = F.cross_entropy(self.head(h), labels, reduction="none")
+            return (loss if weights is None else loss * weights).sum()
+        return linear_cross_entropy(self.language_model.model.norm(h), head, labels, weights)
 
     def logits(self, tokens, positions, cu_seqlens, tiles=None):
         """fp32 logits (T, V) of every position; arguments as in forward."""

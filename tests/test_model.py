@@ -2,10 +2,11 @@
 import random, types
 
 import pytest
-import torch
+import torch, torch.distributed as td
+from torch.distributed.fsdp import fully_shard
 
 import model as M
-from common import parallelize
+from common import Dist, parallelize
 from model import IGNORE, LLMConfig, VLM, generate, generate_stream, train_flops
 from vision import VisionConfig
 
@@ -52,7 +53,7 @@ def test_documents_of_a_pack_do_not_see_each_other():
     assert not torch.equal(before[9:39], after[9:39])
 
 
-def test_loss_is_the_weighted_sum_over_supervised_positions(monkeypatch):
+def test_loss_is_the_weighted_sum_over_supervised_positions():
     vlm = tiny()
     tokens, labels, positions, cu, tiles = pack((9, 30, 14), (1, 3, 0))
     weights = torch.rand(tokens.shape)
@@ -61,14 +62,25 @@ def test_loss_is_the_weighted_sum_over_supervised_positions(monkeypatch):
     each = torch.nn.functional.cross_entropy(logits[rows], labels[rows], reduction="none")
     torch.testing.assert_close(vlm(tokens, labels, positions, cu, tiles), each.sum())
     torch.testing.assert_close(vlm(tokens, labels, positions, cu, tiles, weights), (each * weights[rows]).sum())
-    monkeypatch.setattr(M, "HEAD_ROWS", 7)                      # the head in pieces: same loss, same gradient
-    grads = []
-    for size in (7, 4096):
-        monkeypatch.setattr(M, "HEAD_ROWS", size)
-        vlm.zero_grad()
-        vlm(tokens, labels, positions, cu, tiles, weights).backward()
-        grads.append(vlm.language_model.lm_head.weight.grad.clone())
-    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("head", ["untied", "tied", "a unit of its own"])
+def test_a_sharded_head_gives_the_same_loss_and_gradients(head):
+    td.init_process_group("gloo", rank=0, world_size=1, store=td.HashStore())
+    try:
+        plain, sharded = (tiny(tie_embeddings=head == "tied") for _ in range(2))
+        if head == "a unit of its own":
+            fully_shard(sharded.language_model.lm_head)
+        parallelize(sharded, types.SimpleNamespace(activation_checkpointing=True, parallel="fsdp", dtype="float32"), Dist())
+        batch = pack((9, 30, 14), (1, 3, 0))
+        losses = [model(*batch, torch.linspace(0, 1, 53)) for model in (plain, sharded)]
+        for loss in losses:
+            (loss * 0.01).backward()                            # as the loop scales it
+        torch.testing.assert_close(*losses)
+        for a, b in zip(plain.parameters(), sharded.parameters()):
+            torch.testing.assert_close(a.grad, b.grad.full_tensor(), atol=1e-5, rtol=1e-4)
+    finally:
+        td.destroy_process_group()
 
 
 def test_embedding_noise_is_of_the_given_size_and_in_training_only():
