@@ -266,6 +266,28 @@ def test_batch_of_one_and_of_64_give_the_same_greedy_answers(monkeypatch):
     assert len({len(a) for a in together}) > 5 and not any(stop & set(a) for a in together)
     monkeypatch.setattr(M, "PREFILL_TOKENS", 100)               # prompts in several packs
     assert together == generate(vlm, prompts, tiles, 24, stop)
+    for small in (dict(batch_size=5), dict(batch_tokens=300)):          # rows are admitted where others were retired
+        assert together == generate(vlm, prompts, tiles, 24, stop, **small)
+    draw = dict(temperature=1.5, top_p=0.9, seed=7)                     # noise belongs to the row, not to the batch
+    drawn = generate(vlm, prompts[:20], tiles[:20], 24, stop, **draw)
+    assert drawn == generate(vlm, prompts[:20], tiles[:20], 24, stop, **draw, batch_size=3) != together[:20]
+    assert drawn[4:5] == generate(vlm, prompts[4:5], tiles[4:5], 24, stop, **draw | dict(seed=11))
+
+
+def test_requests_are_taken_from_an_iterator_only_when_there_is_room_and_a_long_one_waits():
+    vlm, taken = tiny().eval(), []
+    def requests():
+        for n in (5, 60, 10, 200, 7, 7, 7):
+            taken.append(n)
+            yield [1 + n % 9] * n, None
+    seen = list(M.decode(vlm, requests(), 6, {5}, batch_size=2))
+    assert sorted(row for row, token in seen if token is None) == list(range(7)) and len(taken) == 7
+    alone = [generate(vlm, [[1 + n % 9] * n], [None], 6, {5})[0] for n in taken]
+    assert alone == [[t for r, t in seen if r == row and t is not None] for row in range(7)]
+    taken.clear()
+    stream = M.decode(vlm, requests(), 6, {5}, batch_size=2)
+    next(stream)
+    assert len(taken) <= 4
 
 
 def test_streamed_tokens_equal_the_answer_and_sampling_is_reproducible():

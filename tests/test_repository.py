@@ -7,7 +7,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("kernels/*.py"), *ROOT.glob("config/*.py")])
 OURS = {f.stem for f in ROOT.glob("*.py")} | {"kernels"}
-SCRIPTS = {"train", "sft", "sample", "eval", "convert", "toy"}
+SCRIPTS = {"train", "sft", "sample", "eval", "convert", "toy", "bench"}
 RUN_TIME = {"torch", "numpy", "PIL", "tiktoken", "safetensors", "tqdm"}
 
 
@@ -22,7 +22,7 @@ def imports(path):
 def test_nothing_imports_a_script_and_the_rooms_are_in_order():
     allowed = {"configurator": set(), "common": set(), "vision": {"kernels"}, "model": {"vision", "kernels"},
                "weights": {"model", "vision"},
-               "assistant": {"data", "model", "vision", "weights"}, "data": {"vision", "configurator"},
+               "benchmarks": set(), "judge": set(), "assistant": {"data", "model", "vision", "weights"}, "data": {"vision", "configurator"},
                "plan": {"common", "model", "weights"}}
     for path in ROOT.glob("*.py"):
         ours = set(imports(path)) & OURS - {path.stem}
