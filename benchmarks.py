@@ -235,10 +235,6 @@ def rates(rows, reads):
     return {"precision": percent(hit, said), "recall": percent(hit, true), "f1": percent(2 * hit, said + true),
             "yes_ratio": percent(said, len(rows))}
 
-def accuracy_and_rates(rows, reads, points):
-    score, details = mean(rows, reads, points)
-    return score, details | rates(rows, reads)
-
 def pope(rows, reads, points):
     """F1; a row counts once for each of its comma-separated categories (POPE_rating)."""
     every = [(row | {"category": c}, *rest) for row, *rest in zip(rows, reads, points)
@@ -304,8 +300,7 @@ PAPER = {
     "MME": Benchmark("b36b43c3f09801f5d368627fb92187c3", "general", "mme", yes_no, mme, "optional"),
     "SEEDBench_IMG": letter("68017231464752261a2526d6ca3a10c0", "general"),
     "RealWorldQA": letter("4de008f55dc4fd008ca9e15321dc44b7", "general"),
-    "MMVet": Benchmark("748aa6d4aa9d4de798306a63718455e3", "general", "plain", graded, capabilities,
-                       "required"),
+    "MMVet": Benchmark("748aa6d4aa9d4de798306a63718455e3", "general", "plain", graded, capabilities, "required"),
     "OCRBench": words("e953d98a987cc6e26ef717b61260b778", scorer=ocrbench, total=ocrbench_total, tiles=24),
     "DocVQA_VAL": words("d5ee77e1926ff10690d469c56b73eabf", scorer=anls, tiles=18),
     "InfoVQA_VAL": words("2342e9c225222f0ef4dec545ebb126fe", scorer=anls, tiles=24),
@@ -316,38 +311,33 @@ PAPER = {
     "MathVista_MINI": Benchmark("f199b98e178e5a2a20e7048f5dcb0464", "math", "plain", mathvista, judge="required"),
     "ScienceQA": letter("e42e9e00f9c59a80d8a5db35bc32b71f", "math", file="ScienceQA_TEST"),
     "POPE": Benchmark("c12f5acb142f2ef1f85a26ba2fbe41d5", "hallucination", "plain", yes_no, pope, "optional"),
-    "HallusionBench": Benchmark("0c23ac0dc9ef46832d7a24504f2a0c7c", "hallucination", "yes_no", yes_no, hallusion,
-                                "optional"),
+    "HallusionBench": Benchmark("0c23ac0dc9ef46832d7a24504f2a0c7c", "hallucination", "yes_no", yes_no, hallusion, "optional"),
 }
 TOY = {
     "toy_general": toy("mcq", multiple_choice), "toy_ocr": toy("plain", exact_match, max_new_tokens=48),
     "toy_chart": toy("short", relaxed_accuracy, period=True), "toy_count": toy("short", exact_number),
-    "toy_halluc": toy("plain", yes_no, accuracy_and_rates),
+    "toy_halluc": toy("plain", yes_no),
 }
 PAPER, TOY = ({name: b._replace(file=b.file or name) for name, b in table.items()} for table in (PAPER, TOY))
 LETTERS = (multiple_choice, mmmu, mathvista)                           # the scorers that have a recent form
 LATER = {name: b._replace(tiles=10 if b.tiles == 6 else b.tiles, max_new_tokens=1024, recent=b.scorer in LETTERS)
          for name, b in PAPER.items()}
 PROTOCOLS = {"sailvl-2024-12": PAPER | TOY, "vlmevalkit-2025-04": LATER | TOY}
-JUDGE = {  # what a judge is asked; wording of our own
-    multiple_choice: "A question has these options:\n{question}\n{options}\n\nSomeone answered: {prediction}\n\nWhich "
-                     "option does that mean? Reply with its letter alone, or with Z if it means none of them.",
-    yes_no: "Someone was asked: {question}\nThe answer was: {prediction}\n\nDoes that mean yes or no? Reply with one "
-            "word: yes, no, or unknown.",
-    mathvista: "Question: {question}\n\nSomeone answered: {prediction}\n\nReply with the final answer alone, as {form}",
-    graded: "Question: {question}\nReference: {answer}\nAnswer: {prediction}\n\nHow right is the answer, 0.0 to 1.0 "
-            "in steps of 0.1? <AND> in the reference joins parts that must all be there, <OR> parts of which one is "
-            "enough. Reply with the number alone."}
+JUDGE = {                                                              # what a judge is asked, in words of our own
+    multiple_choice: "{question}\n{options}\n\nSomeone answered: {prediction}\n\nWhich option does that mean? Reply with "
+                     "its letter alone, or with Z if it means none of them.",
+    yes_no: "{question}\nThe answer was: {prediction}\n\nDoes that mean yes or no? Reply yes, no or unknown.",
+    mathvista: "{question}\n\nSomeone answered: {prediction}\n\nReply with the final answer alone, as {form}",
+    graded: "Question: {question}\nReference: {answer}\nAnswer: {prediction}\n\nHow right is the answer, 0.0 to 1.0 in "
+            "steps of 0.1? <AND> joins parts that must all be there, <OR> parts of which one is enough. Reply with the "
+            "number alone."}
 JUDGE[mmmu] = JUDGE[multiple_choice]
 RULES = 2                           # version of the scorers' code
 # columns that scorer or total look at, `index`, `question` and `answer` apart
 
 NEEDS = {mme: ["category", "image_path"], ocrbench: ["category"], hallusion: ["l2-category"], graded: ["category"],
          mathvista: ["question_type", "answer_type", "choices", "answer_option"]}
-
-def needs(b):
-    """Columns that a file of the benchmark must have, `index`, `question` and `answer` apart."""
-    return NEEDS.get(b.scorer, []) + NEEDS.get(b.total, [])
+needs = lambda b: NEEDS.get(b.scorer, []) + NEEDS.get(b.total, [])
 
 def find(name, protocol="sailvl-2024-12"):
     """(name, Benchmark): by its name here or that of its file. ValueError if there is none, or no such protocol."""
@@ -371,10 +361,6 @@ def protocol_hash(names, max_tiles=0, max_new_tokens=0, image_as="pixels", proto
     return hashlib.sha256(json.dumps([rules, words], sort_keys=True).encode()).hexdigest()
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
-def read_answer(b, prediction, row):
-    """(what was read, points) by the benchmark's rule."""
-    return b.scorer(prediction, row, *[True] * b.recent)
-
 def judge_prompt(b, row):
     """What the judge is asked about a row with `prediction`."""
     choices = "\n".join(f"{letter}. {text}" for letter, text in options(row).items()) or f"A. {row['answer']}\nB. other"
@@ -383,11 +369,12 @@ def judge_prompt(b, row):
 
 def read_answers(b, rows, judge=None):
     """Rows with `prediction` -> [(what was read, points)]; judge: `ask` of a judge.Judge, for what no rule reads."""
-    found = [("", 0.0) if b.scorer is graded else read_answer(b, row.get("prediction", ""), row) for row in rows]
-    unread = [i for i, (read, _) in enumerate(found) if not read] if judge and b.judge != "no" else []
-    valid = [lambda reply, row=rows[i]: read_answer(b, reply, row)[0] != "" for i in unread]
+    read = functools.partial(b.scorer, recent=True) if b.recent else b.scorer
+    found = [("", 0.0) if b.scorer is graded else read(row.get("prediction", ""), row) for row in rows]
+    unread = [i for i, (text, _) in enumerate(found) if not text] if judge and b.judge != "no" else []
+    valid = [lambda reply, row=rows[i]: read(reply, row)[0] != "" for i in unread]
     replies = judge([judge_prompt(b, {"prediction": "", **rows[i]}) for i in unread], valid) if unread else []
-    for i, reply in zip(unread, replies): found[i] = read_answer(b, reply, rows[i]) if reply else ("", 0.0)
+    for i, reply in zip(unread, replies): found[i] = read(reply, rows[i]) if reply else ("", 0.0)
     return found
 
 def score_rows(b, rows, judge=None):
@@ -396,13 +383,13 @@ def score_rows(b, rows, judge=None):
     rows = [row for row in rows if not b.split or row.get("split", b.split) == b.split]
     if not rows: raise ValueError(f"no rows of split {b.split!r}; only those count")
     reads, points = map(list, zip(*read_answers(b, rows, judge)))
-    unread, correct = reads.count(""), sum(points)
-    details = {"n": len(rows), "correct": round(correct, 2), "not_readable": unread}
+    unread = reads.count("")
+    details = {"n": len(rows), "correct": round(sum(points), 2), "not_readable": unread}
     if b.judge == "required" and unread:
         why = "got no valid reply of the judge; run again" if judge else "need a judge: --judge=URL --judge_model=NAME"
         return None, details | {"reason": f"{unread} of {len(rows)} answers {why}"}
     score, more = b.total(rows, reads, points)
-    return score, details | more
+    return score, details | (rates(rows, reads) if b.scorer is yes_no else {}) | more
 
 def chance_level(b, rows):
     """0-100 without looking: a random option where there are options, else the most frequent answer every time."""
