@@ -79,7 +79,7 @@ def decode(cfg, device, wanted):
                         "--layout=transformers"], cwd=TOKENIZER.parent.parent, check=True, capture_output=True)
         for name, dtype in wanted({f"{row}_{kind}": kinds[kind] for row in ("tiny", "batched") for kind in kinds}):
             model = load_folder(f"{folder}/ours", device, dtype)[0].eval()
-            peer = InternVLForConditionalGeneration.from_pretrained(f"{folder}/theirs", dtype=dtype).to(device).eval()
+            peer = InternVLForConditionalGeneration.from_pretrained(f"{folder}/theirs", dtype=dtype).to(device)
             ours = lambda i, j, tokens: generate(model, prompts[i:j], tiles[i:j], tokens, set())
             ids = torch.tensor(prompts[:1], device=device)
             inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, min_new_tokens=n,
@@ -87,8 +87,9 @@ def decode(cfg, device, wanted):
             sides = {"ours": lambda: ours(0, 1, n),
                      "transformers": lambda: peer.generate(**inputs)[:, ids.shape[1]:].tolist()}
             if name.startswith("batched"):
-                sides = {"ours": lambda: ours(0, n, 16), "one by one": lambda: [ours(i, i + 1, 16)[0] for i in range(n)]}
-            same = [a == b for pair in zip(*(f() for f in sides.values())) for a, b in zip(*pair)]       # token by token
+                sides = {"ours": lambda: ours(0, n, 16),
+                         "one by one": lambda: [ours(i, i + 1, 16)[0] for i in range(n)]}
+            same = [a == b for pair in zip(*(f() for f in sides.values())) for a, b in zip(*pair)]      # token by token
             rows += compare(name, sides, cfg, device, float(n), "prompts/s" if "batched" in name else "tokens/s",
                             same_tokens=sum(same) / len(same))
     return rows

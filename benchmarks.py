@@ -1,11 +1,10 @@
 """The 18 benchmarks of the paper and the toy ones: what is asked, how an answer is read, how a score comes of it.
 
 A protocol is a table with a row per benchmark; its hash stands with every score, because 10-20 points can hide in a
-prompt. `sailvl-2024-12` is the paper's: VLMEvalKit (open-compass/VLMEvalKit) as of December 2024 with its SAIL-VL
-adapter, vlmeval/vlm/sail_vl.py; `vlmevalkit-2025-04` has that adapter's later tiles, answer length and option reading.
-The rules are VLMEvalKit's, so that both give the same score for the same predictions, with one difference: where it
-draws a random option, nothing is drawn here. A row that no rule can read goes to the judge, and without one it is
-wrong, or, where answers are free text, the score is None with the reason.
+prompt. `sailvl-2024-12` is the paper's: VLMEvalKit (open-compass/VLMEvalKit) of December 2024 with its SAIL-VL adapter,
+vlmeval/vlm/sail_vl.py; `vlmevalkit-2025-04` has that adapter's later tiles, answer length and option reading. The rules
+are VLMEvalKit's and give its scores for the same predictions, but where it draws an option at random nothing is drawn:
+what no rule can read goes to the judge; without one it is wrong or, where answers are free text, there is no score.
 """
 import ast, collections, functools, hashlib, json, math, re, string
 
@@ -20,15 +19,14 @@ def options(row):
     return {letter: row[letter] for letter in string.ascii_uppercase if row.get(letter)}
 
 def build_prompt(kind, row, n_images=1):
-    """Row -> text. mcq: hint, question, options, wants a letter; else the question and TAIL[kind]. Several images come
-    first and are counted (reorganize_prompt of sail_vl.py)."""
-    lines = [row["question"] + TAIL.get(kind, "")]
-    if kind == "mcq":
-        choices = options(row)
-        lines = [hint for hint in [row.get("hint")] if hint] + lines + [f"{c}. {text}" for c, text in choices.items()]
-        language = "zh" if re.search("[\u4e00-\u9fff]", "".join(lines)) else "en"
-        lines.append((MCQ if choices else OPEN)[language])
-    return "\n".join([f"Image-{i + 1}: <image>" for i in range(n_images if n_images > 1 else 0)] + lines)
+    """Row -> text: the question and TAIL[kind]; mcq: hint, question, options, wants a letter. Several images come first
+    and are counted (reorganize_prompt of sail_vl.py)."""
+    lines = [f"Image-{i + 1}: <image>" for i in range(n_images if n_images > 1 else 0)]
+    if kind != "mcq": return "\n".join([*lines, row["question"] + TAIL[kind]])
+    text = [row.get("hint"), row["question"], *(f"{c}. {text}" for c, text in options(row).items())]
+    text = text[not text[0]:]                                          # without an empty hint
+    wanted = (MCQ if options(row) else OPEN)["zh" if re.search("[\u4e00-\u9fff]", "".join(text)) else "en"]
+    return "\n".join([*lines, *text, wanted])
 
 # ---- scorers: (prediction, row) -> (what was read from it, points 0 to 1); "" when no rule can read it ---------------
 REFUSALS = ("Sorry, I can't help with images of people yet.", "I can't process this file.",
@@ -56,9 +54,9 @@ def as_list(text):
     return [text]
 
 def option_letter(prediction, choices, recent=False):
-    """The only option letter among the words ("Z": a refusal), else the only option whose text occurs, else "".
-    can_infer of vlmeval/utils/matching_util.py; recent: the letter must be one of the last four words or follow "answer
-    is", and a text in an answer of more than twice the options' length says nothing."""
+    """The only option letter among the words ("Z": a refusal), else the only option whose text occurs, else ""
+    (can_infer of vlmeval/utils/matching_util.py). recent: only a letter of the last four words or after "answer is"
+    counts, and no text in an answer of more than twice the options' length."""
     words = re.sub(r"[.()\[\],:;!*#{}]", " ", prediction).split()
     letters = [letter for letter in choices if letter in words]
     if "Failed to obtain answer via API" not in prediction:
@@ -98,8 +96,8 @@ def mathvista(prediction, row, recent=False):
         return "", False
 
 def punctuation(text):
-    """The VQA rule (process_punctuation of vlmeval/smp): a mark beside a space goes, any other becomes a space, all go
-    if there is a comma between digits; then full stops that no digit follows, the first 32 of them."""
+    """process_punctuation of vlmeval/smp: a mark beside a space goes, any other becomes a space; all go if there is a
+    comma between digits; then full stops that no digit follows, the first 32 of them."""
     commas, out = re.search(r"\d,\d", text), text
     for mark in {*text} & {*';/[]"{}()=+\\_-><@`,?!'}:
         out = out.replace(mark, "" if commas or mark + " " in text or " " + mark in text else " ")
@@ -107,8 +105,7 @@ def punctuation(text):
 
 @functools.lru_cache(65536)
 def vqa_normal(text):
-    """The VQA normal form (process_answer of vlmeval/dataset/utils/vqa_eval.py): punctuation, digits, no articles,
-    contractions with their apostrophe."""
+    """Punctuation, number words, articles, contractions (process_answer of vlmeval/dataset/utils/vqa_eval.py)."""
     words = punctuation(text.replace("\n", " ").replace("\t", " ").strip()).lower().split()
     words = [str(NUMBER_WORDS[word]) if NUMBER_WORDS.get(word, 11) <= 10 else word for word in words]
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the"))
@@ -151,12 +148,9 @@ def to_float(text):
 def relaxed_accuracy(prediction, row):
     """Numbers within 5 % of a reference, everything else equal but for case (relaxed_correctness, same file; ChartQA,
     arXiv 2203.10244). A reference of 0 has no relative error."""
-    read, points = prediction.strip(), False
-    for answer in as_list(row["answer"]):
-        number, target = to_float(read), to_float(answer)
-        near = abs(number - target) / abs(target) <= 0.05 if number is not None and target else None
-        points |= read.lower() == answer.lower() if near is None else near
-    return read, points
+    read, near = prediction.strip(), lambda number, target: abs(number - target) / abs(target) <= 0.05
+    return read, any(near(to_float(read), to_float(text)) if to_float(read) is not None and to_float(text) else
+                     read.lower() == text.lower() for text in as_list(row["answer"]))
 
 def any_reference(prediction, row):
     """Equal to one of the references but for case and outer space (process_line, accuracy, same file)."""
@@ -164,8 +158,7 @@ def any_reference(prediction, row):
     return read, read.lower() in [text.strip().lower() for text in as_list(row["answer"])]
 
 def ocrbench(prediction, row):
-    """One of the references occurs; formulas are compared without spaces, case and all (OCRBench.evaluate of
-    vlmeval/dataset/image_vqa.py)."""
+    """A reference occurs; formulas without spaces, case and all (OCRBench.evaluate, vlmeval/dataset/image_vqa.py)."""
     formula = row["category"] == "Handwritten Mathematical Expression Recognition"
     normal = lambda text: re.sub("[\n ]", "", text.strip()) if formula else text.lower().strip().replace("\n", " ")
     return prediction.strip(), any(normal(text) in normal(prediction) for text in as_list(row["answer"]))
@@ -183,8 +176,7 @@ def graded(grade, row):
 
 def exact_match(prediction, row):
     """Toy: equal but for case, runs of white space and one closing full stop that the reference does not have."""
-    read = " ".join(prediction.split() if row["answer"].strip().endswith(".") else
-                    prediction.strip().removesuffix(".").split())
+    read = " ".join(prediction.strip().removesuffix("" if row["answer"].strip().endswith(".") else ".").split())
     return read, read.lower() == " ".join(row["answer"].split()).lower() != ""
 
 def exact_number(prediction, row):
@@ -196,11 +188,8 @@ def exact_number(prediction, row):
     return read, read != "" and numbers[0] == to_float(row["answer"].strip())
 
 # ---- totals: rows, what was read, points -> (score 0-100, details) ---------------------------------------------------
-COLUMNS = {"categories": "category", "l2_categories": "l2-category", "splits": "split", "tasks": "task",
-           "skills": "skills"}
-
-def percent(part, whole):
-    return round(100 * part / whole, 2) if whole else 0.0
+COLUMNS = dict(categories="category", l2_categories="l2-category", splits="split", tasks="task", skills="skills")
+percent = lambda part, whole: round(100 * part / whole, 2) if whole else 0.0
 
 def mean(rows, reads, points):
     """The mean, and by category, split, task and skill where there are such columns (report_acc, MathVista_acc)."""
@@ -219,8 +208,7 @@ def capabilities(rows, reads, points):
     return score, details | {"capabilities": {c: percent(sum(v), len(v)) for c, v in by.items()}}
 
 def circular(rows, reads, points):
-    """A question counts if it is right in every rotation of its options, whose indices are its own + k * 1,000,000
-    (mcq_circular_eval of multiple_choice.py)."""
+    """A question counts if it is right in every rotation of its options: index + k * 1,000,000 (mcq_circular_eval)."""
     groups, number = collections.defaultdict(list), lambda row: int(float(row["index"]))
     for row, p in zip(rows, points): groups[int(float(row.get("g_index") or number(row) % 1_000_000))].append(p)
     first = [row for row in rows if number(row) in groups]
@@ -229,9 +217,8 @@ def circular(rows, reads, points):
 
 def rates(rows, reads):
     """Yes is the positive class; what cannot be read counts as no (cal_f1_score in POPE_rating of yorn.py)."""
-    true = sum(row["answer"].strip().lower() == "yes" for row in rows)
-    hit = sum(read == row["answer"].strip().lower() == "yes" for row, read in zip(rows, reads))
-    said = reads.count("yes")
+    answers = [row["answer"].strip().lower() for row in rows]
+    true, said, hit = answers.count("yes"), reads.count("yes"), [*zip(answers, reads)].count(("yes", "yes"))
     return {"precision": percent(hit, said), "recall": percent(hit, true), "f1": percent(2 * hit, said + true),
             "yes_ratio": percent(said, len(rows))}
 
@@ -239,28 +226,23 @@ def pope(rows, reads, points):
     """F1; a row counts once for each of its comma-separated categories (POPE_rating)."""
     every = [(row | {"category": c}, *rest) for row, *rest in zip(rows, reads, points)
              for c in row.get("category", "").split(",")]
-    details = {"accuracy": percent(sum(p for *_, p in every), len(every))}
-    details |= rates([row for row, *_ in every], [read for _, read, _ in every])
-    for c in sorted({row["category"] for row, *_ in every}):
-        part = [(row, read) for row, read, _ in every if row["category"] == c]
-        details.setdefault("categories", {})[c] = rates(*map(list, zip(*part)))["f1"]
-    return details["f1"], details
+    part = lambda c: rates(*map(list, zip(*[(row, read) for row, read, _ in every if c in (None, row["category"])])))
+    by = {c: part(c)["f1"] for c in sorted({row["category"] for row, *_ in every})}
+    accuracy = percent(sum(p for *_, p in every), len(every))
+    return part(None)["f1"], {"accuracy": accuracy, **part(None), "categories": by}
 
 PERCEPTION = "OCR artwork celebrity color count existence landmark position posters scene".split()
 REASONING = "code_reasoning commonsense_reasoning numerical_calculation text_translation".split()
 
 def mme(rows, reads, points):
-    """Per category 100 * (accuracy + share of images with both questions right), summed, 2800 at most, over 28
-    (MME_rating)."""
+    """100 * (accuracy + share of images with both questions right) of 14 categories, summed, / 28 (MME_rating)."""
     images = collections.defaultdict(lambda: collections.defaultdict(list))
     for row, p in zip(rows, points): images[row["category"]][row["image_path"]].append(p)
     by = {c: 100 * (sum(map(sum, v.values())) / sum(map(len, v.values()))
                     + sum(len(p) > 1 and all(p[:2]) for p in v.values()) / len(v)) for c, v in sorted(images.items())}
-    perception, reasoning = (sum(by.get(c, 0) for c in names) for names in (PERCEPTION, REASONING))
-    return round((perception + reasoning) / 28, 2), {
-        "perception": round(perception, 2), "reasoning": round(reasoning, 2), "total": round(perception + reasoning, 2),
-        "categories": {c: round(v, 2) for c, v in by.items()},
-        "missing_categories": [c for c in PERCEPTION + REASONING if c not in by]}
+    sums = {"perception": sum(by.get(c, 0) for c in PERCEPTION), "reasoning": sum(by.get(c, 0) for c in REASONING)}
+    missing, total = [c for c in PERCEPTION + REASONING if c not in by], sum(sums.values())
+    return round(total / 28, 2), {**sums, "total": total, "categories": by, "missing_categories": missing}
 
 def hallusion(rows, reads, points):
     """Mean of three accuracies: of answers, of figures with every question right, of questions right on every figure.
@@ -272,16 +254,14 @@ def hallusion(rows, reads, points):
         figures[row["l2-category"], parts[3], parts[4]].append(p)
         questions[row["l2-category"], parts[3], parts[5]].append(p)
     accuracy = [sum(points) / len(rows), *(sum(map(all, g.values())) / len(g) for g in (figures, questions))]
-    names = dict(zip(("aAcc", "fAcc", "qAcc"), (percent(x, 1) for x in accuracy)))
-    return percent(sum(accuracy), 3), names | mean(rows, reads, points)[1]
+    three = {name: percent(x, 1) for name, x in zip(("aAcc", "fAcc", "qAcc"), accuracy)}
+    return percent(sum(accuracy), 3), three | mean(rows, reads, points)[1]
 
 def ocrbench_total(rows, reads, points):
     """Right answers of 1,000 / 10 (OCRBench.evaluate)."""
-    counts = collections.Counter()
-    for row, p in zip(rows, points): counts[row["category"]] += int(p)
-    text = sum(n for c, n in counts.items() if c.endswith("Recognition") and "Mathematical" not in c)
-    return round(counts.total() / 10, 2), {"final_score": counts.total(), "Text Recognition": text,
-                                           "categories": dict(sorted(counts.items()))}
+    by = collections.Counter(row["category"] for row, p in zip(rows, points) if p)
+    text = sum(n for c, n in by.items() if c.endswith("Recognition") and "Mathematical" not in c)
+    return by.total() / 10, {"final_score": by.total(), "Text Recognition": text, "categories": {**by}}
 
 # ---- the protocols ---------------------------------------------------------------------------------------------------
 # judge: no = rules read every answer, optional = it reads what they cannot, required = no score without it; tiles: the
@@ -311,7 +291,8 @@ PAPER = {
     "MathVista_MINI": Benchmark("f199b98e178e5a2a20e7048f5dcb0464", "math", "plain", mathvista, judge="required"),
     "ScienceQA": letter("e42e9e00f9c59a80d8a5db35bc32b71f", "math", file="ScienceQA_TEST"),
     "POPE": Benchmark("c12f5acb142f2ef1f85a26ba2fbe41d5", "hallucination", "plain", yes_no, pope, "optional"),
-    "HallusionBench": Benchmark("0c23ac0dc9ef46832d7a24504f2a0c7c", "hallucination", "yes_no", yes_no, hallusion, "optional"),
+    "HallusionBench": words("0c23ac0dc9ef46832d7a24504f2a0c7c", group="hallucination", prompt="yes_no", scorer=yes_no,
+                            total=hallusion, judge="optional"),
 }
 TOY = {
     "toy_general": toy("mcq", multiple_choice), "toy_ocr": toy("plain", exact_match, max_new_tokens=48),
@@ -319,13 +300,12 @@ TOY = {
     "toy_halluc": toy("plain", yes_no),
 }
 PAPER, TOY = ({name: b._replace(file=b.file or name) for name, b in table.items()} for table in (PAPER, TOY))
-LETTERS = (multiple_choice, mmmu, mathvista)                           # the scorers that have a recent form
-LATER = {name: b._replace(tiles=10 if b.tiles == 6 else b.tiles, max_new_tokens=1024, recent=b.scorer in LETTERS)
-         for name, b in PAPER.items()}
+LATER = {name: b._replace(tiles=max(10, b.tiles), max_new_tokens=1024, recent=b.scorer in (
+    multiple_choice, mmmu, mathvista)) for name, b in PAPER.items()}
 PROTOCOLS = {"sailvl-2024-12": PAPER | TOY, "vlmevalkit-2025-04": LATER | TOY}
-JUDGE = {                                                              # what a judge is asked, in words of our own
-    multiple_choice: "{question}\n{options}\n\nSomeone answered: {prediction}\n\nWhich option does that mean? Reply with "
-                     "its letter alone, or with Z if it means none of them.",
+JUDGE = {                           # what a judge is asked, in words of our own
+    multiple_choice: "{question}\n{options}\n\nSomeone answered: {prediction}\n\nWhich option does that mean? Reply "
+                     "with its letter alone, or with Z if it means none of them.",
     yes_no: "{question}\nThe answer was: {prediction}\n\nDoes that mean yes or no? Reply yes, no or unknown.",
     mathvista: "{question}\n\nSomeone answered: {prediction}\n\nReply with the final answer alone, as {form}",
     graded: "Question: {question}\nReference: {answer}\nAnswer: {prediction}\n\nHow right is the answer, 0.0 to 1.0 in "
@@ -334,13 +314,12 @@ JUDGE = {                                                              # what a 
 JUDGE[mmmu] = JUDGE[multiple_choice]
 RULES = 2                           # version of the scorers' code
 # columns that scorer or total look at, `index`, `question` and `answer` apart
-
 NEEDS = {mme: ["category", "image_path"], ocrbench: ["category"], hallusion: ["l2-category"], graded: ["category"],
          mathvista: ["question_type", "answer_type", "choices", "answer_option"]}
 needs = lambda b: NEEDS.get(b.scorer, []) + NEEDS.get(b.total, [])
 
 def find(name, protocol="sailvl-2024-12"):
-    """(name, Benchmark): by its name here or that of its file. ValueError if there is none, or no such protocol."""
+    """-> (name, Benchmark), by its name here or that of its file."""
     if protocol not in PROTOCOLS: raise ValueError(f"--protocol={protocol}: unknown; there are {', '.join(PROTOCOLS)}")
     for key, b in PROTOCOLS[protocol].items():
         if name in (key, b.file): return key, b
@@ -362,7 +341,6 @@ def protocol_hash(names, max_tiles=0, max_new_tokens=0, image_as="pixels", proto
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
 def judge_prompt(b, row):
-    """What the judge is asked about a row with `prediction`."""
     choices = "\n".join(f"{letter}. {text}" for letter, text in options(row).items()) or f"A. {row['answer']}\nB. other"
     form = {"integer": "an integer", "float": "a number"}.get(row.get("answer_type"), "the letter of the option")
     return JUDGE[b.scorer].format_map({**row, "options": choices, "form": form})

