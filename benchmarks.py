@@ -46,12 +46,10 @@ CONTRACTIONS = {word[:i] + word[i + 1:]: word for word in """ain't aren't can't 
 
 def as_list(text):
     """A cell that holds a Python list, such as "['a', 'b']" -> its items as strings; any other -> [text]."""
-    if text.startswith("["):
-        try:
-            return [*map(str, ast.literal_eval(text))]
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            pass
-    return [text]
+    try:
+        return [*map(str, ast.literal_eval(text))] if text.startswith("[") else [text]
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return [text]
 
 def option_letter(prediction, choices, recent=False):
     """The only option letter among the words ("Z": a refusal), else the only option whose text occurs, else ""
@@ -60,15 +58,11 @@ def option_letter(prediction, choices, recent=False):
     words = re.sub(r"[.()\[\],:;!*#{}]", " ", prediction).split()
     letters = [letter for letter in choices if letter in words]
     if "Failed to obtain answer via API" not in prediction:
-        if any(refusal in prediction for refusal in REFUSALS) or (not letters and "Z" in words):
-            return "Z"
-        if len(letters) == 1 and not (recent and words.index(letters[0]) <= len(words) - 5):
-            return letters[0]
+        if any(refusal in prediction for refusal in REFUSALS) or (not letters and "Z" in words): return "Z"
+        if len(letters) == 1 and not (recent and words.index(letters[0]) <= len(words) - 5): return letters[0]
         said = recent and re.search(r"answer\s+is\s+\**([ABCD])", prediction, re.IGNORECASE)
-        if said and said[1].upper() in choices:
-            return said[1].upper()
-    if recent and len(prediction) > 2 * sum(map(len, choices.values())):
-        return ""
+        if said and said[1].upper() in choices: return said[1].upper()
+    if recent and len(prediction) > 2 * sum(map(len, choices.values())): return ""
     found = [letter for letter, text in choices.items() if text.lower() in prediction.lower()]
     return found[0] if len(found) == 1 else ""
 
@@ -80,8 +74,8 @@ def multiple_choice(prediction, row, recent=False):
 def mmmu(prediction, row, recent=False):
     """As multiple choice; an open question becomes one: A the answer, B anything else (MMMU_preproc, same file)."""
     choices = row if row.get("A") else row | {"A": row["answer"], "B": "Other Answers"}
-    return multiple_choice(prediction, choices | {"answer": row["answer"] if len(row["answer"]) == 1
-                                                  and row["answer"] in string.ascii_uppercase else "A"}, recent)
+    answer = row["answer"] if row["answer"] in [*string.ascii_uppercase] else "A"
+    return multiple_choice(prediction, choices | {"answer": answer}, recent)
 
 def mathvista(prediction, row, recent=False):
     """A letter, or a number that Python can cast (post_check of vlmeval/dataset/utils/mathvista.py, where an answer of
@@ -297,8 +291,7 @@ PAPER = {
 TOY = {
     "toy_general": toy("mcq", multiple_choice), "toy_ocr": toy("plain", exact_match, max_new_tokens=48),
     "toy_chart": toy("short", relaxed_accuracy, period=True), "toy_count": toy("short", exact_number),
-    "toy_halluc": toy("plain", yes_no),
-}
+    "toy_halluc": toy("plain", yes_no)}
 PAPER, TOY = ({name: b._replace(file=b.file or name) for name, b in table.items()} for table in (PAPER, TOY))
 LATER = {name: b._replace(tiles=max(10, b.tiles), max_new_tokens=1024, recent=b.scorer in (
     multiple_choice, mmmu, mathvista)) for name, b in PAPER.items()}
@@ -340,18 +333,18 @@ def protocol_hash(names, max_tiles=0, max_new_tokens=0, image_as="pixels", proto
     return hashlib.sha256(json.dumps([rules, words], sort_keys=True).encode()).hexdigest()
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
-def judge_prompt(b, row):
-    choices = "\n".join(f"{letter}. {text}" for letter, text in options(row).items()) or f"A. {row['answer']}\nB. other"
-    form = {"integer": "an integer", "float": "a number"}.get(row.get("answer_type"), "the letter of the option")
-    return JUDGE[b.scorer].format_map({**row, "options": choices, "form": form})
-
 def read_answers(b, rows, judge=None):
     """Rows with `prediction` -> [(what was read, points)]; judge: `ask` of a judge.Judge, for what no rule reads."""
     read = functools.partial(b.scorer, recent=True) if b.recent else b.scorer
     found = [("", 0.0) if b.scorer is graded else read(row.get("prediction", ""), row) for row in rows]
     unread = [i for i, (text, _) in enumerate(found) if not text] if judge and b.judge != "no" else []
     valid = [lambda reply, row=rows[i]: read(reply, row)[0] != "" for i in unread]
-    replies = judge([judge_prompt(b, {"prediction": "", **rows[i]}) for i in unread], valid) if unread else []
+    forms, prompts = {"integer": "an integer", "float": "a number"}, []
+    for row in (rows[i] for i in unread):
+        listed = "\n".join(f"{c}. {text}" for c, text in options(row).items()) or f"A. {row['answer']}\nB. Other Answers"
+        form = forms.get(row.get("answer_type"), "the letter of the option")
+        prompts.append(JUDGE[b.scorer].format_map({"prediction": "", **row, "options": listed, "form": form}))
+    replies = judge(prompts, valid) if unread else []
     for i, reply in zip(unread, replies): found[i] = read(reply, rows[i]) if reply else ("", 0.0)
     return found
 

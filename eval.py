@@ -127,7 +127,7 @@ def read_tsv(path, *columns_needed):
             row = dict(zip(columns, fields))
             if row["index"] in rows: raise ValueError(f"{where}: index {row['index']!r} stands twice")
             if len(row.get("image", "")) > 64:
-                places[row["index"]] = [(path, offset, k) for k in range(len(as_list(row["image"])))]
+                places[row["index"]] = [(path, offset, k) for k, _ in enumerate(as_list(row["image"]))]
                 row["image"] = row["index"]
             rows[row["index"]] = row
     if not rows: raise ValueError(f"{path}: {'no rows under the line of column names' if columns else 'an empty file'}")
@@ -138,14 +138,11 @@ def read_rows(path, limit=0, split="", *columns_needed):
     the picture (ImageBaseDataset of vlmeval/dataset/image_base.py). split: the rows that are wanted, "" = all."""
     (rows, places), pairs = read_tsv(path, *columns_needed), []
     for row in [row for row in rows if not split or row.get("split", split) == split][:limit or None]:
-        pictures = [Path(path).parent / name for name in as_list(row.get("image_path", "")) if name]
-        if row.get("image"):
-            pictures = []
-            for name in as_list(row["image"]):
-                if name not in places:
-                    raise ValueError(f"{path} row {row['index']}: image {name!r} is no row with a picture")
-                pictures += places[name]
-        pairs.append((row, pictures))
+        for name in (names := as_list(row["image"]) if row.get("image") else []):
+            if name not in places:
+                raise ValueError(f"{path} row {row['index']}: image {name!r} is no row with a picture")
+        files = [Path(path).parent / name for name in as_list(row.get("image_path", "")) if name]
+        pairs.append((row, [place for name in names for place in places[name]] or files))
     if not pairs: raise ValueError(f"{path}: no rows of split {split!r}")
     return pairs
 
@@ -252,7 +249,7 @@ def weights_hash(folder):
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 def score_file(argv):
-    """`eval.py score`: a predictions file -> {"benchmark", "score", "details", "protocol", ...}, a reason if no score."""
+    """`eval.py score`: a predictions file -> {"benchmark", "score", "details", "protocol", ...}, a reason if None."""
     configurator.configure(cfg := ScoreConfig(), argv)
     if not cfg.benchmark: raise ValueError("give --benchmark=NAME and --predictions=FILE.tsv")
     name, b = find(cfg.benchmark, cfg.protocol)

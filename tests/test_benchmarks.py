@@ -303,6 +303,9 @@ def test_a_judge_reads_only_what_no_rule_reads():
     value, d = score("MMStar", rows, judge)
     assert value == 66.67 and d["not_readable"] == 1 and len(asked) == 2 and "A. red circle" in asked[0]
     assert "the azure one" in asked[0] and "Which?" in asked[0]
+    replies = ["A"]
+    open_question = {"question": "How long?", "answer": "5 m", "prediction": "five metres", "A": "", "B": ""}
+    assert score("MMMU_VAL", [open_question], judge)[0] == 100.0 and "A. 5 m\nB. Other Answers" in asked[-1]
     replies = ["0.4", "7"]
     rows = [{"question": "q", "answer": "x<AND>y", "prediction": "0.9", "category": "ocr,math"}] * 2
     assert score("MMVet", rows, judge)[0] is None             # one grade is not valid: never a guess
