@@ -1,8 +1,10 @@
 """A loaded model folder that answers: prompts, tiles, batched and streamed generation. For sample.py and eval.py."""
+import collections
+
 import torch
 
 from data import Tokenizer, chat_ids
-from model import generate, generate_stream
+from model import decode, generate_stream
 from vision import load_image, make_tiles
 from weights import check_vocabulary, load_folder
 
@@ -28,11 +30,18 @@ class Assistant:
         counts, per_tile = [len(t) for t in tiles], self.model.vision.tokens_per_tile
         return chat_ids(self.tokenizer, self.template, turns, counts, per_tile), torch.cat(tiles) if tiles else None
 
+    def answer_each(self, prompts, **settings):
+        """An iterable of (ids, tiles) -> yield (number of the prompt, answer), each as soon as it is whole."""
+        said = collections.defaultdict(list)
+        for number, token in decode(self.model, prompts, **self.settings | settings):
+            if token is None:
+                yield number, self.tokenizer.decode(said.pop(number, [])).strip()
+            else:
+                said[number].append(token)
+
     def answers(self, prompts, **settings):
-        """[(ids, tiles), ...] -> answers, all generated together."""
-        ids, tiles = [ids for ids, _ in prompts], [tiles for _, tiles in prompts]
-        ids = generate(self.model, ids, tiles, **self.settings | settings)
-        return [self.tokenizer.decode(one).strip() for one in ids]
+        """[(ids, tiles), ...] -> their answers, all generated together."""
+        return [text for _, text in sorted(self.answer_each(prompts, **settings))]
 
     def stream(self, ids, tiles):
         """Yield the answer piece by piece; a character of several tokens comes when it is whole."""

@@ -4,6 +4,7 @@
     python bench.py ce            # linear + cross-entropy against the plain one: time, memory
     python bench.py train         # training steps: tokens/s, strict MFU, memory, against our own padded batches
     python bench.py vs-hf         # training steps against transformers' InternVL: same weights, same samples
+    python bench.py decode        # tokens/s of one answer against transformers' generate, prompts/s of many against one
     python bench.py warmup        # seconds until the first compiled step is done, graphs compiled for 20 more packs
 
 Prints device and versions, a markdown table and, on the last line, the same rows as JSON: row, value, unit and, beside
@@ -23,9 +24,9 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 import common
 from configurator import configure, launch
 from kernels import attention as A, cross_entropy as C
-from model import IGNORE, LLMConfig, VLM, compile_blocks, train_flops
+from model import IGNORE, LLMConfig, VLM, compile_blocks, generate, train_flops
 from vision import VisionConfig, normalize
-from weights import image_token_id, save_folder
+from weights import image_token_id, load_folder, save_folder
 
 TOKENIZER = Path(__file__).resolve().parent / "config" / "toy_tokenizer"
 
@@ -266,8 +267,41 @@ def vs_hf(cfg, device, wanted):
         rows += compare(name, sides, cfg, device, float(len(samples)), "samples/s", error=error(*results))
     return rows
 
+# ---- decode ----------------------------------------------------------------------------------------------------------
+TINY = VisionConfig(112, dim=192, n_layers=4, n_heads=3, ffn_dim=768), LLMConfig(8192, 384, 10, 6, 2, 64, 1024)
+
+def decode(cfg, device, wanted):
+    """tiny: 64 tokens of one answer about one tile. batched: 64 answers of 16 tokens, against one after the other."""
+    from transformers import InternVLForConditionalGeneration
+    image, g, rows, n = image_token_id(TOKENIZER), torch.Generator().manual_seed(0), [], 64
+    tiles = torch.randint(0, 256, (n, 1, 3, 112, 112), generator=g).byte()
+    prompts = [[image] * TINY[0].tokens_per_tile + torch.randint(0, 1000, (20 + i,), generator=g).tolist()
+               for i in range(n)]
+    kinds = dict(fp32=torch.float32, bf16=torch.bfloat16)
+    with tempfile.TemporaryDirectory() as folder:
+        state = VLM(*TINY, image).init_weights(0, std=0.2).state_dict()
+        save_folder(state, *TINY, f"{folder}/ours", TOKENIZER, dtype=torch.float32)
+        subprocess.run([sys.executable, "convert.py", "export", f"{folder}/ours", f"{folder}/theirs",
+                        "--layout=transformers"], cwd=TOKENIZER.parent.parent, check=True, capture_output=True)
+        for name, dtype in wanted({f"{row}_{kind}": kinds[kind] for row in ("tiny", "batched") for kind in kinds}):
+            model = load_folder(f"{folder}/ours", device, dtype)[0].eval()
+            peer = InternVLForConditionalGeneration.from_pretrained(f"{folder}/theirs", dtype=dtype).to(device)
+            ours = lambda i, j, tokens: generate(model, prompts[i:j], tiles[i:j], tokens, set())
+            ids = torch.tensor(prompts[:1], device=device)
+            inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, min_new_tokens=n,
+                          pixel_values=normalize(tiles[0].to(device), dtype), do_sample=False, suppress_tokens=[image])
+            sides = {"ours": lambda: ours(0, 1, n),
+                     "transformers": lambda: peer.generate(**inputs)[:, ids.shape[1]:].tolist()}
+            if name.startswith("batched"):
+                sides = {"ours": lambda: ours(0, n, 16),
+                         "one by one": lambda: [ours(i, i + 1, 16)[0] for i in range(n)]}
+            same = [a == b for pair in zip(*(f() for f in sides.values())) for a, b in zip(*pair)]      # token by token
+            rows += compare(name, sides, cfg, device, float(n), "prompts/s" if "batched" in name else "tokens/s",
+                            same_tokens=sum(same) / len(same))
+    return rows
+
 def main():
-    parts = {"attn": attn, "ce": ce, "train": train, "warmup": warmup, "vs-hf": vs_hf}
+    parts = {"attn": attn, "ce": ce, "train": train, "warmup": warmup, "vs-hf": vs_hf, "decode": decode}
     if len(sys.argv) < 2 or sys.argv[1] not in parts:
         raise ValueError(f"write bench.py {'|'.join(parts)} [--rounds=N --rows=a,b --device=cpu]")
     configure(cfg := Config(), sys.argv[2:])

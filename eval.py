@@ -1,13 +1,15 @@
-"""Benchmarks: prompts, batched generation, rule scorers, results.json and report.html.
+"""Benchmarks: reading their files, batched generation, results.json and report.html.
 
     python eval.py --model=out/demo/model --data_dir=out/demo/bench --benchmarks=toy --out_dir=out/demo
-    torchrun --nproc_per_node=8 eval.py --model=DIR --data_dir=LMUData --benchmarks=toy_ocr,toy_chart --out_dir=DIR
-    python eval.py score --benchmark=toy_ocr --predictions=out/demo/toy_ocr.tsv
+    torchrun --nproc_per_node=8 eval.py --model=DIR --data_dir=LMUData --benchmarks=all --out_dir=DIR \\
+        [--download=True] [--judge=http://127.0.0.1:8000/v1 --judge_model=NAME]
+    python eval.py score --benchmark=DocVQA_VAL --predictions=DIR/DocVQA_VAL.tsv
 
-BENCHMARKS below is the whole protocol; its hash is stored with every score, because 10-20 points can hide in a prompt.
-An interrupted run goes on at the first row that has no prediction yet. Shapes: T tokens of a prompt, N tiles.
+benchmarks.py holds the protocols and the scorers. An interrupted run goes on at the first row that has no prediction
+yet. Shapes: T tokens of a prompt, N tiles.
 """
-import base64, collections, contextlib, csv, dataclasses, hashlib, io, itertools, json, math, re, sys, time
+import base64, collections, contextlib, csv, dataclasses, hashlib, http.client, io, itertools, json, os, sys, time
+import urllib.error, urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
@@ -18,15 +20,25 @@ from tqdm import tqdm
 
 import common, configurator
 from assistant import Assistant
+from benchmarks import (PAPER, PROTOCOLS, PUBLISHED, as_list, averages, benchmark_names, build_prompt, chance_level,
+                        find, needs, options, protocol_hash, read_answers, score_rows)
 from data import _render, cell_words, place_images
-from vision import GRAY, load_image, make_tiles
+from judge import connect
+from vision import GRAY, _read, load_image, make_tiles
+
+DESCRIBE = "Describe the image."
 
 @dataclasses.dataclass(slots=True)
 class Config:
     model: str = ""                       # model folder
-    data_dir: str = ""                    # folder of the benchmark files, <name>.tsv
-    benchmarks: str = "toy"               # names joined by commas, or: toy | all
+    data_dir: str = ""                    # folder of the benchmark files, such as VLMEvalKit's LMUData
+    benchmarks: str = "toy"               # names joined by commas, or: toy | all (the 18 of the paper)
+    protocol: str = "sailvl-2024-12"      # sailvl-2024-12 (the paper's settings) | vlmevalkit-2025-04
     out_dir: str = "out/eval"             # predictions, results.json and report.html go here
+    download: bool = False                # fetch files that are not in data_dir, gigabytes of them
+    download_from: str = "https://opencompass.openxlab.space/utils/VLMEval"   # where from
+    judge: str = ""                       # OpenAI-compatible endpoint, http://.../v1; its key: JUDGE_API_KEY
+    judge_model: str = ""                 # the judge's name there
     controls: bool = False                # also score the same rows blind: gray tiles in place of the pictures
     untrained: str = ""                   # control: model folder whose projector was never trained, on the same rows
     trained_blind: str = ""               # control: model folder trained on gray tiles, asked with gray tiles
@@ -35,7 +47,7 @@ class Config:
     max_tiles: int = 0                    # 0 = the protocol's number for each benchmark
     max_new_tokens: int = 0               # 0 = the protocol's number for each benchmark
     batch_size: int = 64                  # prompts generated together
-    batch_tokens: int = 65536             # and at most so many prompt tokens
+    batch_tokens: int = 2 ** 19           # and their prompts and longest answers: 15 GB of cache (2B), 30 GB (8B)
     report_rows: int = 40                 # pictures per benchmark in report.html
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"    # auto: bfloat16 on a GPU, else float32
     device: str = "auto"                  # auto | cpu | cuda
@@ -45,210 +57,142 @@ class Config:
 
 @dataclasses.dataclass(slots=True)
 class ScoreConfig:
-    benchmark: str = ""                   # name in BENCHMARKS
+    benchmark: str = ""                   # name in benchmarks.py
     predictions: str = ""                 # .tsv with the benchmark's columns and `prediction`
+    protocol: str = "sailvl-2024-12"      # as above
+    judge: str = ""                       # as above
+    judge_model: str = ""                 # as above
 
-# ---- prompts (wording: VLMEvalKit's SAIL-VL adapter of December 2024) ----------------------------------------------
-SHORT = "Answer the question using a single word or phrase."
-MCQ = {"en": "Answer with the option's letter from the given choices directly.", "zh": "请直接回答选项字母。"}
-OPEN = {"en": "Answer the question directly.", "zh": "请直接回答问题。"}
-DESCRIBE = "Describe the image."
+# ---- benchmark files -------------------------------------------------------------------------------------------------
+def md5(path):
+    with open(path, "rb") as f: return hashlib.file_digest(f, "md5").hexdigest()
 
-def options(row):
-    """{"A": text, ...} of the filled option columns of a row."""
-    return {c: row[c].strip() for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if row.get(c, "").strip()}
-
-def build_prompt(kind, row):
-    """Row -> text. plain: the question; short: wants a word or phrase; mcq: hint, question, options, wants a letter."""
-    if kind != "mcq": return row["question"] + {"plain": "", "short": "\n" + SHORT}[kind]
-    hint, choices = row.get("hint", "").strip(), options(row)
-    lines = [hint] * bool(hint) + [row["question"]] + [f"{letter}. {text}" for letter, text in choices.items()]
-    language = "zh" if re.search("[\u4e00-\u9fff]", "".join(lines)) else "en"
-    return "\n".join([*lines, (MCQ if choices else OPEN)[language]])
-
-# ---- scorers: (prediction, row) -> (what was read from it, right or wrong); "" when nothing could be read ----------
-REFUSALS = ("Sorry, I can't help with images of people yet.", "I can't process this file.",
-            "I'm sorry, but without the image provided", "Cannot determine the answer")
-NUMBER_WORDS = {word: value for value, word in enumerate(
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen twenty".split())} | {"none": 0}
-
-def multiple_choice(prediction, row):
-    """The only option letter among the words, else the only option whose text occurs (VLMEvalKit, exact matching)."""
-    choices, words = options(row), re.sub(r"[.()\[\],:;!*#{}]", " ", prediction).split()
-    letters = [letter for letter in choices if letter in words]
-    if not letters and "Z" not in words:
-        letters = [letter for letter, text in choices.items() if text.lower() in prediction.lower()]
-    read = letters[0] if len(letters) == 1 and not any(refusal in prediction for refusal in REFUSALS) else ""
-    return read, read == row["answer"].strip() != ""
-
-def yes_no(prediction, row):
-    """Exactly one of the words yes and no, whatever else is said (VLMEvalKit's rule for POPE)."""
-    found = {"yes", "no"} & set(re.findall(r"[a-z0-9]+", prediction.lower()))
-    read = found.pop() if len(found) == 1 else ""
-    return read, read == row["answer"].strip().lower() != ""
-
-def without_period(prediction, answer):
-    """The prediction stripped, less one closing full stop that the reference does not have."""
-    return prediction.strip() if answer.strip().endswith(".") else prediction.strip().removesuffix(".")
-
-def exact_match(prediction, row):
-    """Equal but for case, runs of white space and one closing full stop."""
-    read = " ".join(without_period(prediction, row["answer"]).split())
-    return read, read.lower() == " ".join(row["answer"].split()).lower() != ""
-
-def to_float(text):
-    """`12`, `-1.5`, `12%` (= 0.12) as a number, else nan."""
+def download(b, folder, base):
+    """Fetch a benchmark's file, with progress, from where an earlier try stopped; refuse it if its MD5 is another."""
+    url, part = f"{base.rstrip('/')}/{b.file}.tsv", Path(folder) / f"{b.file}.tsv.part"
+    by_hand = f"or put {part.with_suffix('')} (MD5 {b.md5}) there by hand"
+    part.parent.mkdir(parents=True, exist_ok=True)
+    have = part.stat().st_size if part.exists() else 0
     try:
-        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        return math.nan
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
+        with urllib.request.urlopen(request, timeout=60) as web:
+            have *= web.status == 206                                  # else the server sends all of it again
+            total = have + int(web.headers.get("Content-Length") or 0)
+            with open(part, "ab" if have else "wb") as f, tqdm(initial=have, total=total, desc=b.file, unit="B",
+                                                                unit_scale=True, disable=None) as bar:
+                while block := web.read(1 << 20):
+                    f.write(block)
+                    bar.update(len(block))
+        if part.stat().st_size < total: raise OSError(f"cut off at {part.stat().st_size} of {total} bytes")
+    except (OSError, http.client.HTTPException) as e:
+        if getattr(e, "code", 0) != 416:                               # 416: nothing was left to send
+            raise ValueError(f"{url}: {e}; run again to go on, {by_hand}") from e
+    if (found := md5(part)) != b.md5:
+        part.unlink()
+        raise ValueError(f"{url}: MD5 {found} is not that of the protocol, removed; run again, {by_hand}")
+    os.replace(part, part.with_suffix(''))
 
-def relaxed_accuracy(prediction, row):
-    """Numbers within 5 % of the reference, everything else equal but for case (ChartQA, arXiv 2203.10244, 4.1)."""
-    read, answer = without_period(prediction, row["answer"]), row["answer"].strip()
-    number, target = to_float(read), to_float(answer)                  # a target of 0 has no relative error
-    near = target != 0 and abs(number - target) / abs(target) <= 0.05
-    return read, near or read.lower() == answer.lower() != ""
-
-def exact_number(prediction, row):
-    """The only number in the prediction, in digits or as an English word up to twenty, equals the reference."""
-    words = re.findall(r"(?<![\w.])-?[0-9][0-9,]*(?:\.[0-9]+)?|[a-z]+", prediction.lower())
-    numbers = [float(NUMBER_WORDS.get(word, word.replace(",", ""))) for word in words
-               if word in NUMBER_WORDS or not word.isalpha()]
-    read = f"{numbers[0]:g}" if len(numbers) == 1 else ""
-    return read, read != "" and numbers[0] == to_float(row["answer"].strip())
-
-# ---- the protocol --------------------------------------------------------------------------------------------------
-# build_prompt's kind, scorer, most tiles of a picture (thumbnail not counted), longest answer; file: <name>.tsv
-Benchmark = collections.namedtuple("Benchmark", "prompt scorer max_tiles max_new_tokens", defaults=(4, 16))
-BENCHMARKS = {
-    "toy_general": Benchmark("mcq", multiple_choice),
-    "toy_ocr": Benchmark("plain", exact_match, max_new_tokens=48),
-    "toy_chart": Benchmark("short", relaxed_accuracy),
-    "toy_count": Benchmark("short", exact_number),
-    "toy_halluc": Benchmark("plain", yes_no),
-}
-
-def benchmark_names(text):
-    """Comma list -> names of BENCHMARKS; `toy` is the five toy ones, `all` every one."""
-    groups = {"toy": [name for name in BENCHMARKS if name.startswith("toy_")], "all": [*BENCHMARKS],
-              **{name: [name] for name in BENCHMARKS}}
-    words = [word.strip() for word in text.split(",")]
-    for word in words:
-        if word not in groups: raise ValueError(f"unknown benchmark {word!r}; there are: {', '.join(groups)}")
-    return [*dict.fromkeys(name for word in words for name in groups[word])]
-
-def protocol_hash(names, max_tiles=0, max_new_tokens=0, image_as="pixels"):
-    """sha256 over everything that decides a score apart from the model and the rows (0 = the table's own value)."""
-    rules = {name: (b.prompt, b.scorer.__name__, max_tiles or b.max_tiles, max_new_tokens or b.max_new_tokens)
-             for name, b in BENCHMARKS.items() if name in names}
-    words = [SHORT, MCQ, OPEN, REFUSALS, image_as, "greedy", "thumbnail", 1]    # the last: version of the scorers' code
-    return hashlib.sha256(json.dumps([rules, words]).encode()).hexdigest()
-
-def percent(part, whole):
-    return round(100 * part / whole, 2) if whole else 0.0
-
-def score_rows(name, rows):
-    """Rows with `prediction` -> (score 0-100, details). A row without prediction is wrong."""
-    scorer, by_category = BENCHMARKS[name].scorer, collections.defaultdict(list)
-    reads, rights = zip(*(scorer(row.get("prediction", ""), row) for row in rows))
-    for row, right in zip(rows, rights):
-        by_category[row.get("category", "")].append(right)
-    details = {"n": len(rows), "correct": sum(rights), "not_readable": reads.count("")}
-    if scorer is yes_no:                                               # yes is the positive class, as in POPE
-        said, hit = reads.count("yes"), sum(right and read == "yes" for read, right in zip(reads, rights))
-        true = sum(row["answer"].strip().lower() == "yes" for row in rows)
-        details |= {"precision": percent(hit, said), "recall": percent(hit, true), "f1": percent(2 * hit, said + true),
-                    "yes_ratio": percent(said, len(rows))}
-    if set(by_category) != {""}:
-        details["categories"] = {c: percent(sum(v), len(v)) for c, v in sorted(by_category.items())}
-    return percent(sum(rights), len(rows)), details
-
-def chance_level(name, rows):
-    """0-100 without looking: a random option where there are options, else the most frequent answer every time."""
-    if BENCHMARKS[name].scorer is multiple_choice:
-        return percent(sum(1 / max(1, len(options(row))) for row in rows), len(rows))
-    favourite = collections.Counter(row["answer"] for row in rows).most_common(1)[0][0]
-    return score_rows(name, [row | {"prediction": favourite} for row in rows])[0]
-
-# ---- benchmark files -----------------------------------------------------------------------------------------------
-def read_tsv(path, *needs):
-    """The rows of a tab-separated file as dicts of strings. ValueError with the line number on a bad one."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file; toy.py writes --data_dir, a run writes --predictions")
+def records(path, start=0):
+    """(offset in bytes, line, fields) of a tab-separated file's rows from an offset on. ValueError with the line."""
+    at, reader = start, None
+    def lines():
+        nonlocal at
+        for line in f:
+            at += len(line)
+            yield line.decode("utf-8-sig" if at == len(line) else "utf-8")
     csv.field_size_limit(2**31 - 1)                                    # pictures are base64 columns
-    rows = {}
-    with open(path, newline="", encoding="utf-8-sig") as f:
-        reader = csv.DictReader(f, delimiter="\t")
+    with open(path, "rb") as f:
+        f.seek(start)
+        reader = csv.reader(lines(), delimiter="\t")
         try:
-            columns = reader.fieldnames or ()
-            for name in ("index", "question", "answer", *needs):
-                if name not in columns: raise ValueError(f"{path}: no column {name!r} in its first line")
-            for row in reader:
-                where = f"{path} line {reader.line_num}"
-                if None in row or None in row.values(): raise ValueError(f"{where}: not {len(columns)} columns")
-                if row["index"] in rows: raise ValueError(f"{where}: index {row['index']!r} stands twice")
-                rows[row["index"]] = row
+            for fields in reader:
+                yield start, reader.line_num, fields
+                start = at
         except (csv.Error, UnicodeDecodeError) as e:
             raise ValueError(f"{path} line {reader.line_num + 1}: not a UTF-8 tab-separated file: {e}") from e
-    if not rows: raise ValueError(f"{path}: no rows under the line of column names")
-    return [*rows.values()]
 
-def read_rows(path, limit=0, *needs):
-    """[(row, image)]: base64 text, a Path, or "". A short image column names the row that holds the picture, as in
-    VLMEvalKit; in the rows that come out every one does."""
-    rows, pairs = read_tsv(path, *needs), []
-    pictures = {row["index"]: row["image"] for row in rows if len(row.get("image", "")) > 64}
-    for row in rows[:limit or None]:
-        image = Path(path).parent / row["image_path"] if row.get("image_path") else ""
-        if row.get("image"):
-            row["image"] = row["index"] if row["index"] in pictures else row["image"]
-            if row["image"] not in pictures:
-                raise ValueError(f"{path} row {row['index']}: image {row['image']!r} is no row with a picture")
-            image = pictures[row["image"]]
-        pairs.append((row, image))
+def read_tsv(path, *columns_needed):
+    """-> (rows as dicts of strings, {index: [(path, offset, k), ...]} of the pictures, which stay in the file: `image`
+    of such a row becomes its index). ValueError with the line number on a bad row."""
+    if not Path(path).is_file(): raise FileNotFoundError(f"{path}: no such file; eval.py and toy.py write such files")
+    rows, places, columns = {}, {}, None
+    for offset, line, fields in records(path):
+        if columns is None:
+            columns = fields
+            for name in ("index", "question", "answer", *columns_needed):
+                if name not in columns: raise ValueError(f"{path}: no column {name!r} in its first line")
+        elif fields:
+            where = f"{path} line {line}"
+            if len(fields) != len(columns): raise ValueError(f"{where}: not {len(columns)} columns")
+            row = dict(zip(columns, fields))
+            if row["index"] in rows: raise ValueError(f"{where}: index {row['index']!r} stands twice")
+            if len(row.get("image", "")) > 64:
+                places[row["index"]] = [(path, offset, k) for k, _ in enumerate(as_list(row["image"]))]
+                row["image"] = row["index"]
+            rows[row["index"]] = row
+    if not rows: raise ValueError(f"{path}: {'no rows under the line of column names' if columns else 'an empty file'}")
+    return [*rows.values()], places
+
+def read_rows(path, limit=0, split="", *columns_needed):
+    """[(row, pictures)]: places in the file or Paths. An image cell of at most 64 characters names the row that holds
+    the picture (ImageBaseDataset of vlmeval/dataset/image_base.py). split: the rows that are wanted, "" = all."""
+    (rows, places), pairs = read_tsv(path, *columns_needed), []
+    for row in [row for row in rows if not split or row.get("split", split) == split][:limit or None]:
+        for name in (names := as_list(row["image"]) if row.get("image") else []):
+            if name not in places:
+                raise ValueError(f"{path} row {row['index']}: image {name!r} is no row with a picture")
+        files = [Path(path).parent / name for name in as_list(row.get("image_path", "")) if name]
+        pairs.append((row, [place for name in names for place in places[name]] or files))
+    if not pairs: raise ValueError(f"{path}: no rows of split {split!r}")
     return pairs
 
-def open_picture(row, image):
-    """Pillow RGB image of a pair of read_rows."""
+def open_picture(row, place, jpeg=False):
+    """Pillow RGB image of a place or path of read_rows. jpeg: through JPEG, as VLMEvalKit stores it on disk (alpha
+    dropped, not rotated; decode_base64_to_image_file of vlmeval/smp), unless a row of several names another type."""
     try:
-        return load_image(base64.b64decode(image) if isinstance(image, str) else image)
+        if isinstance(place, Path): return load_image(place)
+        path, offset, k = place
+        column = next(records(path))[2].index("image")
+        data = base64.b64decode(as_list(next(records(path, offset))[2][column])[k])
+        names = as_list(row.get("image_path", ""))
+        if jpeg and not (len(names) > 1 and not names[k].lower().endswith((".jpg", ".jpeg"))):
+            _read(data, lambda image: image.convert("RGB")).save(file := io.BytesIO(), "JPEG")
+            data = file.getvalue()
+        return load_image(data)
     except (ValueError, OSError) as e:
         raise ValueError(f"benchmark row {row['index']}: {e}") from e
 
 # ---- generation ----------------------------------------------------------------------------------------------------
-def make_prompt(assistant, row, image, text, max_tiles=4, blind=False):
+def make_prompt(assistant, row, image, text, max_tiles=0, blind=False, b=PROTOCOLS["sailvl-2024-12"]["toy_ocr"]):
     """-> (ids (T,), uint8 tiles (N, 3, s, s)); blind: as many tiles, all gray, or as many words, all `Empty`."""
     turns, tiles, vision = [(text, None)], [], assistant.model.vision
     if vision is None:                                                 # words in the place of the visual tokens
-        cells = [re.sub("^[A-Za-z]+", "Empty", cell) if blind else cell for cell in row["cells"].split("|")]
+        cells = ["Empty " + cell.split()[1] if blind else cell for cell in row["cells"].split("|")]
         images = [[assistant.tokenizer.image_id] * len(cells)] * bool(image)
         ids, _ = _render(assistant.tokenizer, assistant.template, place_images(turns, len(images)), images)
         return ids, torch.from_numpy(cell_words(cells, assistant.tokenizer)) if image else None
     if image:
-        tiles = make_tiles(open_picture(row, image), 1, max_tiles, vision.image_size, True)
-        tiles = [GRAY.expand_as(tiles) if blind else tiles]
+        pictures = [open_picture(row, one, b.jpeg) for one in image]
+        pictures[0] = pictures[0].resize([b.upscale * n for n in pictures[0].size], Image.Resampling.BILINEAR)
+        most = max(1, min(max_tiles or b.tiles, 64 // len(pictures)))
+        tiles = [make_tiles(picture, 1, most, vision.image_size, True) for picture in pictures]
+        tiles = [GRAY.expand_as(t) for t in tiles] if blind else tiles
     return assistant.prompt(turns, tiles)
 
-def prompt_batches(pairs, prepare, cfg):
-    """(row, image) pairs -> lists of (row, (ids, tiles)) within batch_size and batch_tokens, pictures decoded ahead."""
-    jobs, batch, tokens = [], [], 0
+def prompts_ahead(pairs, prepare, cfg):
+    """The prompts of (row, pictures) pairs in order, made by some threads a few ahead of their use."""
+    jobs = collections.deque()
     with ThreadPoolExecutor(max(1, cfg.num_workers)) as pool:
-        for i, (row, _) in enumerate(pairs):
-            jobs += [pool.submit(prepare, *pair) for pair in pairs[len(jobs):i + 2 * cfg.batch_size]]
-            prompt, jobs[i] = jobs[i].result(), None                   # None: pixels are not kept
-            if batch and (len(batch) == cfg.batch_size or tokens + len(prompt[0]) > cfg.batch_tokens):
-                yield batch
-                batch, tokens = [], 0
-            batch.append((row, prompt))
-            tokens += len(prompt[0])
-    if batch: yield batch
+        for pair in pairs:
+            jobs.append(pool.submit(prepare, *pair))
+            if len(jobs) > 4 * cfg.num_workers: yield jobs.popleft().result()
+        while jobs: yield jobs.popleft().result()
 
 def predict(name, pairs, assistant, key, cfg, dist, variant="model"):
-    """{index: answer} of all (row, image) pairs, on every rank. Rank r answers rows r, r + world, ... and adds them to
-    predictions/<name>.<variant>.rank<r>.jsonl batch by batch, where the next run with the same key finds them."""
-    bench, folder, done = BENCHMARKS[name], Path(cfg.out_dir) / "predictions", {}
+    """{index: answer} of all (row, pictures) pairs, on every rank. Each rank answers its share of the rows that have no
+    answer yet and adds them to predictions/<name>.<variant>.rank<r>.jsonl one by one; the next run with the same key
+    finds them there, whatever its number of ranks."""
+    b, folder, done = PROTOCOLS[cfg.protocol][name], Path(cfg.out_dir) / "predictions", {}
     folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(folder.glob(f"{name}.{variant}.rank*.jsonl")):
         for line in path.read_bytes().splitlines():
@@ -256,18 +200,20 @@ def predict(name, pairs, assistant, key, cfg, dist, variant="model"):
                 entry = json.loads(line)
                 if entry["key"] == key: done[entry["index"]] = entry["prediction"]
     common.barrier()                                                   # nobody writes before everybody has read
-    todo = [pair for pair in pairs[dist.rank::dist.world] if pair[0]["index"] not in done]
-    prepare = lambda row, image: make_prompt(assistant, row, image, build_prompt(bench.prompt, row),
-                                             cfg.max_tiles or bench.max_tiles, variant.endswith("blind"))
+    todo = [pair for pair in pairs if pair[0]["index"] not in done][dist.rank::dist.world]
+    prepare = lambda row, pictures: make_prompt(assistant, row, pictures, build_prompt(b.prompt, row, len(pictures)),
+                                                cfg.max_tiles, variant.endswith("blind"), b)
     mine = folder / f"{name}.{variant}.rank{dist.rank}.jsonl"
     with open(mine, "a", encoding="utf-8") as f, tqdm(total=len(todo), desc=mine.stem, disable=not dist.is_main) as bar:
-        for batch in prompt_batches(todo, prepare, cfg):
-            texts = assistant.answers([p for _, p in batch], max_new_tokens=cfg.max_new_tokens or bench.max_new_tokens)
-            for (row, _), text in zip(batch, (text.replace("\r", " ") for text in texts), strict=True):    # csv's own
-                done[row["index"]] = text
-                f.write("\n" + json.dumps({"key": key, "index": row["index"], "prediction": text}))   # ends a torn line
+        answers = assistant.answer_each(
+            prompts_ahead(todo, prepare, cfg), max_new_tokens=cfg.max_new_tokens or b.max_new_tokens,
+            batch_size=cfg.batch_size, batch_tokens=cfg.batch_tokens)
+        for number, text in answers:
+            text, index = text.replace("\r", " "), todo[number][0]["index"]     # \r: csv's own
+            done[index] = text.removesuffix(".") if b.period else text
+            f.write("\n" + json.dumps({"key": key, "index": index, "prediction": done[index]}))   # ends a torn line
             f.flush()
-            bar.update(len(batch))
+            bar.update()
     return {index: text for part in common.gather(done, dist) for index, text in part.items()}
 
 # ---- results and report --------------------------------------------------------------------------------------------
@@ -277,11 +223,12 @@ def picture_uri(image):
     image.save(file := io.BytesIO(), "JPEG", quality=75)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
-def question_card(name, row, image):
-    """What the report shows of a row with `prediction`."""
-    read, right = BENCHMARKS[name].scorer(row["prediction"], row)
-    return {**row, "name": name, "verdict": "right" if right else "wrong", "read": read, "options": options(row),
-            "pictures": [picture_uri(open_picture(row, image))] if image else []}
+def question_card(name, row, pictures, found):
+    """What the report shows of a row with `prediction`; found: (what was read, points)."""
+    read, points = found
+    return {**row, "name": name, "verdict": ("right" if points >= 1 else "partly") if points else "wrong", "read": read,
+            "category": row.get("category") or row.get("l2-category", ""), "options": options(row),
+            "pictures": [picture_uri(open_picture(row, picture)) for picture in pictures]}
 
 def free_cards(pairs, assistant):
     """Descriptions of the pictures of (row, image) pairs, with the tiles that the model saw."""
@@ -303,59 +250,91 @@ def weights_hash(folder):
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 def score_file(argv):
-    """`eval.py score`: a predictions file -> {"benchmark", "score", "details", "protocol"}."""
+    """`eval.py score`: a predictions file -> {"benchmark", "score", "details", "protocol", ...}, a reason if None."""
     configurator.configure(cfg := ScoreConfig(), argv)
-    if (name := cfg.benchmark) not in BENCHMARKS:
-        raise ValueError(f"--benchmark={name}: unknown; there are {', '.join(BENCHMARKS)}")
-    score, details = score_rows(name, read_tsv(cfg.predictions, "prediction"))
-    return {"benchmark": name, "score": score, "details": details, "protocol": protocol_hash([name])}
+    if not cfg.benchmark: raise ValueError("give --benchmark=NAME and --predictions=FILE.tsv")
+    name, b = find(cfg.benchmark, cfg.protocol)
+    rows, _ = read_tsv(cfg.predictions, "prediction", *needs(b))
+    score, details = score_rows(b, rows, connect(cfg.judge, cfg.judge_model, f"{cfg.predictions}.judge.jsonl"))
+    reason = {"reason": details["reason"]} if score is None else {}
+    return {"benchmark": name, "score": score, **reason, "details": details, "judge": cfg.judge_model or None,
+            "protocol": protocol_hash([name], protocol=cfg.protocol), "protocol_name": cfg.protocol}
+
+def benchmark_files(cfg):
+    """{name: path} of the files that a run needs; fetches what is missing with --download=True."""
+    paths = {}
+    for name in benchmark_names(cfg.benchmarks, cfg.protocol):
+        b = find(name, cfg.protocol)[1]
+        paths[name] = path = Path(cfg.data_dir) / f"{b.file}.tsv"
+        while cfg.download and b.md5 and not path.exists():            # torchrun ends the ranks that wait
+            time.sleep(1) if int(os.environ.get("RANK", 0)) else download(b, cfg.data_dir, cfg.download_from)
+        if not path.exists():
+            way = f"--download=True fetches it, or put it there (MD5 {b.md5})" if b.md5 else "toy.py writes --data_dir"
+            raise FileNotFoundError(f"{path}: no such file; {way}")
+    return paths
 
 def main():
     if sys.argv[1:2] == ["score"]: return print(json.dumps(score_file(sys.argv[2:]), ensure_ascii=False))
     configurator.configure(cfg := Config())
-    start, changed = time.time(), (cfg.max_tiles, cfg.max_new_tokens, cfg.image_as)
+    start, changed = time.time(), (cfg.max_tiles, cfg.max_new_tokens, cfg.image_as, cfg.protocol)
     out, pixels = Path(cfg.out_dir), cfg.image_as == "pixels"
-    paths = {name: Path(cfg.data_dir) / f"{name}.tsv" for name in benchmark_names(cfg.benchmarks)}
-    for path in paths.values(): read_rows(path, cfg.limit, *["cells"] * (not pixels))   # a bad file is refused early
+    judge = connect(cfg.judge, cfg.judge_model, out / "judge.jsonl")
+    paths, table = benchmark_files(cfg), PROTOCOLS.get(cfg.protocol)
+    data = {name: read_rows(path, cfg.limit, table[name].split, *needs(table[name]), *["cells"] * (not pixels))
+            for name, path in paths.items()}                           # a bad file is refused early
     jobs = [(folder, [name]) for name, folder in (("untrained", cfg.untrained), ("trained_blind", cfg.trained_blind))
             if folder] + [(cfg.model, ["blind"] * cfg.controls + ["model"])]
-    weights = {folder: weights_hash(folder) for folder, _ in jobs}
+    weights, files = {folder: weights_hash(folder) for folder, _ in jobs}, {name: md5(p) for name, p in paths.items()}
+    for name, found in files.items():
+        if table[name].md5 not in ("", found):
+            print(f"warning: {paths[name]} has MD5 {found}, the protocol's is {table[name].md5}", file=sys.stderr)
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     dist = common.setup_distributed(cfg.device, cfg.timeout_s)
     dtype = common.compute_dtype(cfg.dtype, dist.device)
-    scores, details, cards, first = collections.defaultdict(dict), {}, [], []
+    answered = {}                                                      # (variant, name) -> rows with their prediction
     for folder, variants in jobs:
         assistant = Assistant(folder, dist.device, dtype, vision=pixels)
         for variant, name in itertools.product(variants, paths):
-            pairs = read_rows(paths[name], cfg.limit)
-            facts = [weights[folder], protocol_hash([name], *changed), common.sha256(paths[name]), assistant.template]
+            facts = [weights[folder], protocol_hash([name], *changed), files[name], assistant.template]
             key = hashlib.sha256(repr([*facts, dtype]).encode()).hexdigest()[:16]    # other runs share nothing
-            said = predict(name, pairs, assistant, key, cfg, dist, variant)
-            rows = [row | {"prediction": said[row["index"]]} for row, _ in pairs]
-            scores[variant][name], details[name] = score_rows(name, rows)       # the model's own details come last
+            said = predict(name, data[name], assistant, key, cfg, dist, variant)
+            answered[variant, name] = rows = [row | {"prediction": said[row["index"]]} for row, _ in data[name]]
             if variant == "model" and dist.is_main:
-                scores["chance"][name] = chance_level(name, rows)
                 writer = csv.DictWriter(text := io.StringIO(), rows[0], delimiter="\t", lineterminator="\n")
                 writer.writeheader()
                 writer.writerows(rows)
                 common.write_atomic(out / f"{name}.tsv", text.getvalue())
-                cards += [question_card(name, row, image) for row, (_, image) in zip(rows[:cfg.report_rows], pairs)]
-                first.append(pairs[0])
-    if dist.is_main:
-        scores = {v: {"overall": round(sum(s.values()) / len(s), 2), **s} for v, s in scores.items()}
-        results = {**scores.pop("model"), **scores, "n": {name: d["n"] for name, d in details.items()},
-                   "details": details, "model": cfg.model, "model_sha256": weights[cfg.model],
-                   "protocol": protocol_hash(paths, *changed), "image_as": cfg.image_as, "dtype": str(dtype)[6:],
-                   "seconds": round(time.time() - start, 1)}
-        free = free_cards(first[:2], assistant) if pixels else []
-        common.write_atomic(out / "report.html", report_html(results, cards, free))
-        common.write_atomic(out / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-        table = [[name, results["n"].get(name, ""), results[name], *(s[name] for s in scores.values())]
-                 for name in (*paths, "overall")]
-        for name, *cells in [["benchmark", "n", "score", *scores], *table]:
-            print(f"{name:16s}", *(f"{cell:>9}" for cell in cells))
-        print(f"wrote {out / 'results.json'} and {out / 'report.html'}")
-    common.close_distributed()
+    common.close_distributed()                                         # a judge takes its time: only the first stays
+    if not dist.is_main: return
+    scores, details, cards, first = collections.defaultdict(dict), {}, [], []
+    for (variant, name), rows in answered.items():
+        scores[variant][name], details[name] = score_rows(table[name], rows, judge)  # the model's own details come last
+        if variant == "model":
+            scores["chance"][name] = chance_level(table[name], rows)
+            some = range(0, len(rows), -(-len(rows) // max(1, cfg.report_rows)))[:cfg.report_rows]
+            found = zip(some, read_answers(table[name], [rows[i] for i in some], judge))
+            cards += [question_card(name, rows[i], data[name][i][1], one) for i, one in found]
+            first.append(data[name][0])
+    means = averages(scores["model"])
+    scores = {variant: {"overall": averages(s)["overall"], **s} for variant, s in scores.items()}
+    results = {**scores.pop("model"), **scores, "groups": means["groups"], "left_out": {
+                   name: details[name]["reason"] for name in means["left_out"]},
+               "n": {name: d["n"] for name, d in details.items()}, "details": details, "model": cfg.model,
+               "model_sha256": weights[cfg.model], "protocol": protocol_hash(paths, *changed),
+               "protocol_name": cfg.protocol, "judge": cfg.judge_model or None, "files_md5": files,
+               "published": PUBLISHED if {*paths} & {*PAPER} else {}, "limit": cfg.limit, "image_as": cfg.image_as,
+               "dtype": str(dtype)[6:], "torch": torch.__version__, "seconds": round(time.time() - start, 1)}
+    free = free_cards(first[:2], assistant) if pixels else []
+    common.write_atomic(out / "report.html", report_html(results, cards, free))
+    common.write_atomic(out / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    show = lambda *cells: print(f"{cells[0]:20s}", *(f"{'n/a' if c is None else c:>9}" for c in cells[1:]))
+    show("benchmark", "n", "score", *scores)
+    for name in (*paths, "overall"):
+        show(name, results["n"].get(name, ""), results[name], *(s[name] for s in scores.values()))
+    rows = {"this model": results | means["groups"], **results["published"]} if results["published"] else {}
+    for name, row in rows.items(): show(name, *map(row.get, ("overall", *means["groups"])))
+    for name, reason in results["left_out"].items(): print(f"{name} is not in the averages: {reason}")
+    print(f"wrote {out / 'results.json'} and {out / 'report.html'}")
 
 if __name__ == "__main__":
     configurator.launch(main)

@@ -69,22 +69,24 @@ def questions(cfg):
 
 def batch(cfg):
     """Answer every question of a folder or .jsonl; rows of --out are the questions with `answer`, or with `error`."""
-    (rows, base), assistant, failed = questions(cfg), load(cfg), 0
+    (rows, base), assistant, good = questions(cfg), load(cfg), []
+    def prompts():                                                     # made when a place among the rows is free
+        for row in rows:
+            images = [row["image"]] if isinstance(row.get("image"), str) else row.get("image") or []
+            try:
+                prompt = assistant.prompt([(row["prompt"], None)], [assistant.tiles(base / path) for path in images])
+            except (ValueError, OSError) as e:
+                row["error"] = str(e)
+                note(f"{row.get('image')}: {e}")
+            else:
+                good.append(row)
+                yield prompt
     with open(cfg.out + ".partial", "w", encoding="utf-8") as f:
-        for start in tqdm(range(0, len(rows), cfg.batch_size), desc="answers", unit="batch", disable=None):
-            chunk, good = rows[start:start + cfg.batch_size], []
-            for row in chunk:
-                images = [row["image"]] if isinstance(row.get("image"), str) else row.get("image") or []
-                try:
-                    tiles = [assistant.tiles(base / path) for path in images]
-                    good.append((row, assistant.prompt([(row["prompt"], None)], tiles)))
-                except (ValueError, OSError) as e:
-                    row["error"], failed = str(e), failed + 1
-                    note(f"{row.get('image')}: {e}")
-            for (row, _), text in zip(good, assistant.answers([prompt for _, prompt in good])): row["answer"] = text
-            f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in chunk)
+        answers = assistant.answer_each(prompts(), batch_size=cfg.batch_size)
+        for number, text in tqdm(answers, desc="answers", total=len(rows), disable=None): good[number]["answer"] = text
+        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     os.replace(cfg.out + ".partial", cfg.out)
-    note(f"wrote {len(rows) - failed} answers to {cfg.out}, {failed} failed")
+    note(f"wrote {len(good)} answers to {cfg.out}, {len(rows) - len(good)} failed")
 
 def chat(assistant, cfg):
     """Read questions from stdin until it ends; only answers go to stdout."""

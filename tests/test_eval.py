@@ -1,5 +1,5 @@
-"""Scorers case by case, benchmark files, the run on one and two processes, resuming, the report."""
-import base64, csv, hashlib, io, json, os, socket, subprocess, sys
+"""Benchmark files, downloads, the run on one and several processes, kills, the report, the score command."""
+import base64, csv, hashlib, http.server, io, json, os, signal, socket, subprocess, sys, threading, time, tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,121 +16,6 @@ from weights import save_folder
 
 torch.set_num_threads(1)
 
-OPTIONS = {"A": "red circle", "B": "blue circle", "C": "red", "D": ""}
-
-
-# ---- scorers -----------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("prediction, read", [
-    ("B", "B"), ("b", ""), ("B.", "B"), ("(B)", "B"), ("[B]", "B"), ("B: blue circle", "B"), ("**B**", "B"),
-    ("#B", "B"), ("The answer is B.", "B"), ("Answer:B", "B"), ("B\n", "B"), (" B ", "B"), ("{B}", "B"), ("B!", "B"),
-    ("B;", "B"), ("A or B", ""), ("A, B", ""), ("", ""), ("   ", ""), ("D", ""), ("E", ""), ("Z", ""), ("AB", ""),
-    ("B-", ""), ("blue circle", "B"), ("It is a BLUE CIRCLE", "B"), ("red", "C"), ("a red circle", ""),
-    ("nothing of these", ""), ("A blue circle", "A"), ("I can't process this file.", ""),
-    ("Cannot determine the answer, so B", ""),
-])
-def test_multiple_choice(prediction, read):
-    row = {**OPTIONS, "answer": "B"}
-    assert ev.multiple_choice(prediction, row) == (read, read == "B")
-
-def test_multiple_choice_options_with_one_letter_texts():
-    row = {"A": "X", "B": "Y", "answer": "B"}
-    assert ev.multiple_choice("Y", row) == ("B", True)
-    assert ev.multiple_choice("A", row) == ("A", False)
-
-@pytest.mark.parametrize("prediction, read", [
-    ("Yes", "yes"), ("yes", "yes"), ("YES.", "yes"), ("Yes, there is.", "yes"), ("No", "no"), ("no!", "no"),
-    ("**No**", "no"), ("No, there is no dog", "no"), ("Yes and no", ""), ("yes/no", ""), ("", ""), ("maybe", ""),
-    ("nothing", ""), ("yesterday", ""), ("not", ""), ("know", ""), ("The answer is yes", "yes"), ("\tNo\n", "no"),
-    ("Yes\nNo", ""), ("yes yes", "yes"), ("y", ""), ("true", ""), ("否", ""), ("no one", "no"), ("Yes,it is", "yes"),
-    ("no.It is", "no"), ("Is it? Yes", "yes"), ("'yes'", "yes"), ("N o", ""), ("yes-", "yes"),
-])
-def test_yes_no(prediction, read):
-    assert ev.yes_no(prediction, {"answer": "Yes"}) == (read, read == "yes")
-    assert ev.yes_no(prediction, {"answer": "no"}) == (read, read == "no")
-
-@pytest.mark.parametrize("prediction, answer, right", [
-    ("ABC", "ABC", True), ("abc", "ABC", True), (" ABC ", "ABC", True), ("ABC.", "ABC", True), ("A B C", "ABC", False),
-    ("A  B\nC", "A B C", True), ("A B C", "A  B  C ", True), ("ABCD", "ABC", False), ("AB", "ABC", False),
-    ("", "ABC", False), ("ABC..", "ABC", False), ("ABC.", "ABC.", True), ("ABC", "ABC.", False),
-    ("Abc. ", "ABC", True), ("'ABC'", "ABC", False), ("the word is ABC", "ABC", False), ("É", "é", True),
-    ("K 12 M 30", "K 12 M 30", True), ("K 12, M 30", "K 12 M 30", False), ("12", "12", True), ("12.0", "12", False),
-    (".", ".", True), (".", "", False), ("\t12", "12", True), ("ß", "SS", False), ("0", "O", False), ("１", "1", False),
-    ("ABC\u00a0D", "ABC D", True), ("a.b", "A.B", True), ("!", "!", True),
-])
-def test_exact_match(prediction, answer, right):
-    assert ev.exact_match(prediction, {"answer": answer})[1] is right
-
-@pytest.mark.parametrize("prediction, answer, right", [
-    ("100", "100", True), ("105", "100", True), ("95", "100", True), ("105.01", "100", False), ("94.9", "100", False),
-    ("-95", "-100", True), ("95", "-100", False), ("0.12", "12%", True), ("12%", "0.12", True), ("12", "12%", False),
-    ("12%", "12%", True), ("12.", "12", True), ("12..", "12", True), ("12...", "12", False), ("0", "0", True),
-    ("0.0", "0", False), ("0.01", "0", False), ("5", "0", False), ("red", "Red", True), ("red.", "Red", True),
-    ("reds", "red", False), ("", "red", False), ("", "3", False), ("1,000", "1000", False), ("1e2", "100", True),
-    ("nan", "100", False), ("inf", "100", False), ("3 units", "3", False), ("Yes", "yes", True), (" 7 ", "7", True),
-    ("%", "%", True), ("7%%", "7", False), ("2.09", "2", True), ("2.11", "2", False),
-])
-def test_relaxed_accuracy(prediction, answer, right):
-    assert ev.relaxed_accuracy(prediction, {"answer": answer})[1] is right
-
-@pytest.mark.parametrize("prediction, answer, right", [
-    ("3", "3", True), ("3.", "3", True), ("three", "3", True), ("Three.", "3", True),
-    ("There are 3 circles", "3", True), ("There are three circles", "3", True), ("3 or 4", "3", False),
-    ("three (3)", "3", False), ("2-3", "3", False), ("", "0", False), ("zero", "0", True), ("None", "0", True),
-    ("no", "0", False), ("13", "3", False), ("3.0", "3", True), ("3.5", "3", False), ("1,000", "1000", True),
-    ("3,", "3", True), ("-3", "3", False), ("x3", "3", False), ("many", "3", False), ("ten", "10", True),
-    ("twenty", "20", True), ("thirty", "30", False), ("3/4", "3", False), ("**3**", "3", True), ("nan", "3", False),
-    ("3\n", "3", True), ("one", "1", True), ("someone", "1", False), ("4", "3", False), ("٣", "3", False),
-])
-def test_exact_number(prediction, answer, right):
-    assert ev.exact_number(prediction, {"answer": answer})[1] is right
-
-def test_score_rows_counts_missing_predictions_as_wrong():
-    rows = [{"answer": "3", "prediction": "3", "category": "x"}, {"answer": "3", "prediction": "4", "category": "x"},
-            {"answer": "3", "prediction": "", "category": "y"}, {"answer": "3", "category": "y"}]
-    score, details = ev.score_rows("toy_count", rows)
-    assert score == 25.0
-    assert details == {"n": 4, "correct": 1, "not_readable": 2, "categories": {"x": 50.0, "y": 0.0}}
-
-def test_yes_no_details_take_yes_as_positive():
-    pairs = [("yes", "yes")] * 3 + [("yes", "no")] + [("no", "yes")] * 2 + [("no", "no")] * 3 + [("perhaps", "no")]
-    score, d = ev.score_rows("toy_halluc", [{"answer": a, "prediction": p} for p, a in pairs])
-    assert score == 60.0
-    assert [d[k] for k in ("precision", "recall", "f1", "yes_ratio")] == [75.0, 60.0, 66.67, 40.0]
-    assert ev.score_rows("toy_halluc", [{"answer": "no", "prediction": "no"}])[1]["f1"] == 0.0
-
-def test_chance_level():
-    four, two = {**OPTIONS, "D": "d", "answer": "A"}, {"A": "a", "B": "b", "answer": "B"}
-    assert ev.chance_level("toy_general", [four, two]) == 37.5
-    assert ev.chance_level("toy_count", [{"answer": a} for a in "11123"]) == 60.0
-    assert ev.chance_level("toy_halluc", [{"answer": a} for a in ("Yes", "No")]) == 50.0
-
-# ---- prompts and the protocol ------------------------------------------------------------------------------------
-
-def test_prompts():
-    row = {"question": "What?", "hint": "", **OPTIONS}
-    letter = "Answer with the option's letter from the given choices directly."
-    assert ev.build_prompt("plain", row) == "What?"
-    assert ev.build_prompt("short", row) == "What?\nAnswer the question using a single word or phrase."
-    assert ev.build_prompt("mcq", row) == f"What?\nA. red circle\nB. blue circle\nC. red\n{letter}"
-    assert ev.build_prompt("mcq", row | {"hint": "Look."}).startswith("Look.\nWhat?\nA. ")
-    assert ev.build_prompt("mcq", {"question": "Q", "A": "红"}) == "Q\nA. 红\n请直接回答选项字母。"
-    assert ev.build_prompt("mcq", {"question": "Q"}) == "Q\nAnswer the question directly."
-
-def test_benchmark_names():
-    assert ev.benchmark_names("toy") == ["toy_general", "toy_ocr", "toy_chart", "toy_count", "toy_halluc"]
-    assert ev.benchmark_names("toy_ocr, toy_chart,toy_ocr") == ["toy_ocr", "toy_chart"]
-    for bad in ("toy_orc", "", " , "):
-        with pytest.raises(ValueError, match="there are: toy, all"):
-            ev.benchmark_names(bad)
-
-def test_protocol_hash_follows_the_rules():
-    base = ev.protocol_hash(["toy_ocr"])
-    assert base == ev.protocol_hash(["toy_ocr"]) and len(base) == 64
-    assert base == ev.protocol_hash(["toy_ocr"], max_tiles=ev.BENCHMARKS["toy_ocr"].max_tiles)
-    assert len({base, ev.protocol_hash(["toy_chart"]), ev.protocol_hash(["toy_ocr"], max_tiles=9),
-                ev.protocol_hash(["toy_ocr"], max_new_tokens=1)}) == 4
-
 # ---- benchmark files ---------------------------------------------------------------------------------------------
 
 def picture(color=(200, 30, 30), size=(84, 84)):
@@ -145,21 +30,46 @@ def write_tsv(path, rows):
         writer.writerows(rows)
     return path
 
-def test_pictures_by_reference_and_by_path(tmp_path):
+def test_pictures_by_reference_by_list_and_by_path(tmp_path):
     Image.new("RGB", (10, 10)).save(tmp_path / "p.png")
-    rows = [{"index": "7", "image": "9", "image_path": "", "question": "a\tb\n\"c\"", "answer": "x"},
-            {"index": "9", "image": picture(), "image_path": "", "question": "q", "answer": "x"},
-            {"index": "8", "image": "", "image_path": "p.png", "question": "q", "answer": "x"},
-            {"index": "6", "image": "", "image_path": "", "question": "q", "answer": "x"}]
-    got = list(ev.read_rows(write_tsv(tmp_path / "t.tsv", rows)))
-    assert [row["image"] for row, _ in got] == ["9", "9", "", ""]
+    Image.new("RGB", (11, 11)).save(tmp_path / "q.png")
+    row = {"image": "", "image_path": "", "question": "q", "answer": "x"}
+    rows = [{"index": "7", **row, "image": "9", "question": "a\tb\n\"c\""}, {"index": "9", **row, "image": picture()},
+            {"index": "8", **row, "image_path": "p.png"}, {"index": "6", **row},
+            {"index": "5", **row, "image": repr([picture(size=(20, 20)), picture(size=(30, 30))])},
+            {"index": "4", **row, "image_path": "['p.png', 'q.png']"}, {"index": "3", **row, "image": "5"},
+            {"index": "2", **row, "image": "['9', '5']", "image_path": "not/there.png"}]
+    got = ev.read_rows(write_tsv(tmp_path / "t.tsv", rows))
+    assert [row["image"] for row, _ in got] == ["9", "9", "", "", "5", "", "5", "['9', '5']"]
     assert got[0][0]["question"] == "a\tb\n\"c\""
-    assert got[0][1] == got[1][1] == rows[1]["image"] and got[2][1] == tmp_path / "p.png" and got[3][1] == ""
-    assert [ev.open_picture(*pair).size for pair in got[:3]] == [(84, 84), (84, 84), (10, 10)]
-    assert len(list(ev.read_rows(tmp_path / "t.tsv", 2))) == 2
+    sizes = [[ev.open_picture(row, one).size[0] for one in pictures] for row, pictures in got]
+    assert sizes == [[84], [84], [10], [], [20, 30], [10, 11], [20, 30], [84, 20, 30]]
+    assert len(ev.read_rows(tmp_path / "t.tsv", 2)) == 2
+
+def test_rows_are_read_without_their_pictures(tmp_path):
+    big = "A" * 2_000_000                                               # 60 MB of pictures
+    path = write_tsv(tmp_path / "t.tsv", [{"index": i, "image": big, "question": "q", "answer": "x"} for i in range(30)])
+    tracemalloc.start()
+    pairs = ev.read_rows(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(pairs) == 30 and peak < 25e6, peak
+
+def test_pictures_go_through_jpeg_as_on_vlmevalkits_disk(tmp_path):
+    image = Image.effect_noise((40, 40), 90).convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize((40, 40)))
+    image.save(file := io.BytesIO(), "PNG")
+    cell = base64.b64encode(file.getvalue()).decode()
+    row = {"index": "1", "image": cell, "image_path": "", "question": "q", "answer": "x"}
+    rows = [row, row | {"index": "2", "image": repr([cell, cell]), "image_path": "['a.png', 'b.jpg']"}]
+    (one, (place,)), (two, (png, jpg)) = ev.read_rows(write_tsv(tmp_path / "t.tsv", rows))
+    image.convert("RGB").save(file := io.BytesIO(), "JPEG")
+    stored = Image.open(file).convert("RGB")
+    assert ev.open_picture(one, place, True).tobytes() == ev.open_picture(two, jpg, True).tobytes() == stored.tobytes()
+    assert ev.open_picture(one, place).tobytes() == ev.open_picture(two, png, True).tobytes() != stored.tobytes()
 
 @pytest.mark.parametrize("text, message", [
-    ("index\tquestion\n1\tq\n", "no column 'answer'"), ("", "no column 'index'"),
+    ("index\tquestion\n1\tq\n", "no column 'answer'"), ("", "an empty file"),
     ("index\tquestion\tanswer\n", "no rows under"), ("index\tquestion\tanswer\n1\tq\n", "line 2: not 3 columns"),
     ("index\tquestion\tanswer\n1\tq\ta\tb\n", "line 2: not 3 columns"),
     ("index\tquestion\tanswer\n1\tq\ta\n1\tq\ta\n", "line 3: index '1' stands twice"),
@@ -170,13 +80,60 @@ def test_bad_files_are_refused(tmp_path, text, message):
     path = tmp_path / "t.tsv"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=message):
-        list(ev.read_rows(path))
+        ev.read_rows(path)
 
 def test_missing_file_and_bad_picture(tmp_path):
-    with pytest.raises(FileNotFoundError, match="--data_dir"):
-        list(ev.read_tsv(tmp_path / "none.tsv"))
+    with pytest.raises(FileNotFoundError, match="none.tsv: no such file"):
+        ev.read_tsv(tmp_path / "none.tsv")
+    rows = [{"index": "5", "image": base64.b64encode(b"no picture at all" * 9).decode(), "question": "q", "answer": "x"}]
+    (row, (place,)), = ev.read_rows(write_tsv(tmp_path / "t.tsv", rows))
     with pytest.raises(ValueError, match="benchmark row 5"):
-        ev.open_picture({"index": "5"}, base64.b64encode(b"no picture at all" * 9).decode())
+        ev.open_picture(row, place)
+
+# ---- downloads ---------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def web():
+    """A local server of the paths in `files`; `cut` ends a reply after so many bytes; `asked` are its requests."""
+    files, asked, state = {}, [], SimpleNamespace(cut=None, ranges=True)
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            start = int((self.headers.get("Range") or "bytes=0-")[6:-1]) if state.ranges else 0
+            asked.append((self.path, start))
+            data = files.get(self.path)
+            if data is None or start >= len(data): return self.send_error(404 if data is None else 416)
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(data) - start))
+            self.end_headers()
+            self.wfile.write(data[start:state.cut])
+        def log_message(self, *args): pass
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield SimpleNamespace(url=f"http://127.0.0.1:{server.server_port}/x/", files=files, asked=asked, state=state)
+    server.shutdown()
+
+def test_a_download_goes_on_where_it_was_cut_and_is_checked(web, tmp_path):
+    data = os.urandom(100_000)
+    web.files["/x/MME.tsv"], web.state.cut = data, 40_000
+    b = ev.find("MME")[1]._replace(md5=hashlib.md5(data).hexdigest())
+    with pytest.raises(ValueError, match="40000 of 100000 bytes.*run again.*MME.tsv .MD5 " + b.md5):
+        ev.download(b, tmp_path / "LMUData", web.url)
+    web.state.cut = None
+    ev.download(b, tmp_path / "LMUData", web.url)
+    assert (tmp_path / "LMUData" / "MME.tsv").read_bytes() == data and web.asked == [("/x/MME.tsv", 0), ("/x/MME.tsv", 40_000)]
+    (tmp_path / "LMUData" / "MME.tsv").rename(tmp_path / "LMUData" / "MME.tsv.part")       # all there, but not named
+    ev.download(b, tmp_path / "LMUData", web.url)
+    web.state.ranges = False                                            # a server that knows no ranges sends all again
+    (tmp_path / "LMUData" / "MME.tsv").rename(tmp_path / "LMUData" / "MME.tsv.part")
+    ev.download(b, tmp_path / "LMUData", web.url)
+    assert [p.name for p in (tmp_path / "LMUData").iterdir()] == ["MME.tsv"]
+    with pytest.raises(ValueError, match="is not that of the protocol"):
+        ev.download(ev.find("MME")[1], tmp_path, web.url)
+    assert not (tmp_path / "MME.tsv").exists() and not (tmp_path / "MME.tsv.part").exists()
+    with pytest.raises(ValueError, match="404.*POPE.tsv .MD5 c12f5acb"):
+        ev.download(ev.find("POPE")[1], tmp_path, web.url)
+    with pytest.raises(ValueError, match="POPE.tsv .MD5 c12f5acb.* by hand"):
+        ev.download(ev.find("POPE")[1], tmp_path, "http://127.0.0.1:9")
 
 # ---- the run, with a tiny random model ---------------------------------------------------------------------------
 
@@ -231,7 +188,7 @@ def test_run_writes_predictions_results_and_report(world, tmp_path, capsys):
     assert results["n"] == dict.fromkeys(names, 8) and results["chance"]["toy_general"] == 50.0
     assert results["protocol"] == ev.protocol_hash(names, max_new_tokens=5)
     assert results["model_sha256"] == hashlib.sha256((world[0] / "model.safetensors").read_bytes()).hexdigest()
-    rows = list(ev.read_tsv(out / "toy_general.tsv"))
+    rows, _ = ev.read_tsv(out / "toy_general.tsv")
     assert list(rows[0]) == ["index", "image", "question", "A", "B", "answer", "category", "prediction"]
     assert [row["image"] for row in rows] == [str(i) for i in range(8)] and any(row["prediction"] for row in rows)
     score = ev.score_file(["--benchmark=toy_general", f"--predictions={out / 'toy_general.tsv'}"])
@@ -295,13 +252,14 @@ def local(world, out):
 
 def test_an_interrupted_run_goes_on(world, tmp_path, monkeypatch):
     assistant, cfg, dist = local(world, tmp_path)
-    asked, real = [], assistant.answers
-    def answers(prompts, **settings):
-        asked.append(len(prompts))
-        if len(asked) == 3:
-            raise KeyboardInterrupt
-        return real(prompts, **settings)
-    monkeypatch.setattr(assistant, "answers", answers)
+    asked, real, limit = [], assistant.answer_each, [6]
+    def answer_each(prompts, **settings):
+        for number, text in real(prompts, **settings):
+            if len(asked) == limit[0]:
+                raise KeyboardInterrupt
+            asked.append(number)
+            yield number, text
+    monkeypatch.setattr(assistant, "answer_each", answer_each)
     def predict(key):
         rows = ev.read_rows(world[1] / "toy_ocr.tsv")
         return ev.predict("toy_ocr", rows, assistant, key, cfg, dist)
@@ -310,24 +268,61 @@ def test_an_interrupted_run_goes_on(world, tmp_path, monkeypatch):
     path, = (tmp_path / "predictions").glob("*.jsonl")
     assert path.read_text().count("\n") == 6
     path.write_text(path.read_text()[:-9])                              # as if killed in the middle of a line
-    asked[:] = [0] * 3
+    limit[0] = None
     done = predict("k")
-    assert sum(asked) == 7 and len(done) == 12                          # the six left and the torn one, nothing twice
-    assert done == predict("k") and sum(asked) == 7                     # all there: nothing is asked again
-    assert predict("other model") == done and sum(asked) == 7 + 12      # another key shares nothing
+    assert len(asked) == 6 + 7 and len(done) == 12                      # the six left and the torn one, nothing twice
+    assert done == predict("k") and len(asked) == 13                    # all there: nothing is asked again
+    assert predict("other model") == done and len(asked) == 13 + 12     # another key shares nothing
 
-def test_batches_respect_both_limits():
-    cfg = SimpleNamespace(batch_size=4, batch_tokens=10, num_workers=2)
-    lengths = [3, 3, 3, 3, 50, 1, 1, 1, 1, 1]
-    rows = [({"index": i}, "") for i in range(len(lengths))]
-    batches = list(ev.prompt_batches(rows, lambda row, image: ([0] * lengths[row["index"]], None), cfg))
-    assert [[row["index"] for row, _ in b] for b in batches] == [[0, 1, 2], [3], [4], [5, 6, 7, 8], [9]]
+def test_1001_rows_on_1_2_and_3_ranks_and_through_5_kills_give_the_same_file(world, tmp_path):
+    rows = [{"index": 7 * i, "question": f"What is {i}?", "answer": i % 10} for i in range(1001)]
+    write_tsv(tmp_path / "toy_ocr.tsv", rows)
+    def start(out, ranks):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        argv = [sys.executable, "eval.py", *flags((world[0], tmp_path), out, "--benchmarks=toy_ocr", "--max_new_tokens=3")]
+        env = os.environ | dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(ranks), OMP_NUM_THREADS="1")
+        return [subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                                 env=env | dict(RANK=str(r), LOCAL_RANK=str(r)) if ranks > 1 else env) for r in range(ranks)]
+    lines = lambda out: sum(p.read_text().count("\n") for p in (out / "predictions").glob("*.jsonl"))
+    for kill in range(5):
+        had, processes = lines(tmp_path / "killed"), start(tmp_path / "killed", 1 + kill % 2)
+        while lines(tmp_path / "killed") < had + 100 and None in [p.poll() for p in processes]: time.sleep(0.01)
+        for p in processes: p.send_signal(signal.SIGKILL)
+        for p in processes: p.wait()
+    assert 500 <= lines(tmp_path / "killed") < 1001
+    for out, ranks in (("killed", 2), ("one", 1), ("three", 3)):
+        for p in start(tmp_path / out, ranks): assert p.wait(timeout=600) == 0
+    assert len({(tmp_path / out / "toy_ocr.tsv").read_text() for out in ("killed", "one", "three")}) == 1
+    assert [row["index"] for row in ev.read_tsv(tmp_path / "one" / "toy_ocr.tsv")[0]] == [str(7 * i) for i in range(1001)]
+    assert lines(tmp_path / "killed") <= 1001 + 5 * 2                   # of a kill only a line torn in the middle is lost
+    scores = {json.loads((tmp_path / out / "results.json").read_text())["overall"] for out in ("killed", "one", "three")}
+    assert len(scores) == 1
+
+def test_prompts_come_in_order_and_only_a_few_ahead():
+    made = []
+    prompts = ev.prompts_ahead([(i, "") for i in range(30)], lambda row, _: made.append(row) or row, SimpleNamespace(num_workers=2))
+    assert next(prompts) == 0 and len(made) <= 10 and [*prompts] == [*range(1, 30)]
+
+def test_the_protocol_decides_tiles_upscaling_and_the_order_of_several_pictures(world, tmp_path):
+    assistant, *_ = local(world, tmp_path)
+    rows = [{"index": i, "image": repr([picture(size=(28 * k, 28)) for k in ks]), "question": "q", "answer": "x"}
+            for i, ks in enumerate(((8,), (4, 2), [2] * 33))]
+    one, several, many = ev.read_rows(write_tsv(tmp_path / "t.tsv", rows))
+    b = ev.find("DocVQA_VAL")[1]
+    count = lambda pair, b, **more: len(ev.make_prompt(assistant, *pair, ev.build_prompt("plain", pair[0], len(pair[1])), b=b, **more)[1])
+    assert count(one, b) == 9 and count(one, b, max_tiles=4) == 5      # with the thumbnail
+    assert count(several, b) == 5 + 3 and count(many, b) == 33          # 64 over all pictures
+    assert count(several, b._replace(upscale=2)) == 17 + 3              # of two equal shapes the larger one is taken
+    text = assistant.tokenizer.decode(ev.make_prompt(assistant, *several, "Image-1: <image>\nImage-2: <image>\nq", b=b)[0], skip_special=False)
+    assert text.count("<img>") == 2 and text.index("Image-1: <img>") < text.index("Image-2: <img>") < text.index("\nq<|im_end|>")
 
 def test_blind_tiles_are_gray_and_as_many(world, tmp_path):
     assistant, *_ = local(world, tmp_path)
-    row, image = list(ev.read_rows(world[1] / "toy_ocr.tsv"))[2]
-    ids, tiles = ev.make_prompt(assistant, row, image, "q")
-    gray_ids, gray = ev.make_prompt(assistant, row, image, "q", blind=True)
+    row, image = ev.read_rows(world[1] / "toy_ocr.tsv")[2]
+    ids, tiles = ev.make_prompt(assistant, row, image, "q", 3)
+    gray_ids, gray = ev.make_prompt(assistant, row, image, "q", 3, blind=True)
     assert ids == gray_ids and tiles.shape == gray.shape == (4, 3, 28, 28) and gray.dtype == torch.uint8
     assert ids.count(assistant.tokenizer.image_id) == 4
     assert (gray.flatten(2) == torch.tensor([124, 116, 104])[:, None]).all()
@@ -336,7 +331,9 @@ def test_blind_tiles_are_gray_and_as_many(world, tmp_path):
 @pytest.mark.parametrize("flag, message", [
     ("--model=nowhere", "nowhere"), ("--untrained=nowhere", "nowhere"),
     ("--data_dir=nowhere", "toy_general.tsv: no such file"),
-    ("--model=", "--model=DIR"), ("--benchmarks=MME", "unknown benchmark 'MME'"),
+    ("--model=", "--model=DIR"), ("--benchmarks=MMMM", "unknown benchmark 'MMMM'"),
+    ("--benchmarks=MME", "MME.tsv: no such file; --download=True fetches it, or put it there (MD5 b36b43c3f09801f5d36"),
+    ("--protocol=today", "sailvl-2024-12, vlmevalkit-2025-04"), ("--judge=http://127.0.0.1:9/v1", "--judge_model=NAME"),
     ("--limits=3", "did you mean 'limit'"),
 ])
 def test_refusals(world, tmp_path, capsys, flag, message):
@@ -345,7 +342,7 @@ def test_refusals(world, tmp_path, capsys, flag, message):
 
 def test_report_escapes_what_the_model_says():
     row = {"index": "1", "question": "<b>?", "answer": "&", "prediction": "</script><script>alert(1)</script><!--"}
-    card = ev.question_card("toy_ocr", row, "")
+    card = ev.question_card("toy_ocr", row, [], ("x", 0.0))
     page = ev.report_html({"overall": 0.0}, [card], [])
     data = page.split('id="data">')[1].split("</script>")[0]
     assert json.loads(data)["cards"] == [card] and "<" not in data and card["verdict"] == "wrong"
@@ -360,8 +357,32 @@ def test_score_command(tmp_path, capsys):
     code, text, errors = command(["score", "--benchmark=toy_ocr", f"--predictions={path}"], capsys)
     assert code == 0 and json.loads(text.splitlines()[-1]) == {
         "benchmark": "toy_ocr", "score": 50.0, "protocol": ev.protocol_hash(["toy_ocr"]),
+        "protocol_name": "sailvl-2024-12", "judge": None,
         "details": {"n": 4, "correct": 2, "not_readable": 2, "categories": {"c": 50.0}}}
     for argv, message in ((["--benchmark=toy_ocrr", f"--predictions={path}"], "toy_ocrr"),
                           (["--benchmark=toy_ocr", "--predictions=nowhere.tsv"], "nowhere.tsv"), ([], "--benchmark")):
         code, text, errors = command(["score", *argv], capsys)
         assert code == 2 and message in errors and len(errors.splitlines()) == 1 and text == ""
+
+def test_score_command_says_what_is_missing(tmp_path, capsys):
+    rows = [{"index": i, "question": "q", "answer": "x", "prediction": "y"} for i in range(2)]
+    path = write_tsv(tmp_path / "p.tsv", rows)
+    code, text, errors = command(["score", "--benchmark=MMVet", f"--predictions={path}"], capsys)
+    assert code == 2 and "no column 'category'" in errors
+    path = write_tsv(tmp_path / "p.tsv", [row | {"category": "ocr"} for row in rows])
+    code, text, errors = command(["score", "--benchmark=MMVet", f"--predictions={path}"], capsys)
+    got = json.loads(text.splitlines()[-1])
+    assert code == 0 and got["score"] is None and "--judge=URL" in got["reason"]
+
+def test_a_run_of_paper_benchmarks_names_groups_what_was_left_out_and_published_scores(world, tmp_path, capsys):
+    rows = [{"index": i, "image": picture(), "question": "q?", "answer": "Yes", "category": c, "image_path": "x.png"}
+            for i, c in enumerate(("OCR", "count"))]
+    write_tsv(tmp_path / "MME.tsv", rows)
+    write_tsv(tmp_path / "MMVet.tsv", rows)
+    code, text, errors = command(flags((world[0], tmp_path), tmp_path / "out", "--benchmarks=MME,MMVet"), capsys)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert code == 0 and "n/a" in text and "MMVet is not in the averages: 2 of 2 answers need a judge" in text
+    assert "the protocol's is b36b43c3" in errors and "SAIL-VL-2B" in text and results["published"]["SAIL-VL-8B"]["overall"] == 74.5
+    assert results["MMVet"] is None and results["overall"] == results["groups"]["general"] == results["MME"]
+    assert results["protocol_name"] == "sailvl-2024-12" and results["left_out"]["MMVet"].startswith("2 of 2")
+    assert "prediction" in (tmp_path / "out" / "MMVet.tsv").read_text().splitlines()[0]

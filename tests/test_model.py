@@ -207,6 +207,22 @@ def test_greedy_answers_equal_recomputing_the_whole_sequence():
         assert len(answer) == 8
 
 
+def test_cached_logits_equal_the_full_forward_to_1e_4():
+    vlm = tiny().eval()
+    prompts, tiles = prompts_and_tiles(8)
+    size, rows = max(map(len, prompts)) + 1, list(range(8))
+    with torch.inference_mode():
+        cache = torch.zeros(3, 2, 8, 2, size, 16)
+        first = M.prefill(vlm, prompts, tiles, cache, rows)
+        second = M.decode_step(vlm, first.argmax(-1), [len(p) for p in prompts], cache)
+        wider = M.decode_step(vlm, first.argmax(-1), torch.tensor([len(p) for p in prompts]), cache, L=size)
+        for i, (prompt, t) in enumerate(zip(prompts, tiles)):
+            sequence = torch.tensor([*prompt, first[i].argmax()])
+            full = vlm.logits(sequence, torch.arange(len(sequence)), torch.tensor([0, len(sequence)]), t)
+            for ours, theirs in ((first[i], full[-2]), (second[i], full[-1]), (wider[i], full[-1])):
+                assert (ours - theirs).abs().max() <= 1e-4
+
+
 def test_batch_of_one_and_of_64_give_the_same_greedy_answers(monkeypatch):
     vlm = tiny().eval()
     prompts, tiles = prompts_and_tiles(64)
@@ -216,6 +232,28 @@ def test_batch_of_one_and_of_64_give_the_same_greedy_answers(monkeypatch):
     assert len({len(a) for a in together}) > 5 and not any(stop & set(a) for a in together)
     monkeypatch.setattr(M, "PREFILL_TOKENS", 100)               # prompts in several packs
     assert together == generate(vlm, prompts, tiles, 24, stop)
+    for small in (dict(batch_size=5), dict(batch_tokens=300)):          # rows are admitted where others were retired
+        assert together == generate(vlm, prompts, tiles, 24, stop, **small)
+    draw = dict(temperature=1.5, top_p=0.9, seed=7)                     # noise belongs to the row, not to the batch
+    drawn = generate(vlm, prompts[:20], tiles[:20], 24, stop, **draw)
+    assert drawn == generate(vlm, prompts[:20], tiles[:20], 24, stop, **draw, batch_size=3) != together[:20]
+    assert drawn[4:5] == generate(vlm, prompts[4:5], tiles[4:5], 24, stop, **draw | dict(seed=11))
+
+
+def test_requests_are_taken_from_an_iterator_only_when_there_is_room_and_a_long_one_waits():
+    vlm, taken = tiny().eval(), []
+    def requests():
+        for n in (5, 60, 10, 200, 7, 7, 7):
+            taken.append(n)
+            yield [1 + n % 9] * n, None
+    seen = list(M.decode(vlm, requests(), 6, {5}, batch_size=2))
+    assert sorted(row for row, token in seen if token is None) == list(range(7)) and len(taken) == 7
+    alone = [generate(vlm, [[1 + n % 9] * n], [None], 6, {5})[0] for n in taken]
+    assert alone == [[t for r, t in seen if r == row and t is not None] for row in range(7)]
+    taken.clear()
+    stream = M.decode(vlm, requests(), 6, {5}, batch_size=2)
+    next(stream)
+    assert len(taken) <= 4
 
 
 def test_streamed_tokens_equal_the_answer_and_sampling_is_reproducible():
