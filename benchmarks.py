@@ -341,7 +341,8 @@ def read_answers(b, rows, judge=None):
     valid = [lambda reply, row=rows[i]: read(reply, row)[0] != "" for i in unread]
     forms, prompts = {"integer": "an integer", "float": "a number"}, []
     for row in (rows[i] for i in unread):
-        listed = "\n".join(f"{c}. {text}" for c, text in options(row).items()) or f"A. {row['answer']}\nB. Other Answers"
+        listed = options(row) or {"A": row["answer"], "B": "Other Answers"}
+        listed = "\n".join(f"{c}. {text}" for c, text in listed.items())
         form = forms.get(row.get("answer_type"), "the letter of the option")
         prompts.append(JUDGE[b.scorer].format_map({"prediction": "", **row, "options": listed, "form": form}))
     replies = judge(prompts, valid) if unread else []
