@@ -279,7 +279,7 @@ def decode(cfg, device, wanted):
                for i in range(n)]
     kinds = dict(fp32=torch.float32, bf16=torch.bfloat16)
     with tempfile.TemporaryDirectory() as folder:
-        state = VLM(*TINY, image).init_weights(0, std=0.2).state_dict()
+        state = VLM(*TINY, image).init_weights(0, std=0.06).state_dict()
         save_folder(state, *TINY, f"{folder}/ours", TOKENIZER, dtype=torch.float32)
         subprocess.run([sys.executable, "convert.py", "export", f"{folder}/ours", f"{folder}/theirs",
                         "--layout=transformers"], cwd=TOKENIZER.parent.parent, check=True, capture_output=True)
