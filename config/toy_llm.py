@@ -2,7 +2,9 @@
 
     OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 train.py config/toy_llm.py
 
-Text only: every picture is given as the words of its cells, in the places where visual tokens will stand.
+Text only: every picture is given as the words of its cells, in the places where visual tokens will stand. The weights
+in config/toy_llm were made in six parts, for the world grew meanwhile: config/toy_llm/train.log tells them. All of it in
+one run from scratch, as this file has it: not run since.
 Data first: python toy.py --out=shards/toy_llm --n=230000 --seed=102 --parts=text
 """
 out_dir = "out/toy_llm"
@@ -15,7 +17,7 @@ tokens_per_pack = 800
 shuffle = False                       # the first fifth is easier
 init_std = 0.05                       # 0.02 is for wider models
 num_workers = 0
-dtype = "bfloat16"
+dtype = "bfloat16"                    # on a CPU without AVX512-BF16 or AMX take float32: it is much faster there
 compile = "on"                        # with packs of one shape: 1.6 times faster here
 pad_packs = True
 beta2 = 0.98

@@ -11,6 +11,7 @@ init_from = "out/toy_vit_noise/start"
 out_dir = "out/toy_vit_noise"
 data = "shards/toy_vit_noise/pretrain-*.tar"
 llm = "toy"
+cell_labels = "also"                  # and captions, which say where things are
 embed_noise = 1.5
 base.steps = 1500
 base.lr_vision, base.lr_projector, base.lr_llm = 5e-4, 3e-3, 0.0
