@@ -21,11 +21,15 @@ from tqdm import tqdm
 from configurator import configure, launch
 from vision import GRAY, count_tiles, image_size, load_image, make_tiles
 
-def read_json(path):
+def read_json(path, kind=object):
+    """What a JSON file holds; ValueError if that is none, or not of this kind (dict for the files of a model)."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as e:                          # a million brackets are no data
         raise ValueError(f"{path} is not valid JSON: {e}") from None
+    if not isinstance(content, kind):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a {kind.__name__}; copy it again")
+    return content
 
 def sha256(value):
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
@@ -46,18 +50,24 @@ SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{
 
 class Tokenizer:
     """Byte-level BPE of a Qwen folder (`vocab.json`, else `tokenizer.json`) with the 31 special tokens of SAIL-VL.
-    `encode` treats its text as plain text: a special token typed by a user stays a row of ordinary pieces."""
+    `encode` treats its text as plain text: a special token typed by a user stays a row of ordinary pieces.
+    FileNotFoundError without either file, ValueError if they are damaged."""
     def __init__(self, folder):
         vocab, whole, added = (Path(folder) / f"{name}.json" for name in ("vocab", "tokenizer", "added_tokens"))
         if not vocab.exists() and not whole.exists():
             raise FileNotFoundError(f"no tokenizer in {folder}: it needs vocab.json or tokenizer.json of a Qwen2 model")
         try:
-            pieces = read_json(vocab) if vocab.exists() else read_json(whole)["model"]["vocab"]
+            both = read_json(whole, dict) if not vocab.exists() else dict(model=dict(vocab=read_json(vocab, dict)))
+            pieces = both["model"]["vocab"]
             ranks = {bytes(CHAR_TO_BYTE[c] for c in p): i for p, i in pieces.items() if p not in SPECIAL_TOKENS}
+            self.special = {t: len(ranks) + k for k, t in enumerate(SPECIAL_TOKENS)}
+            self.special |= {token["content"]: token["id"] for token in both.get("added_tokens", [])}
+            self.special |= read_json(added, dict) if added.exists() else {}
         except (KeyError, TypeError, AttributeError) as e:
             raise ValueError(f"{folder}: not the byte-level vocabulary of a Qwen2 tokenizer ({e!r})") from None
-        self.special = {t: len(ranks) + k for k, t in enumerate(SPECIAL_TOKENS)}
-        self.special |= read_json(added) if added.exists() else {}
+        ids = [*ranks.values(), *self.special.values()]                # tiktoken panics where these are wrong
+        if {*map(type, ids)} != {int} or len({*ids}) < len(ids) or not 0 <= min(ids) <= max(ids) < 2 ** 31:
+            raise ValueError(f"{folder}: token ids must be whole numbers, each of one token; copy the tokenizer again")
         self.bpe = tiktoken.Encoding("qwen", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=self.special)
         self.special_ids = set(self.special.values())
         self.n_vocab = max(self.special_ids) + 1

@@ -184,6 +184,23 @@ def test_saving_replaces_an_old_model_folder_and_nothing_else(tmp_path, monkeypa
      r"mlp.down_proj.weight has shape \(64, 96\), config.json asks for \(64, 97\)"),
     (dict(llm_config__num_hidden_layers=4),
      "12 parameters without a tensor: language_model.model.layers.3.*and 7 more"),
+    (dict(architectures="InternVLChatModel"), "architectures = 'InternVLChatModel' must be a list"),
+    (dict(architectures=["InternVLForConditionalGeneration"]), "transformers' own layout is only written here"),
+    (dict(llm_config__vocab_size="330"), "language model: vocab_size = '330' must be a whole number from 1"),
+    (dict(llm_config__hidden_size=-64), "hidden_size = -64 must be a whole number"),
+    (dict(llm_config__num_key_value_heads=0), "num_key_value_heads = 0 must be a whole number"),
+    (dict(llm_config__num_key_value_heads=3), "m/config.json: 4 heads do not divide over 3 kv heads"),
+    (dict(llm_config__num_hidden_layers=10 ** 6), "num_hidden_layers = 1000000 must be a whole number from 1 to 1000"),
+    (dict(llm_config__rope_theta="x"), "rope_theta = 'x' must be a positive number"),
+    (dict(llm_config__tie_word_embeddings=1), "tie_word_embeddings = 1 must be true or false"),
+    (dict(vision_config__patch_size=0), "vision encoder: patch_size = 0 must be"),
+    (dict(vision_config__image_size=[56, 56]), r"image_size = \[56, 56\] must be"),
+    (dict(vision_config__num_attention_heads=5), "m/config.json: dim 64 does not divide by n_heads 5"),
+    (dict(vision_config=[1]), "config.json is not what it should be"),
+    (dict(min_dynamic_patch="a"), "min_dynamic_patch = 'a' must be a whole number"),
+    (dict(template=[1]), r"template = \[1\] must be a name"),
+    (dict(pad2square=True), "pad2square = True is not supported, only False"),
+    (dict(dynamic_image_size=False), "dynamic_image_size = False is not supported"),
     (dict(vision_config__num_hidden_layers=1), "14 tensors without a parameter: vision_model.encoder.layers.1"),
 ])
 def test_a_config_that_does_not_fit_is_refused_in_words(tmp_path, change, words):
@@ -268,6 +285,91 @@ def test_assemble_never_resizes_the_vocabulary(tmp_path, tokenizer):
     assert not (tmp_path / "all").exists()
 
 
+def assembled(tmp_path, tokenizer, **llm):
+    """A whole model with its tokenizer at tmp_path/m, of values that are no library's defaults. -> its folder."""
+    vlm = tiny(vocab_size=330, rope_theta=1e6, norm_eps=1e-3, **llm)
+    vlm.vision.norm_eps = 1e-3
+    save(tmp_path / "vit", vlm, "vit")
+    save(tmp_path / "llm", vlm, "llm", tokenizer)
+    done = run("assemble", f"--vision={tmp_path}/vit", f"--llm={tmp_path}/llm", f"--out={tmp_path}/m", "--dtype=float32")
+    assert done.returncode == 0, done.stderr
+    return tmp_path / "m"
+
+
+def refused(words, *args):
+    done = run(*args)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and words in done.stderr, done.stderr
+
+
+def test_export_and_assemble_never_replace_their_sources(tmp_path, tokenizer):
+    folder = assembled(tmp_path / "run", tokenizer)
+    for target in (folder, folder / ".", folder.parent):
+        for layout in ("internvl", "transformers"):
+            refused("is or holds the source", "export", folder, target, f"--layout={layout}")
+    refused("is or holds the source", "assemble", f"--vision={folder}", f"--llm={folder}", f"--out={folder}")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/config.json").write_text("{}")           # such as a run's, which holds no weights
+    refused("is not a model folder", "export", folder, tmp_path / "other")
+    assert run("check", folder).returncode == 0
+
+
+def test_damaged_or_missing_tokenizers_are_refused_in_words_and_before_weights_are_read(tmp_path, tokenizer, monkeypatch):
+    folder = assembled(tmp_path, tokenizer)
+    monkeypatch.setattr(convert, "load_folder", None)
+    for name, content, words in (("added_tokens.json", [1], "added_tokens.json holds a list, not a dict"),
+                                 ("added_tokens.json", {"<img>": "a"}, "token ids must be whole numbers"),
+                                 ("added_tokens.json", {"<img>": 0}, "each of one token"),
+                                 ("tokenizer_config.json", [1], "tokenizer_config.json holds a list, not a dict"),
+                                 ("added_tokens.json", {"<img>": 400}, "smaller than the tokenizer's 401 tokens")):
+        whole = (folder / name).read_text()
+        (folder / name).write_text(json.dumps(content))
+        refused(words, "export", folder, tmp_path / "out")
+        (folder / name).write_text(whole)
+    config = json.loads((tmp_path / "llm/tokenizer_config.json").read_text())
+    (tmp_path / "llm/tokenizer_config.json").write_text(json.dumps(config | dict(added_tokens_decoder=[1])))
+    refused("added_tokens_decoder is no table of tokens", "assemble", f"--vision={tmp_path}/vit",
+            f"--llm={tmp_path}/llm", f"--out={tmp_path}/out")
+    (folder / "vocab.json").unlink()
+    refused("no tokenizer in", "export", folder, tmp_path / "out")
+    edit(folder, template="mine", use_thumbnail=False)
+    assert "<IMG_CONTEXT>: no tokenizer, template: unknown, mine" in run("check", folder).stdout
+    edit(folder, template="sailvl-chat")
+    refused("cannot say use_thumbnail = False", "export", folder, tmp_path / "out", "--layout=transformers")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("layout", ["internvl", "transformers"])
+def test_an_export_is_complete_where_tokenizer_json_is_all_there_is(tmp_path, tokenizer, layout):
+    folder = assembled(tmp_path, tokenizer)
+    vocab, added = (json.loads((folder / f"{name}.json").read_text()) for name in ("vocab", "added_tokens"))
+    (folder / "tokenizer.json").write_text(json.dumps(dict(
+        model=dict(vocab=vocab), added_tokens=[dict(content=token, id=i) for token, i in added.items()])))
+    for name in ("vocab.json", "merges.txt", "added_tokens.json", "generation_config.json"):
+        (folder / name).unlink(missing_ok=True)
+    assert W.image_token_id(folder) == 280 and "<IMG_CONTEXT>: 280" in run("check", folder).stdout
+    done = run("export", folder, tmp_path / "out", f"--layout={layout}")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out/added_tokens.json").read_text()) == added
+    assert json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"] == 258
+    assert W.image_token_id(tmp_path / "out") == 280
+
+
+def test_transformers_reads_the_configuration_of_the_internvl_layout(tmp_path, tokenizer, monkeypatch):
+    """vLLM reads config.json so; every value of both parts is there as an attribute."""
+    t = pytest.importorskip("transformers", reason="transformers reads the export; pip install -r requirements-dev.txt")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    assert run("export", assembled(tmp_path, tokenizer), tmp_path / "out").returncode == 0
+    raw = json.loads((tmp_path / "out/config.json").read_text())
+    config = t.AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    for name in W.VISION_NAMES:
+        assert getattr(config.vision_config, name) == raw["vision_config"][name]
+    for name in set(W.LLM_NAMES) - {"rope_theta"}:
+        assert getattr(config.llm_config, name) == raw["llm_config"][name]
+    assert config.llm_config.rope_parameters["rope_theta"] == 1e6 and isinstance(config.llm_config, t.Qwen2Config)
+    assert config.model_type == "internvl_chat" and config.get_text_config() is config.llm_config
+    assert type(config)().llm_config.model_type == "qwen2"      # defaults for all
+
+
 def test_wrong_commands_end_with_one_line_and_code_2(tmp_path):
     for args, words in (((), "usage:"), (("check",), "usage:"), (("check", tmp_path / "x"), "x/config.json: No such"),
                         (("assemble", "--vision=a"), "--llm=DIR is missing"),
@@ -280,12 +382,7 @@ def test_wrong_commands_end_with_one_line_and_code_2(tmp_path):
 
 def test_both_exports_keep_the_model(tmp_path, tokenizer):
     t = pytest.importorskip("transformers", reason="transformers reads the export; pip install -r requirements-dev.txt")
-    vlm = tiny(tie_embeddings=True, vocab_size=330)
-    save(tmp_path / "vit", vlm, "vit")
-    save(tmp_path / "llm", vlm, "llm", tokenizer)
-    done = run("assemble", f"--vision={tmp_path}/vit", f"--llm={tmp_path}/llm", f"--out={tmp_path}/a",
-               "--dtype=float32")
-    assert done.returncode == 0
+    assembled(tmp_path, tokenizer, tie_embeddings=True).rename(tmp_path / "a")
     for layout in ("internvl", "transformers"):
         assert run("export", tmp_path / "a", tmp_path / layout, f"--layout={layout}").returncode == 0
     ours, (again, _) = W.load_folder(tmp_path / "a")[0].eval(), W.load_folder(tmp_path / "internvl")
@@ -432,12 +529,7 @@ def test_an_export_in_three_shards_loses_nothing(tmp_path, tokenizer, monkeypatc
     t = pytest.importorskip("transformers", reason="transformers reads the export; pip install -r requirements-dev.txt")
     from test_parity import their_names
     from vision import normalize
-    vlm = tiny(tie_embeddings=tied, vocab_size=330)
-    save(tmp_path / "vit", vlm, "vit")
-    save(tmp_path / "llm", vlm, "llm", tokenizer)
-    assert run("assemble", f"--vision={tmp_path}/vit", f"--llm={tmp_path}/llm", f"--out={tmp_path}/m",
-               "--dtype=float32").returncode == 0
-    vlm = W.load_folder(tmp_path / "m")[0].eval()
+    vlm = W.load_folder(assembled(tmp_path, tokenizer, tie_embeddings=tied))[0].eval()
     bytes_ = sum(p.nbytes for p in vlm.parameters())
     monkeypatch.setattr(W, "SHARD_BYTES", bytes_ // 3 + 60_000)
     before = os.umask(0o022)

@@ -12,7 +12,7 @@ import data
 from data import IGNORE, SPECIAL_TOKENS, Packs, Tokenizer, chat_ids, make_loader, open_sources, permute, render
 
 ROOT = Path(__file__).parent.parent
-SHARED = ROOT.parent / "shared"
+SHARED = ROOT.parent / "shared"  # ../shared is an optional folder of test data
 TOY = Tokenizer(ROOT / "config" / "toy_tokenizer")
 KW = dict(tile_size=84, tokens_per_tile=9, max_tiles=4, tokens_per_pack=300, tiles_per_pack=20)
 

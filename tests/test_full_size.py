@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))                                   # when it is run as a script, see `steps`
-SHARED = ROOT.parent / "shared"
+SHARED = ROOT.parent / "shared"  # ../shared is an optional folder of test data
 QWEN = SHARED / "tokenizer" / "qwen2"
 pytestmark = [pytest.mark.nightly, pytest.mark.skipif(not QWEN.exists(), reason="needs the Qwen tokenizer in ../shared")]
 PARAMETERS = 2_089_762_304
