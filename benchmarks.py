@@ -83,11 +83,15 @@ def mathvista(prediction, row, recent=False):
     if row["question_type"] == "multi_choice":
         read = option_letter(prediction, dict(zip(string.ascii_uppercase, as_list(row["choices"]))), recent)
         return read, read == row["answer_option"] != ""
-    cast = {"integer": int, "float": float}.get(row["answer_type"])
+    if (cast := {"integer": int, "float": float}.get(row["answer_type"])) is None: return prediction, False
     try:
-        return (str(cast(prediction)), cast(prediction) == cast(row["answer"])) if cast else (prediction, False)
+        read = cast(prediction)
     except ValueError:
         return "", False
+    try:
+        return str(read), read == cast(row["answer"])
+    except ValueError:                                                 # a reference that is not of its type
+        return str(read), False
 
 def punctuation(text):
     """process_punctuation of vlmeval/smp: a mark beside a space goes, any other becomes a space; all go if there is a
@@ -205,7 +209,8 @@ def circular(rows, reads, points):
     """A question counts if it is right in every rotation of its options: index + k * 1,000,000 (mcq_circular_eval)."""
     groups, number = collections.defaultdict(list), lambda row: int(float(row["index"]))
     for row, p in zip(rows, points): groups[int(float(row.get("g_index") or number(row) % 1_000_000))].append(p)
-    first = [row for row in rows if number(row) in groups]
+    if not (first := [row for row in rows if number(row) in groups]):
+        raise ValueError("no row with an index below 1,000,000: the questions whose rotations these are, are missing")
     score, details = mean(first, reads, [math.prod(groups[number(row)]) for row in first])
     return score, {"questions": len(first), **details}
 
@@ -305,9 +310,10 @@ JUDGE = {                           # what a judge is asked, in words of our own
             "steps of 0.1? <AND> joins parts that must all be there, <OR> parts of which one is enough. Reply with the "
             "number alone."}
 JUDGE[mmmu] = JUDGE[multiple_choice]
-RULES = 2                           # version of the scorers' code
+RULES = 3                           # version of the scorers' code
 # columns that scorer or total look at, `index`, `question` and `answer` apart
 NEEDS = {mme: ["category", "image_path"], ocrbench: ["category"], hallusion: ["l2-category"], graded: ["category"],
+         multiple_choice: ["A", "B"], mmmu: ["A", "B"], pope: ["category"],
          mathvista: ["question_type", "answer_type", "choices", "answer_option"]}
 needs = lambda b: NEEDS.get(b.scorer, []) + NEEDS.get(b.total, [])
 
@@ -351,14 +357,17 @@ def read_answers(b, rows, judge=None):
 
 def score_rows(b, rows, judge=None):
     """Rows with `prediction` -> (score 0-100 or None, details). A row without prediction is wrong. None comes with
-    details["reason"]: there are answers that only a judge could read."""
+    details["reason"]: there are answers that only a judge could read. What it was asked and cannot read is wrong, as in
+    VLMEvalKit; but where all is its grading, a reply without a grade leaves the score None."""
     rows = [row for row in rows if not b.split or row.get("split", b.split) == b.split]
     if not rows: raise ValueError(f"no rows of split {b.split!r}; only those count")
+    for row in rows:
+        if not "".join(as_list(row["answer"])).strip(): raise ValueError(f"row {row['index']}: its answer is empty")
     reads, points = map(list, zip(*read_answers(b, rows, judge)))
     unread = reads.count("")
     details = {"n": len(rows), "correct": round(sum(points), 2), "not_readable": unread}
-    if b.judge == "required" and unread:
-        why = "got no valid reply of the judge; run again" if judge else "need a judge: --judge=URL --judge_model=NAME"
+    if b.judge == "required" and unread and (not judge or b.scorer is graded):
+        why = "got no grade from the judge" if judge else "need a judge: --judge=URL --judge_model=NAME"
         return None, details | {"reason": f"{unread} of {len(rows)} answers {why}"}
     score, more = b.total(rows, reads, points)
     return score, details | (rates(rows, reads) if b.scorer is yes_no else {}) | more

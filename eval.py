@@ -252,10 +252,14 @@ def weights_hash(folder):
 def score_file(argv):
     """`eval.py score`: a predictions file -> {"benchmark", "score", "details", "protocol", ...}, a reason if None."""
     configurator.configure(cfg := ScoreConfig(), argv)
-    if not cfg.benchmark: raise ValueError("give --benchmark=NAME and --predictions=FILE.tsv")
+    if not (cfg.benchmark and cfg.predictions): raise ValueError("give --benchmark=NAME and --predictions=FILE.tsv")
     name, b = find(cfg.benchmark, cfg.protocol)
     rows, _ = read_tsv(cfg.predictions, "prediction", *needs(b))
-    score, details = score_rows(b, rows, connect(cfg.judge, cfg.judge_model, f"{cfg.predictions}.judge.jsonl"))
+    judge = connect(cfg.judge, cfg.judge_model, f"{cfg.predictions}.judge.jsonl")
+    try:
+        score, details = score_rows(b, rows, judge)
+    except ValueError as e:
+        raise ValueError(f"{cfg.predictions}: {e}") from None
     reason = {"reason": details["reason"]} if score is None else {}
     return {"benchmark": name, "score": score, **reason, "details": details, "judge": cfg.judge_model or None,
             "protocol": protocol_hash([name], protocol=cfg.protocol), "protocol_name": cfg.protocol}
@@ -333,6 +337,8 @@ def main():
         show(name, results["n"].get(name, ""), results[name], *(s[name] for s in scores.values()))
     rows = {"this model": results | means["groups"], **results["published"]} if results["published"] else {}
     for name, row in rows.items(): show(name, *map(row.get, ("overall", *means["groups"])))
+    absent = ", ".join(name for name in PAPER if results.get(name) is None) or "all rows" * bool(cfg.limit)
+    if rows and absent: print(f"not comparable with the published averages: without {absent}")
     for name, reason in results["left_out"].items(): print(f"{name} is not in the averages: {reason}")
     print(f"wrote {out / 'results.json'} and {out / 'report.html'}")
 

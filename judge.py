@@ -1,9 +1,9 @@
 """A judge: any OpenAI-compatible endpoint that reads answers which no rule can read. Standard library only.
 
 Replies are kept in a .jsonl, a line each, so that no question is asked twice and an interrupted run goes on.
-The key comes from the environment: JUDGE_API_KEY, else OPENAI_API_KEY, else none is sent.
+The key comes from the environment: JUDGE_API_KEY; for api.openai.com also OPENAI_API_KEY; else none is sent.
 """
-import contextlib, hashlib, http.client, json, os, time, urllib.error, urllib.request
+import contextlib, hashlib, http.client, json, os, time, urllib.error, urllib.parse, urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,11 +24,12 @@ class Judge:
 
     def reply(self, prompt, temperature):
         """One reply, from the cache or the endpoint. ValueError when the endpoint refuses or stays away."""
-        key = hashlib.sha256(json.dumps([self.url, self.model, prompt, temperature]).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps([self.model, prompt, temperature]).encode()).hexdigest()
         if key in self.known: return self.known[key]
         body = {"model": self.model, "messages": [{"role": "user", "content": prompt}], "temperature": temperature,
                 "max_tokens": 128}
-        secret = os.environ.get("JUDGE_API_KEY") or os.environ.get("OPENAI_API_KEY")
+        openai = urllib.parse.urlsplit(self.url).hostname == "api.openai.com"
+        secret = os.environ.get("JUDGE_API_KEY") or openai and os.environ.get("OPENAI_API_KEY")
         request = urllib.request.Request(self.url, json.dumps(body).encode(), {
             "Content-Type": "application/json", **({"Authorization": f"Bearer {secret}"} if secret else {})})
         for wait in [WAIT_S * 2 ** i for i in range(TRIES)]:

@@ -284,6 +284,13 @@ def test_fractional_points_and_splits():
 
 # ---- the judge ---------------------------------------------------------------------------------------------------
 
+def test_files_that_lack_a_column_a_rotation_or_an_answer_are_refused():
+    assert {"A", "B"} <= {*bm.needs(bm.PAPER["MMStar"])} and "category" in bm.needs(bm.PAPER["POPE"])
+    row = {"index": "1000007", "question": "q", **OPTIONS, "answer": "A", "prediction": "A"}
+    with pytest.raises(ValueError, match="whose rotations these are, are missing"): score("MMBench_DEV", [row])
+    with pytest.raises(ValueError, match="row 7: its answer is empty"):
+        score("DocVQA_VAL", [{"index": "7", "answer": "[]", "prediction": "x"}])
+
 def test_judge_required_without_a_judge_has_no_score_but_a_reason():
     rows = [{"question": "q", "answer": "x", "prediction": "1.0", "category": "ocr,math"}]
     value, d = score("MMVet", rows)
@@ -315,6 +322,9 @@ def test_a_judge_reads_only_what_no_rule_reads():
     replies = ["14"]
     free = FREE | {"question": "q", "answer_type": "integer", "answer": "14", "prediction": "fourteen"}
     assert score("MathVista_MINI", [free], judge)[0] == 100.0 and "as an integer" in asked[-1]
+    replies = ["no idea"]
+    value, d = score("MathVista_MINI", [free, free | {"prediction": "14"}], judge)
+    assert value == 50.0 and d["not_readable"] == 1           # asked and still unreadable: wrong, not without a score
     replies = ["Yes."]
     assert score("POPE", [{"question": "Dog?", "answer": "Yes", "prediction": "I see one", "category": "a"}], judge)[0] == 100
     assert score("DocVQA_VAL", [{"answer": "x", "prediction": ""}], judge)[0] == 0.0      # no judge where rules decide
