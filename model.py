@@ -125,6 +125,7 @@ class VLM(nn.Module):
             raise ValueError(f"head_dim {llm.head_dim} must be even for the rotary embedding")
         self.vision, self.llm, self.image_token_id = vision, llm, image_token_id
         self.embed_noise = 0.0              # see noisy()
+        self.always_sees = False            # see embed(); FSDP needs it
         if vision:
             self.vision_model, self.mlp1 = ViT(vision), Projector(vision, llm.dim)
         self.language_model = nn.ModuleDict(dict(
@@ -170,7 +171,7 @@ class VLM(nn.Module):
         if len(rows) != (expected := n_tiles * self.vision.tokens_per_tile if self.vision else 0):
             raise ValueError(f"the pack has {len(rows)} <IMG_CONTEXT> tokens, but its {n_tiles} tiles give {expected}")
         if not n_tiles:
-            if self.vision is None or not (trains(self.vision_model) or trains(self.mlp1)):
+            if self.vision is None or not (self.always_sees or trains(self.vision_model) or trains(self.mlp1)):
                 return h
             tiles = tokens.new_zeros(1, 3, self.vision.image_size, self.vision.image_size, dtype=torch.uint8)
         return h.index_copy(0, rows, self.visual_tokens(tiles)[:len(rows)].to(h.dtype))
