@@ -109,7 +109,7 @@ def setup_distributed(device="auto", timeout_s=600):
     where = torch.device("cuda", local) if gpu else torch.device("cpu")
     if gpu: torch.cuda.set_device(where)
     if "RANK" in os.environ:
-        timeout = datetime.timedelta(seconds=timeout_s + 60)  # later than the Watchdog, which has more to say
+        timeout = datetime.timedelta(seconds=timeout_s + 60)  # later than `watch`, which has more to say
         td.init_process_group("nccl" if gpu else "gloo", timeout=timeout, device_id=where if gpu else None)
         return Dist(rank, world, where, td.new_group(backend="gloo", timeout=timeout))
     return Dist(rank, world, where)
@@ -292,12 +292,11 @@ def check_room(folder, need, what):
                       "another --out_dir, then start the same command again")
 
 def memory_for(tensors):
-    """Whether this machine has memory for a copy of `tensors` on each of its ranks, with as much again to spare."""
+    """Whether this machine has memory for a copy of `tensors` on each of its ranks, with as much again to spare; where
+    the system does not say, no."""
     need = sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors.values())
-    try:
-        with open("/proc/meminfo") as f: free = 1024 * int(f.read().split("MemAvailable:")[1].split()[0])
-    except (OSError, IndexError):
-        return False
+    text = Path("/proc/meminfo").read_text() if os.path.exists("/proc/meminfo") else "MemAvailable: 0 kB"
+    free = 1024 * int(text.split("MemAvailable:")[1].split()[0])
     return 2 * need * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) < free
 
 def save_checkpoint(out_dir, step, model, optimizer, state, dist, keep, before=None, wait=True):
@@ -433,26 +432,18 @@ class Preemption:
             raise RunStopped("torchrun has ended, so this worker ends too; the same command goes on")
         return all_reduce_sum(torch.tensor(len(self.signals), device=dist.device), dist).item() > 0
 
-class Watchdog:
-    """Ends a process that hangs, for one that waits in a collective or a driver cannot do it itself. watchdog(note)
-    writes the note, the samples at work, to last_step/rank_K.txt and starts its time anew; when it is over, the stacks
-    of all threads are written below the note. Under torchrun an alarm of the system, which needs no Python, ends the
-    process 5 s later: by then all ranks, which call it at about the same moment, have written theirs."""
-    def __init__(self, out_dir, timeout_s, dist):
-        path = Path(out_dir) / "last_step" / f"rank_{dist.rank}.txt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.file, self.timeout_s = open(path, "wb", buffering=0), timeout_s
-
-    def __call__(self, note):
-        self.file.seek(0)
-        self.file.truncate()
-        self.file.write(f"{note}\n".encode())
-        faulthandler.dump_traceback_later(self.timeout_s, file=self.file)
-        if td.is_initialized(): signal.alarm(self.timeout_s + 5)
-
-    def rest(self):
-        faulthandler.cancel_dump_traceback_later()
-        signal.alarm(0)
+def watch(cfg, dist, note):
+    """Watch over what comes next, the note says what, until the next call; an empty note ends the watch. The note goes
+    to last_step/rank_K.txt; after cfg.timeout_s the stacks of all threads follow. Under torchrun an alarm of the
+    system, which needs no Python, ends the process 5 s later: a rank that waits in a driver cannot do it itself, and by
+    then all ranks, which call this at about the same moment, have written their stacks."""
+    path = Path(cfg.out_dir) / "last_step" / f"rank_{dist.rank}.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    faulthandler.cancel_dump_traceback_later()
+    if td.is_initialized(): signal.alarm(cfg.timeout_s + 5 if note else 0)
+    if note:
+        (file := open(path, "wb", buffering=0)).write(f"{note}\n".encode())
+        faulthandler.dump_traceback_later(cfg.timeout_s, file=file)  # which keeps the file open
 
 class RunStopped(ValueError):
     """The run ended itself; the message says why."""
@@ -464,8 +455,9 @@ def open_log(out_dir):
     f.truncate(f.read().rfind(b"\n") + 1)
     return f
 
-def log_line(f, row):
+def log_line(f, row, track=None):
     """Append one row as one write. Numbers that are not finite become null, so that every reader takes the line."""
+    if track: track(row)
     row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     f.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
 
@@ -474,9 +466,9 @@ def open_tracker(cfg, values):
     try:
         if cfg.track == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
-            board = SummaryWriter(cfg.out_dir)
-            return lambda row: [board.add_scalar(f"{row['stage']}/{name}", value, row["step"])
-                                for name, value in row.items() if isinstance(value, (int, float))]
+            add = SummaryWriter(cfg.out_dir).add_scalar
+            return lambda row: [add(f"{row['stage']}/{name}", value, row["step"]) for name, value in row.items()
+                                if isinstance(value, (int, float))]
         if cfg.track == "wandb":
             import wandb
             return wandb.init(project="sail-vl", name=Path(cfg.out_dir).name, dir=cfg.out_dir, config=values).log
@@ -537,14 +529,14 @@ def open_run(cfg, origins, stages, dist):
     checkpoint = find_checkpoint(out, dist, cfg.resume == "strict")
     if cfg.resume == "never" and (checkpoint or any((out / name / "config.json").exists() for name, _ in stages)):
         raise ValueError(f"{out} holds an earlier run and --resume=never; choose another --out_dir or remove it")
-    return checkpoint, read_state(checkpoint)["world"] if checkpoint else dist.world
+    return checkpoint, read_state(checkpoint).get("world", dist.world) if checkpoint else dist.world
 
 def micro_batches(accum, began, name, checkpoint, dist):
     """(micro-batches of a step here, ranks the run began on). On other ranks a step keeps its packs, so that a run that
     was resized goes on by itself, as does one whose grad_accum_steps was set by hand to what keeps them. ValueError
     names the sizes that fit."""
     state = read_state(checkpoint) if checkpoint else {}
-    if state.get("stage") == name and state["packs_per_step"] == accum * dist.world: return accum, dist.world
+    if state.get("stage") == name and state.get("packs_per_step") == accum * dist.world: return accum, dist.world
     packs = accum * began
     if packs % dist.world:
         raise ValueError(f"a step of this run is {packs} packs, which {dist.world} ranks cannot share alike; start it "
@@ -556,8 +548,7 @@ def resume(checkpoint, name, packs, began, model, optimizer, dist):
     state = read_state(checkpoint) if checkpoint else {}
     if state.get("stage") != name:
         return {"stage": name, "fingerprint": packs.fingerprint, "packs_per_step": packs.packs_per_step, "world": began,
-                "position": [0, 0, 0], "counts": {}, "step": 0, "quarantined": 0, "tokens_seen": 0, "samples_seen": 0,
-                "losses": []}
+                "position": [0, 0, 0], "counts": {}, "step": 0, "quarantined": 0, "tokens_seen": 0, "samples_seen": 0}
     if state["fingerprint"] != packs.fingerprint:
         raise ValueError(f"the data of stage {name}, their order or the size of packs and steps changed since "
                          f"{checkpoint} was written; go on with the same or start anew in another --out_dir")
@@ -586,26 +577,23 @@ def check_quarantine(state, packs, out_dir):
         if bad > max(100, 0.01 * n):
             raise RunStopped(f"{bad} unreadable samples of {n}: see {out_dir}/bad_samples.jsonl, mend or remove them")
 
-SPIKE = 6.0  # standard deviations
+SPIKE = 6  # standard deviations
 
 def spike(losses, loss):
-    """(how many standard deviations `loss` lies above the straight line through the last 64 to 128 losses, else 0; the
-    losses to remember). A spike enters them at 3 only: it must not hide the next one, but a loss that stays up ends the
-    alarm. One that is not finite does not enter."""
-    if not math.isfinite(loss): return 0.0, losses
-    sigmas = 0.0
-    if (n := len(losses)) >= 64:
-        x, y = np.arange(n) - (n - 1) / 2, np.array(losses)
-        slope = x @ y / (x @ x)
-        line, sigma = y.mean() + slope * (n + 1) / 2, (y - y.mean() - slope * x).std(ddof=2)
-        sigmas = float((loss - line) / max(sigma, 1e-12))
-        if sigmas > SPIKE: loss = float(line + 3 * sigma)
-    return sigmas, [*losses, loss][-128:]
+    """(standard deviations that `loss` lies above the straight line through the last 64 to 128; the losses to keep). A
+    spike is kept as 3 only: it must not hide the next one, but a loss that stays up ends the alarm."""
+    if not math.isfinite(loss) or (n := len(losses)) < 64: return 0.0, losses + [loss] * math.isfinite(loss)
+    x, y = np.arange(n) - (n - 1) / 2, np.array(losses)
+    slope = x @ y / (x @ x)
+    line, sigma = y.mean() + slope * (n + 1) / 2, max((y - y.mean() - slope * x).std(ddof=2), 1e-12)
+    sigmas = (loss - line) / sigma
+    return float(sigmas), [*losses, float(line + 3 * sigma) if sigmas > SPIKE else loss][-128:]
 
-def next_state(state, step, batch, totals, losses):
+def next_state(state, step, batch, totals, loss):
     """What a checkpoint after this step must know: where the data go on, and the counts so far."""
-    return state | {"step": step, "position": batch["position"], "counts": batch["counts"], "losses": losses,
-                    "quarantined": state["quarantined"] + int(totals["bad"]),
+    sigmas, losses = spike(state.get("losses", []), loss)
+    return state | {"step": step, "position": batch["position"], "counts": batch["counts"], "spike": sigmas,
+                    "losses": losses, "quarantined": state["quarantined"] + int(totals["bad"]),
                     "tokens_seen": state["tokens_seen"] + int(totals["tokens"]),
                     "samples_seen": state["samples_seen"] + int(totals["samples"])}
 
@@ -629,11 +617,11 @@ class Clock:
             parts[part] += a.elapsed_time(b) / 1000 if self.cuda else b - a
         return time.perf_counter() - self.start, parts
 
-def step_row(name, step, steps, loss, norm, norms, optimizer, totals, state, clock, later, peak, dist):
-    """The line of log.jsonl of one step. clock: its Clock; later: steps of the stages behind this one, for the ETA of
-    the run as long as this step. mfu is strict: FLOPs the gradients need, over the peak of all GPUs; None on a CPU."""
-    seconds, parts = clock.split()
-    return {"stage": name, "step": step, "steps": steps, "loss": loss, "grad_norm": norm.item(),
+def step_row(steps, loss, norm, norms, optimizer, totals, state, clock, peak, dist):
+    """The line of log.jsonl of one step. steps: of the stage, behind the stage; for the ETA of the run all are as long
+    as this one. mfu is strict: FLOPs the gradients need, over the peak of all GPUs; None on a CPU."""
+    (steps, later), step, (seconds, parts) = steps, state["step"], clock.split()
+    return {"stage": state["stage"], "step": step, "steps": steps, "loss": loss, "grad_norm": norm.item(),
             **{f"grad_norm_{k}": v.item() for k, v in norms.items()},
             "lr": {g["name"].split("/")[0]: g["lr"] for g in optimizer.param_groups},
             **{k: int(totals[k]) for k in ("tokens", "tiles", "supervised", "samples")}, "seconds": seconds,
@@ -641,14 +629,15 @@ def step_row(name, step, steps, loss, norm, norms, optimizer, totals, state, clo
             "tokens_per_s": totals["tokens"] / seconds, "tiles_per_s": totals["tiles"] / seconds,
             "mfu": totals["flops"] / seconds / (peak * dist.world) if peak else None,
             "data_wait": parts["data"] / seconds,
-            "memory_gb": peak_memory_gb(), **{k: state[k] for k in ("tokens_seen", "samples_seen", "quarantined")},
+            "memory_gb": peak_memory_gb(),
+            **{k: state[k] for k in ("tokens_seen", "samples_seen", "quarantined", "spike")},
             "dropped": sum(n for reason, n in state["counts"].items() if reason != "used"),
             "eta_s": seconds * (steps - step), "run_eta_s": seconds * (steps - step + later)}
 
 @torch.no_grad()
 def validation_loss(model, batches, dist):
-    """Mean loss of held-out `batches`, [(arguments of the model, weight of its supervised tokens)], as many on each rank:
-    sums of all ranks, divided once."""
+    """Mean loss of held-out `batches` of (arguments of the model, weight of what is supervised), as many on each rank:
+    the sums are added up over the ranks and divided once."""
     model = getattr(model, "module", model).eval()  # out of DDP
     sums = torch.zeros(2, dtype=torch.float64)
     for inputs, weight in batches: sums += torch.tensor([model(**inputs).item(), weight], dtype=torch.float64)
@@ -681,8 +670,8 @@ def format_step(row):
             f"{row['tokens_per_s']:,.0f} tok/s {row['tiles_per_s']:,.1f} tiles/s | mfu {mfu} | "
             f"data wait {100 * row['data_wait']:.0f}% | mem {row['memory_gb']:.1f} GB | dropped {row['dropped']} "
             f"quarantined {row['quarantined']} | eta {datetime.timedelta(seconds=int(row['eta_s']))} "
-            f"of {datetime.timedelta(seconds=int(row['run_eta_s']))}" + (f" | SPIKE {row['spike']:.0f} sigma" if
-            "spike" in row else "") + (f" | val loss {row['val_loss']:.4f}" if "val_loss" in row else ""))
+            f"of {datetime.timedelta(seconds=int(row['run_eta_s']))}" + f" | SPIKE {row['spike']:.0f} sigma" * (
+                row["spike"] > SPIKE) + (f" | val loss {row['val_loss']:.4f}" if "val_loss" in row else ""))
 
 def plot_loss(log_path, png_path):
     """Draw the loss of each stage of a log.jsonl: raw thin, mean over 1/40 of the stage thick. After a resume the later

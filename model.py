@@ -38,6 +38,7 @@ class LLMConfig:
     max_positions: int = 32768
     PRESETS = {
         "qwen2.5-1.5b": {},             # untied, as SAIL-VL-2B is released
+        "qwen2.5-0.5b": dict(dim=896, n_layers=24, n_heads=14, head_dim=64, ffn_dim=4864, tie_embeddings=True),
         "qwen2.5-7b": dict(vocab_size=152064, dim=3584, n_heads=28, n_kv_heads=4, ffn_dim=18944),
         "toy": dict(vocab_size=1056, dim=128, n_layers=6, n_heads=4, n_kv_heads=2, head_dim=32, ffn_dim=384,
                     rope_theta=1e4, tie_embeddings=True, max_positions=2048)}

@@ -54,7 +54,7 @@ def main():
     out, peak = Path(cfg.out_dir), common.peak_flops(dist.device)
     values, (checkpoint, began) = resolved(cfg), common.open_run(cfg, origins, stages, dist)   # the newest good one
     log, track = (common.open_log(out), common.open_tracker(cfg, values)) if dist.is_main else (None, None)
-    watchdog, later = common.Watchdog(out, cfg.timeout_s, dist), sum(common.stage_steps(cfg, s) for _, s in stages)
+    later = sum(common.stage_steps(cfg, stage) for _, stage in stages)       # steps behind the stage at work
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
 
     for name, stage in stages:
@@ -98,7 +98,7 @@ def main():
             lengths = [n for b in micro for n in b["lengths"]]
             totals["flops"] = train_flops(vision, llm, totals["tiles"], lengths, totals["supervised"], trainable)
             totals = common.all_reduce_dict(totals, dist)
-            watchdog(f"{name} step {step + 1}: samples {', '.join(i for b in micro for i in b['ids'])}")
+            common.watch(cfg, dist, f"{name} step {step + 1}: samples {', '.join(i for b in micro for i in b['ids'])}")
             scale = common.lr_scale(step, steps, stage.warmup_steps, stage.min_lr_ratio)
             getattr(model, "module", model).embed_noise = cfg.embed_noise * min(1, 2 * step / steps)
             for group in optimizer.param_groups:
@@ -124,23 +124,16 @@ def main():
             common.log_bad(out, [bad for b in micro for bad in b["bad"]])
 
             # ---- what happened ----
-            sigmas, losses = common.spike(state["losses"], loss)
-            state = common.next_state(state, step, micro[-1], totals, losses)
-            row = common.step_row(name, step, steps, loss, norm, norms, optimizer, totals, state, clock, later, peak,
-                                  dist) | ({"spike": sigmas} if sigmas > common.SPIKE else {})
+            state = common.next_state(state, step, micro[-1], totals, loss)
+            row = common.step_row((steps, later), loss, norm, norms, optimizer, totals, state, clock, peak, dist)
             if not finite:
                 row["skipped"] = sum(common.gather([i for b in micro for i in b["ids"]], dist), [])
                 common.say(dist, f"WARNING: step {step} skipped: loss {loss}, gradient norm {norm.item()}")
             if val and (step % cfg.val_every == 0 or step == steps):
-                watchdog(f"{name} step {step}: validation")
-                held = held_out(val, cfg.val_packs, dist.rank, dist.world)
                 with autocast:
-                    row["val_loss"] = common.validation_loss(
-                        model, ((model_inputs(b, dist.device), b["size"]["weight"]) for b in held), dist)
+                    row["val_loss"] = common.validation_loss(model, held_out(val, cfg.val_packs, dist), dist)
             if dist.is_main:
-                common.log_line(log, row)
-                if track:
-                    track(row)
+                common.log_line(log, row, track)
                 if step % cfg.print_every == 0 or step == steps:
                     bar.write(common.format_step(row))
             if bad_steps >= 3:
@@ -148,16 +141,15 @@ def main():
             common.check_quarantine(state, packs, out)
             stop = preemption.stop_requested(dist)
             if stop or step % cfg.save_every == 0:
-                watchdog(f"{name} step {step}: checkpoint")
+                common.watch(cfg, dist, f"{name} step {step}: checkpoint")
                 saving = common.save_checkpoint(out, first_step + step, model, optimizer, state, dist, cfg.keep, saving,
                                                 wait=stop or not cfg.save_async)
             if stop:
-                watchdog.rest()
                 common.say(dist, f"stopped by a signal after {name} {step}, saved; the same command goes on")
                 return common.close_distributed()
         # ==== end of the loop ========================================================================================
-        watchdog.rest()
         common.saved(saving)
+        common.watch(cfg, dist, "")
         bar.close()
 
         parts = dict(model=(vision, llm), vision=(vision, None))[cfg.export]
