@@ -1,5 +1,5 @@
 # make demo       a fresh clone -> a pretrained, fine-tuned and evaluated toy VLM in out/demo, under three minutes on two cores
-# make test       everything the README promises, checked; make lint, make toy-bases: see below
+# make test       everything the README promises, checked; make lint, make toy-bases, make bench, make gpu: see below
 SHELL  := /bin/bash
 PYTHON ?= python3
 VENV   ?= .venv
@@ -10,7 +10,7 @@ DEMO   := out/demo
 SHARDS := shards/toy
 N      := 3000
 
-.PHONY: demo demo-long five-stages test test-nightly lint toy-bases
+.PHONY: demo demo-long five-stages test test-nightly lint toy-bases bench gpu
 .DELETE_ON_ERROR:
 
 $(VENV)/run.done: requirements.txt
@@ -60,6 +60,20 @@ test-nightly: $(VENV)/dev.done
 
 lint: $(VENV)/dev.done
 	$(BIN)/python -m ruff check .
+
+# the CPU rows of the README's section Speed, a quarter of an hour
+bench: $(VENV)/dev.done
+	for part in vs-hf attn ce train; do OMP_NUM_THREADS=2 $(BIN)/python bench.py $$part --device=cpu; done
+
+# where there is a GPU: correctness, then every row that needs one, each part cut off so that all end within ten minutes;
+# without a network: make gpu BIN=FOLDER_OF_PYTHON
+gpu:
+	-timeout 110 $(BIN)/python -m pytest -m gpu tests
+	-timeout 110 $(BIN)/python bench.py attn --rounds=5
+	-timeout 40 $(BIN)/python bench.py ce --rounds=5
+	-timeout 190 $(BIN)/python bench.py train --rounds=5
+	-timeout 60 $(BIN)/python bench.py vs-hf --rounds=5 --compiled=False
+	-timeout 80 $(BIN)/python bench.py warmup
 
 # how the two pretrained parts of the toy world in config/toy_vit and config/toy_llm were made: under half an hour each
 toy-bases: $(VENV)/run.done

@@ -21,11 +21,15 @@ from tqdm import tqdm
 from configurator import configure, launch
 from vision import GRAY, count_tiles, image_size, load_image, make_tiles
 
-def read_json(path):
+def read_json(path, kind=object):
+    """What a JSON file holds; ValueError if that is none, or not of this kind (dict for the files of a model)."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as e:                          # a million brackets are no data
         raise ValueError(f"{path} is not valid JSON: {e}") from None
+    if not isinstance(content, kind):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a {kind.__name__}; copy it again")
+    return content
 
 def sha256(value):
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
@@ -46,18 +50,24 @@ SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{
 
 class Tokenizer:
     """Byte-level BPE of a Qwen folder (`vocab.json`, else `tokenizer.json`) with the 31 special tokens of SAIL-VL.
-    `encode` treats its text as plain text: a special token typed by a user stays a row of ordinary pieces."""
+    `encode` treats its text as plain text: a special token typed by a user stays a row of ordinary pieces.
+    FileNotFoundError without either file, ValueError if they are damaged."""
     def __init__(self, folder):
         vocab, whole, added = (Path(folder) / f"{name}.json" for name in ("vocab", "tokenizer", "added_tokens"))
         if not vocab.exists() and not whole.exists():
             raise FileNotFoundError(f"no tokenizer in {folder}: it needs vocab.json or tokenizer.json of a Qwen2 model")
         try:
-            pieces = read_json(vocab) if vocab.exists() else read_json(whole)["model"]["vocab"]
+            both = read_json(whole, dict) if not vocab.exists() else dict(model=dict(vocab=read_json(vocab, dict)))
+            pieces = both["model"]["vocab"]
             ranks = {bytes(CHAR_TO_BYTE[c] for c in p): i for p, i in pieces.items() if p not in SPECIAL_TOKENS}
+            self.special = {t: len(ranks) + k for k, t in enumerate(SPECIAL_TOKENS)}
+            self.special |= {token["content"]: token["id"] for token in both.get("added_tokens", [])}
+            self.special |= read_json(added, dict) if added.exists() else {}
         except (KeyError, TypeError, AttributeError) as e:
             raise ValueError(f"{folder}: not the byte-level vocabulary of a Qwen2 tokenizer ({e!r})") from None
-        self.special = {t: len(ranks) + k for k, t in enumerate(SPECIAL_TOKENS)}
-        self.special |= read_json(added) if added.exists() else {}
+        ids = [*ranks.values(), *self.special.values()]                # tiktoken panics where these are wrong
+        if {*map(type, ids)} != {int} or len({*ids}) < len(ids) or not 0 <= min(ids) <= max(ids) < 2 ** 31:
+            raise ValueError(f"{folder}: token ids must be whole numbers, each of one token; copy the tokenizer again")
         self.bpe = tiktoken.Encoding("qwen", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=self.special)
         self.special_ids = set(self.special.values())
         self.n_vocab = max(self.special_ids) + 1
@@ -120,22 +130,24 @@ def render(row, tokenizer, template, n_tiles, tokens_per_tile, image_as="pixels"
     """Token ids and labels of a record in one pass, so that they cannot disagree.
     n_tiles: tiles of each of the row's images. Returns (ids (T,), labels (T,)), int64; labels[t] is the token that
     position t must predict, IGNORE where nothing is supervised: only answers and their <|im_end|> are.
-    image_as "words": the row's `cells` stand in the place of visual tokens (text-only base models).
-    cell_labels "also": the label of each visual token is its own cell word; "only": nothing else is supervised."""
+    image_as "words": a visual token for each of the row's `cells`, see cell_words (text-only base models).
+    cell_labels "also": the label of each visual token is its cell's first word; "only": nothing else is supervised."""
     if (image_as == "words" or cell_labels != "none" and n_tiles) and not row.get("cells"):
         raise ValueError("--image_as=words and --cell_labels need `cells`, which only toy data has")
-    words = [[i for word in cells for i in tokenizer.encode(" " + word)] for cells in row.get("cells", ())]
-    images = words if image_as == "words" else [[tokenizer.image_id] * (n * tokens_per_tile) for n in n_tiles]
-    slots = [[tokenizer.image_id] * len(image) for image in images]
-    system, turns = conversation(row)
-    ids, targets = map(np.array, _render(tokenizer, template, place_images(turns, len(slots)), slots, system))
+    counts = map(len, row["cells"]) if image_as == "words" else (n * tokens_per_tile for n in n_tiles)
+    images, (system, turns) = [[tokenizer.image_id] * n for n in counts], conversation(row)
+    ids, targets = map(np.array, _render(tokenizer, template, place_images(turns, len(images)), images, system))
     labels, visual = np.append(targets[1:], IGNORE), ids == tokenizer.image_id
     if cell_labels == "only":
         labels[:] = IGNORE
     if cell_labels != "none" and visual.any():                         # not while an index is made, without tiles
-        labels[visual] = sum(words, [])
-    ids[visual] = sum(images, [])
+        labels[visual] = np.concatenate([cell_words(cells, tokenizer)[:, 0] for cells in row["cells"]])
     return ids, labels
+
+def cell_words(cells, tokenizer):
+    """Cells of one toy picture, such as "LargeRedCircle TopLeft" -> ids of their words (cells, W), int64. A model that
+    is shown words sees the sum of their embeddings where a visual token would be: what is there, and where."""
+    return np.array([[tokenizer.encode(" " + word)[0] for word in cell.split()] for cell in cells])
 
 def conversation(row):
     """(system or None, [(user, assistant), ...]) of a row in any of the three forms; ValueError if it is broken."""
@@ -272,7 +284,7 @@ class Source:
             places = [pictures[name] for name in names if name in pictures] or pictures.values()
             found = [(*place, *image_size(self._read(*place))) for place in places]
         ids, _ = render(row, tokenizer, template, [0] * len(found), 0, image_as)
-        return (ids != tokenizer.image_id).sum(), found
+        return len(ids), found
 
     def _mended(self, *reading):
         """Whether a row that was unreadable can be read now: its picture is there. A tar changes only as a whole."""
@@ -460,7 +472,8 @@ class Packs(torch.utils.data.Dataset):
 
     def __getitem__(self, pack):
         """The batch of a planned pack: its images decoded and tiled, its text rendered.
-        tokens, labels, positions (T,) int64; weights (T,) fp32; cu_seqlens (S+1,) int32; tiles (N, 3, s, s) uint8;
+        tokens, labels, positions (T,) int64; weights (T,) fp32; cu_seqlens (S+1,) int32; tiles (N, 3, s, s) uint8,
+        or int64 (visual tokens, W) of words;
         ids; bad: samples that failed to decode and are left out; size: how much of everything there is; lengths: tokens
         of each sample."""
         samples, pictures, ids, bad, n_cells, s = [], [], [], [], [], self.tile_size
@@ -472,7 +485,9 @@ class Packs(torch.utils.data.Dataset):
                 limits = [n - (n > 1 and self.thumbnail) for n in n_tiles]
                 new = [make_tiles(load_image(source.image(i, k, row)), self.min_tiles, n, s, self.thumbnail)
                        for k, n in enumerate(limits)]
-                if [*map(len, new)] != n_tiles:                        # the file is no longer what the index saw
+                if self.image_as == "words":
+                    new = [torch.from_numpy(cell_words(cells, self.tokenizer)) for cells in row["cells"]]
+                elif [*map(len, new)] != n_tiles:                      # the file is no longer what the index saw
                     raise ValueError(f"images gave {[*map(len, new)]} tiles where {n_tiles} were planned")
                 sample = render(row, self.tokenizer, self.template, n_tiles, self.tokens_per_tile, self.image_as,
                                 self.cell_labels)
@@ -495,8 +510,9 @@ class Packs(torch.utils.data.Dataset):
         weights = np.repeat(np.array(weights, np.float32), lengths)
         arrays = {"tokens": tokens, "labels": labels, "positions": np.concatenate([np.arange(n) for n in lengths]),
                   "weights": weights, "cu_seqlens": np.cumsum([0, *lengths], dtype=np.int32)}
-        tiles, at = torch.cat([torch.zeros(0, 3, s, s, dtype=torch.uint8), *pictures]), labels != IGNORE
-        size = {"tokens": sum(real), "tiles": len(tiles), "samples": len(ids), "bad": len(bad),
+        tiles = torch.cat(pictures) if pictures else torch.zeros(0, 3, s, s, dtype=torch.uint8)
+        n_tiles, at = len(tiles) * (self.image_as != "words"), labels != IGNORE
+        size = {"tokens": sum(real), "tiles": n_tiles, "samples": len(ids), "bad": len(bad),
                 "supervised": int(at.sum()), "weight": float(weights[at].sum())}
         return {k: torch.from_numpy(v) for k, v in arrays.items()} | {
             "tiles": tiles, "ids": ids, "bad": bad, "size": size, "lengths": real, "position": pack.position,

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import common, configurator
 from assistant import Assistant
-from data import _render, place_images
+from data import _render, cell_words, place_images
 from vision import GRAY, load_image, make_tiles
 
 @dataclasses.dataclass(slots=True)
@@ -222,9 +222,10 @@ def make_prompt(assistant, row, image, text, max_tiles=4, blind=False):
     """-> (ids (T,), uint8 tiles (N, 3, s, s)); blind: as many tiles, all gray, or as many words, all `Empty`."""
     turns, tiles, vision = [(text, None)], [], assistant.model.vision
     if vision is None:                                                 # words in the place of the visual tokens
-        words = ["Empty" if blind else word for word in row["cells"].split()]
-        images = [[i for word in words for i in assistant.tokenizer.encode(" " + word)]] * bool(image)
-        return _render(assistant.tokenizer, assistant.template, place_images(turns, len(images)), images)[0], None
+        cells = [re.sub("^[A-Za-z]+", "Empty", cell) if blind else cell for cell in row["cells"].split("|")]
+        images = [[assistant.tokenizer.image_id] * len(cells)] * bool(image)
+        ids, _ = _render(assistant.tokenizer, assistant.template, place_images(turns, len(images)), images)
+        return ids, torch.from_numpy(cell_words(cells, assistant.tokenizer)) if image else None
     if image:
         tiles = make_tiles(open_picture(row, image), 1, max_tiles, vision.image_size, True)
         tiles = [GRAY.expand_as(tiles) if blind else tiles]

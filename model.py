@@ -14,13 +14,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import attention
+from kernels.cross_entropy import linear_cross_entropy
 from vision import Projector, ViT, normalize, pixel_shuffle, working_dtype
 
 IGNORE = -100               # the label of a position that is not supervised
-HEAD_ROWS = 4096            # supervised rows that go through the head at once; more are recomputed in the backward pass
 PREFILL_TOKENS = 16384      # prompt tokens that go through the model at once during generation
 
 @dataclass(slots=True)
@@ -166,15 +165,18 @@ class VLM(nn.Module):
 
     def embed(self, tokens, tiles):
         """tokens (T,), tiles (N, 3, s, s) uint8 or None -> embeddings (T, C), visual tokens at <IMG_CONTEXT>. A pack
-        without tiles runs a black one, unused, through trainable vision: all ranks must reduce the same gradients."""
+        without tiles runs a black one, unused, through trainable vision: all ranks must reduce the same gradients.
+        A text-only model may see words, tiles (N, W) int64: a visual token is the sum of W embeddings."""
         h = self.language_model.model.embed_tokens(tokens)                                      # (T, C)
         rows, n_tiles = (tokens == self.image_token_id).nonzero()[:, 0], 0 if tiles is None else len(tiles)
-        if len(rows) != (expected := n_tiles * self.vision.tokens_per_tile if self.vision else 0):
+        if len(rows) != (expected := n_tiles * (self.vision.tokens_per_tile if self.vision else 1)):
             raise ValueError(f"the pack has {len(rows)} <IMG_CONTEXT> tokens, but its {n_tiles} tiles give {expected}")
         if not n_tiles:
             if self.vision is None or not (self.always_sees or trains(self.vision_model) or trains(self.mlp1)):
                 return h
             tiles = tokens.new_zeros(1, 3, self.vision.image_size, self.vision.image_size, dtype=torch.uint8)
+        if self.vision is None:
+            return h.index_copy(0, rows, self.language_model.model.embed_tokens(tiles).sum(1))
         return h.index_copy(0, rows, self.visual_tokens(tiles)[:len(rows)].to(h.dtype))
 
     def hidden(self, h, positions, attend, cache=None):
@@ -197,11 +199,14 @@ class VLM(nn.Module):
         h = self.hidden(self.noisy(self.embed(tokens, tiles)), positions, packed(cu_seqlens))
         rows = (labels != IGNORE).nonzero()[:, 0]
         h, labels = h.index_select(0, rows), labels.index_select(0, rows)                       # (supervised, ...)
-        row_loss = lambda h, labels: F.cross_entropy(self.head(h), labels, reduction="none")
-        if len(rows) > HEAD_ROWS:
-            row_loss = functools.partial(checkpoint, row_loss, use_reentrant=False)
-        loss = torch.cat([row_loss(*part) for part in zip(h.split(HEAD_ROWS), labels.split(HEAD_ROWS))])
-        return (loss if weights is None else loss * weights.index_select(0, rows)).sum()
+        weights = None if weights is None else weights.index_select(0, rows)
+        # Under FSDP the head belongs to the root, whose weights are whole during this call. Who shards it as a unit of
+        # its own gets the plain loss, for only the head's own call gathers its weight.
+        head = self.language_model.lm_head.weight
+        if isinstance(head, DTensor):
+            loss = F.cross_entropy(self.head(h), labels, reduction="none")
+            return (loss if weights is None else loss * weights).sum()
+        return linear_cross_entropy(self.language_model.model.norm(h), head, labels, weights)
 
     def logits(self, tokens, positions, cu_seqlens, tiles=None):
         """fp32 logits (T, V) of every position; arguments as in forward."""

@@ -27,7 +27,7 @@ def print_plan(cfg, stages, world):
         flops = samples * train_flops(model.vision, model.llm, TILES, [tokens], SUPERVISED, trained)  # of one step
         stage_days = steps * flops / world / (cfg.mfu_assumed * 989e12) / 86400
         print(f"    {steps:,} steps x {samples * tokens:,} tokens = {steps * samples * tokens / 1e9:.3g}B tokens; "
-              f"{flops / 1e12:,.5g} TFLOP per step\n    weights, gradients and moments: "
+              f"{flops / 1e12:,.6g} TFLOP per step\n    weights, gradients and moments: "
               f"{memory / 1e9 / (world if cfg.parallel == 'fsdp' else 1):.1f} GB per GPU ({world} x {cfg.parallel}), "
               f"plus activations; {stage_days:.3g} days at {100 * cfg.mfu_assumed:.0f} % of 989 TFLOP/s")
         days += stage_days

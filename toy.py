@@ -6,9 +6,9 @@
 
 Every picture is a board of 28-pixel cells, so that after 14-pixel patches and a 2x2 pixel shuffle one visual token sees
 one cell; a tile is 3x3 cells. Boards of 1x1 to 3x1 and 2x2 tiles go through the same dynamic tiling, thumbnail
-included, as real photos. What a cell shows is one word (`LargeRedCircle`, `K`, `7`, `BlueBarSix`, `Empty`); the words
-of all visual tokens of a picture, tile by tile, are its `cells`. They are the exact truth: captions, alt-texts,
-transcriptions and question-answer turns of three levels are made from the same board.
+included, as real photos. What a cell shows is one word (`LargeRedCircle`, `K`, `Seven`, `BlueBarSix`, `Empty`), where
+it is in its tile another (`TopLeft`); the two of every visual token of a picture, tile by tile, are its `cells`. They
+are the exact truth: captions, alt-texts, transcriptions and question-answer turns of three levels are made from it.
 
 A board is held out when a checksum of its truth says so, hence training and benchmark pictures are disjoint by
 construction, in any number, under any seed; words on signs are split by the word itself: benchmark words are unseen.
@@ -43,11 +43,12 @@ LETTERS = "ABCDEFGHJKLMNPRSTUVWXYZ"  # without I, O and Q, which look like 1, 0 
 NUMBERS = ("Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine")
 MAX_VALUE, UNIT = 8, 10              # of a chart, and pixels per unit: the longest bar fills three cells
 THUMBS = {(2, 1): "ThumbWide", (3, 1): "ThumbWider", (1, 2): "ThumbTall", (1, 3): "ThumbTaller", (2, 2): "ThumbSquare"}
+PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
+PLACE_WORDS = [place.title().replace(" ", "") for place in PLACES]
 CELL_WORDS = ["Empty", "BarEnd", "PointTop", *LETTERS, *NUMBERS, *THUMBS.values()] + [
     s.title() + c.title() + k.title() for s in SIZES for c in COLORS for k in KINDS] + [
     c.title() + mark + value for c in COLORS for mark in ("Bar", "Point") for value in NUMBERS[1:MAX_VALUE + 1]]
 DIRECTIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
-PLACES = {"top left": (0, 0), "top right": (0, 2), "bottom left": (2, 0), "bottom right": (2, 2)}
 
 # ---- boards: what is in a picture --------------------------------------------------------------------------------
 @dataclass(slots=True)
@@ -59,11 +60,12 @@ class Board:
     things: list = field(default_factory=list)
 
     def words(self):
-        """The word of every visual token, in the order of dynamic tiling: tiles row-major, thumbnail last."""
+        """The two words of every visual token, in the order of dynamic tiling: tiles row-major, thumbnail last."""
         columns, rows = self.grid
         out = [self.cells.get((SIDE * j + r, SIDE * i + c), "Empty")
                for j in range(rows) for i in range(columns) for r in range(SIDE) for c in range(SIDE)]
-        return out + ([THUMBS[self.grid]] * SIDE ** 2 if columns * rows > 1 else [])
+        out += [THUMBS[self.grid]] * SIDE ** 2 if columns * rows > 1 else []
+        return [f"{word} {PLACE_WORDS[i % SIDE ** 2]}" for i, word in enumerate(out)]
 
     def held_out(self):
         """One board in eight belongs to the benchmarks, by a checksum of its truth; a sign goes by its word alone."""
@@ -206,7 +208,8 @@ def render(board, rng):
 def caption(board):
     """The detailed, exact caption: every fact once, in reading order."""
     if board.kind == "scene":
-        listed = ", ".join(f"{s} {c} {k}" for s, c, k, *_ in board.things)
+        where = lambda row, column: " " + PLACES[SIDE * row + column] if board.grid == (1, 1) else ""
+        listed = ", ".join(f"{s} {c} {k}{where(*at)}" for s, c, k, *at in board.things)
         return f"{len(board.things)} shape{'s' * (len(board.things) > 1)}: {listed}."
     if board.kind in ("sign", "note"):
         return f"A {board.kind} that says: {' '.join(board.things)}"
@@ -217,7 +220,7 @@ def caption(board):
 
 def listing(board):
     """The most detailed description: the word of every cell in the order of the tiles, the thumbnail left out."""
-    return "Cells: " + " ".join(board.words()[:SIDE ** 2 * board.grid[0] * board.grid[1]])
+    return "Cells: " + " ".join(w.split()[0] for w in board.words()[:SIDE ** 2 * board.grid[0] * board.grid[1]])
 
 def alt_text(board, rng):
     """What the web would say: short, vague, and wrong one time in four."""
@@ -267,30 +270,45 @@ def exists_question(board, rng):
         color, kind = rng.choice(sorted(near) if near and rng.random() < 0.6 else far)
     return f"Is there a {color} {kind} in the image?", yes((color, kind) in present)
 
-def attribute_question(board, rng):
-    """Colour or kind of the only thing that fits, the thing next to another, or the one in a corner: (q, a, pool)."""
-    things, single = board.things, board.grid == (1, 1)
-    only = lambda key: [t for t in things if sum(key(u) == key(t) for u in things) == 1]
-    asks = []
-    for t in only(lambda t: t[2]):
-        asks.append((f"What colour is the {t[2]}?", t[1], list(COLORS)))
-    for t in only(lambda t: t[1]):
-        asks.append((f"What shape is {t[1]}?", t[2], list(KINDS)))
-    at = {(t[3], t[4]): t for t in things}
+def only(things, key):
+    """The things that nothing else is like."""
+    return [t for t in things if sum(key(u) == key(t) for u in things) == 1]
+
+def place_questions(board):
+    """[(question, answer, pool)] about what is next to a thing and, in a single tile, in a corner; things come more
+    than once, for most places hold nothing."""
+    at, asks = {(t[3], t[4]): t for t in board.things}, []
     pool = [f"{c} {k}" for c in COLORS for k in KINDS] + ["nothing"]
-    near = []
-    for t in only(lambda t: t[1:3]):
+    for t in only(board.things, lambda t: t[1:3]):
         for name, (dr, dc) in DIRECTIONS.items():
             r, c = t[3] + dr, t[4] + dc
             if r // SIDE == t[3] // SIDE and c // SIDE == t[4] // SIDE and r >= 0 and c >= 0:   # inside the same tile
                 ask = (f"What is just {name} the {named(t)}?", named(at[r, c]) if (r, c) in at else "nothing", pool)
-                near += [ask] * (3 if (r, c) in at else 1)
-    if single:
-        for name, place in PLACES.items():
-            ask = (f"What is in the {name} corner?", named(at[place]) if place in at else "nothing", pool)
-            near += [ask] * (2 if place in at else 1)
-    asks = [asks] * bool(asks) + [near] * bool(near)
-    return rng.choice(rng.choice(asks)) if asks else None
+                asks += [ask] * (3 if (r, c) in at else 1)
+    for corner in (0, 2, 6, 8) if board.grid == (1, 1) else ():
+        place = divmod(corner, SIDE)
+        ask = (f"What is in the {PLACES[corner]} corner?", named(at[place]) if place in at else "nothing", pool)
+        asks += [ask] * (2 if place in at else 1)
+    return asks
+
+def attribute_question(board, rng):
+    """Colour or kind of the only thing that fits, the thing next to another, or the one in a corner: (q, a, pool)."""
+    asks = [(f"What colour is the {t[2]}?", t[1], list(COLORS)) for t in only(board.things, lambda t: t[2])]
+    asks += [(f"What shape is {t[1]}?", t[2], list(KINDS)) for t in only(board.things, lambda t: t[1])]
+    families = [family for family in (asks, place_questions(board)) if family]
+    return rng.choice(rng.choice(families)) if families else None
+
+def place_turns(board, rng):
+    """Turns about places, where things are among them, and one to count: what a language base learns last (LOG.md)."""
+    asks = [(f"Where is the {named(t)}?", PLACES[t[3] % SIDE * SIDE + t[4] % SIDE], list(PLACES))
+            for t in only(board.things, lambda t: t[1:3])]
+    asks += [ask for ask in place_questions(board) for _ in range(2 if "just" in ask[0] else 1)]
+    asks = rng.sample(asks, min(6, len(asks)))
+    out = []
+    for ask in asks:
+        question, options, letter = as_choice(ask, board, rng.randint(2, 4), rng)
+        out.append((choice_text(question, options), letter) if rng.random() < 0.4 else ask[:2])
+    return unlike([*out, count_question(board, rng)])
 
 def reading_question(board, rng):
     """All of the text, or the first or the last row of a list or a table."""
@@ -311,26 +329,24 @@ def chart_question(board, rng, steps=None):
                        (f"Is {p} higher than {q}?", yes(u > v)),
                        (f"How much higher is {(p, q)[u < v]} than {(q, p)[u < v]}?", str(abs(u - v)))])
 
-def as_options(question, answer, pool, n, rng):
-    """The question as multiple choice of n: (question, options, letter)."""
-    options = rng.sample([p for p in pool if p != answer], n - 1) + [answer]
-    rng.shuffle(options)
-    return question, options, "ABCD"[options.index(answer)]
-
 def choice_text(question, options):
     return f"{question}\n" + "".join(f"{x}. {o}\n" for x, o in zip("ABCD", options)) + LETTER_HINT
 
 def choice_question(board, rng, n=4):
     """Multiple choice of n about a scene as (question, options, letter); None where nothing can be asked."""
     ask = attribute_question(board, rng)
-    if ask is None:
-        return None
+    return ask and as_choice(ask, board, n, rng)
+
+def as_choice(ask, board, n, rng):
+    """(question, answer, pool) -> (question, n options, letter)."""
     question, answer, pool = ask
-    if len(pool) > 6:                                                  # prefer distractors that are in the picture
+    if "nothing" in pool:                                              # prefer distractors that are in the picture
         seen = [p for p in dict.fromkeys(named(t) for t in board.things) if p != answer]
         pool = list(dict.fromkeys(seen + rng.sample(pool, 5) + ["nothing"]))[:7] + [answer]
         pool = list(dict.fromkeys(pool))
-    return as_options(question, answer, pool, n, rng)
+    options = rng.sample([p for p in pool if p != answer], n - 1) + [answer]
+    rng.shuffle(options)
+    return question, options, "ABCD"[options.index(answer)]
 
 def turns(board, rng, level):
     """Question-answer turns of one level: knowledge (one fact), instruction (formats), preference (several steps)."""
@@ -410,6 +426,8 @@ def record(seed, part, i, easy=False):
             talk = [("Describe the image.", caption(board))]
             if transcription(board):
                 talk.append(("What is written in the image?", transcription(board)))
+        elif part == "text" and board.kind == "scene" and rng.random() < 0.5:
+            talk = place_turns(board, rng)
         else:
             talk = turns(board, rng, level)
         rng.shuffle(talk)
@@ -497,7 +515,7 @@ def write_benchmarks(cfg):
             for i in range(cfg.n_bench):
                 row, board, rng = bench_row(name, cfg.seed, i)
                 image = base64.b64encode(jpeg(render(board, rng))).decode()
-                out.writerow({**row, "image": image, "cells": " ".join(board.words())})
+                out.writerow({**row, "image": image, "cells": "|".join(board.words())})
         os.replace(f"{path}.tmp", path)
 
 # ---- tokenizer ----------------------------------------------------------------------------------------------------
@@ -508,7 +526,7 @@ def write_tokenizer(cfg, n_texts=3000, min_count=20):
     every common word is one token.
     """
     pieces = re.compile(r"[^\r\n\w]?[^\W\d_]+|\d| ?[^\s\w]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-    counts = collections.Counter({" " + word: 10 ** 6 for word in CELL_WORDS})
+    counts = collections.Counter({" " + word: 10 ** 6 for word in CELL_WORDS + PLACE_WORDS})
     for i in range(n_texts):
         row, _ = record(cfg.seed, "text", i)
         for turn in row["conversations"]:

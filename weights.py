@@ -5,14 +5,14 @@ names are ours, a language model (Qwen2ForCausalLM) and a ViT (InternVisionModel
 ours without the prefix. Every stored tensor is used once and every parameter filled once, or the folder is refused.
 """
 import json, os, shutil
-from dataclasses import astuple
+from dataclasses import astuple, fields
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from data import read_json
+from data import Tokenizer, read_json
 from model import VLM, LLMConfig, kept_rows
 from vision import MEAN, STD, VisionConfig
 
@@ -20,7 +20,7 @@ PREFIX = {"SailVLModel": "", "InternVLChatModel": "", "Qwen2ForCausalLM": "langu
           "InternVisionModel": "vision_model."}
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json",
                    "tokenizer.json", "chat_template.jinja")
-IMG_CONTEXT = 151667                    # id of <IMG_CONTEXT> in SAIL-VL and InternVL2.5, if no tokenizer file says so
+IMG_CONTEXT = 151667                    # id of <IMG_CONTEXT> in SAIL-VL and InternVL2.5, if there is no tokenizer
 SHARD_BYTES = 5 * 10 ** 9
 HEAD = "language_model.lm_head.weight"
 DTYPES = dict(F32=torch.float32, BF16=torch.bfloat16, F16=torch.float16, F64=torch.float64)
@@ -34,27 +34,37 @@ VISION_FIXED = dict(architectures=["InternVisionModel"], model_type="intern_vit_
                     norm_type="layer_norm", qk_normalization=False)
 LLM_FIXED = dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2", hidden_act="silu", use_sliding_window=False,
                  rope_scaling=None)
-TOP_FIXED = dict(ps_version="v2", select_layer=-1)
-TOP_DEFAULTS = dict(dynamic_image_size=True, min_dynamic_patch=1, max_dynamic_patch=12, use_thumbnail=True,
-                    pad2square=False, use_backbone_lora=0, use_llm_lora=0)
+TOP_FIXED = dict(ps_version="v2", select_layer=-1, dynamic_image_size=True, pad2square=False)
+TOP_DEFAULTS = dict(min_dynamic_patch=1, max_dynamic_patch=12, use_thumbnail=True, use_backbone_lora=0, use_llm_lora=0)
+VISION_KINDS, LLM_KINDS = ({name: field.type for name, field in zip(names, fields(cls))}
+                           for names, cls in ((VISION_NAMES, VisionConfig), (LLM_NAMES, LLMConfig)))
+TOP_KINDS = dict(min_dynamic_patch=int, max_dynamic_patch=int, use_thumbnail=bool, template=str)
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
-def _values(where, section, fixed, names=(), **defaults):
-    """The values of these names in a section of config.json; refuse what is missing, or other than `fixed`."""
+def _values(where, section, fixed, kinds, **defaults):
+    """The values of these names in a section of config.json; refuse what is missing, other than `fixed`, of another
+    kind than its field's, or a size beyond any model's, which would be built for hours."""
     for name, value in fixed.items():
         if section.get(name) not in (None, value):
             raise ValueError(f"{where}: {name} = {section[name]!r} is not supported, only {value!r}")
-    section = defaults | section
-    if missing := [name for name in names if name not in section]:
+    section = defaults | {name: value for name, value in section.items() if value is not None}
+    if missing := [name for name in kinds if name not in section]:
         raise ValueError(f"{where} lacks {', '.join(missing)}")
-    return [section[name] for name in names]
+    for name, kind in kinds.items():
+        value, most = section[name], 1000 if "layers" in name else 2 ** 20
+        words = {int: f"a whole number from 1 to {most}", float: "a positive number", bool: "true or false",
+                 str: "a name"}
+        if type(value) not in ((int, float) if kind is float else (kind,)) or (
+                kind in (int, float) and not 0 < value <= (most if kind is int else 1e30)):
+            raise ValueError(f"{where}: {name} = {value!r} must be {words[kind]}; mend config.json or copy it again")
+    return [section[name] for name in kinds]
 
 def read_configs(folder):
     """-> (VisionConfig or None, LLMConfig or None, the raw config.json as a dict). One of the two is None for the
     folder of a ViT or of a language model alone. ValueError (unknown architecture or option) or FileNotFoundError."""
     path = Path(folder) / "config.json"
-    raw = read_json(path)
+    raw = read_json(path, dict)
     try:
         return *_read_config(path, raw), raw
     except (TypeError, AttributeError, ZeroDivisionError, KeyError) as e:
@@ -62,29 +72,41 @@ def read_configs(folder):
 
 def _read_config(path, raw):
     vision = llm = None
-    if (kind := (raw.get("architectures") or ["none"])[0]) not in PREFIX:
+    if not isinstance(kinds := raw.get("architectures") or ["none"], list):
+        raise ValueError(f"{path}: architectures = {kinds!r} must be a list of one name")
+    if (kind := kinds[0]) == "InternVLForConditionalGeneration":
+        raise ValueError(f"{path}: transformers' own layout is only written here; take the folder it was exported from")
+    if kind not in PREFIX:
         raise ValueError(f"{path}: architecture {kind} is not supported, only {', '.join(PREFIX)}")
     if kind != "Qwen2ForCausalLM":
-        if (factor := 1 / raw.get("downsample_ratio", 0.5)) % 1:
-            raise ValueError(f"{path}: downsample_ratio {raw['downsample_ratio']} is not one over a whole number")
+        ratio, = _values(path, raw, {}, dict(downsample_ratio=float), downsample_ratio=0.5)
+        if 1 / ratio not in range(1, 65):
+            raise ValueError(f"{path}: downsample_ratio {ratio} is not one over a whole number up to 64")
         vision = VisionConfig(*_values(
-            f"{path}: vision encoder", raw.get("vision_config", raw), VISION_FIXED, VISION_NAMES, layer_norm_eps=1e-6,
-            qkv_bias=True, initializer_factor=1.0), int(factor))
+            f"{path}: vision encoder", raw.get("vision_config", raw), VISION_FIXED, VISION_KINDS, layer_norm_eps=1e-6,
+            qkv_bias=True, initializer_factor=1.0), int(1 / ratio))
     if kind != "InternVisionModel":
         section = raw.get("llm_config", raw)
         rope = section.get("rope_parameters") or {}                         # where transformers 5 keeps it
-        _values(path, rope, dict(rope_type="default"))
+        _values(path, rope, dict(rope_type="default"), {})
+        dim, heads = section.get("hidden_size"), section.get("num_attention_heads")
         llm = LLMConfig(*_values(
-            f"{path}: language model", section, LLM_FIXED, LLM_NAMES, rms_norm_eps=1e-6, tie_word_embeddings=False,
-            head_dim=section.get("hidden_size", 0) // section.get("num_attention_heads", 1),
+            f"{path}: language model", section, LLM_FIXED, LLM_KINDS, rms_norm_eps=1e-6, tie_word_embeddings=False,
+            head_dim=dim // heads if type(dim) is type(heads) is int and heads else 0,
             rope_theta=rope.get("rope_theta", 1e4), max_position_embeddings=32768))
     if vision and llm:
-        _values(path, raw, TOP_FIXED | dict(force_image_size=vision.image_size))
+        _values(path, raw, TOP_FIXED | dict(force_image_size=vision.image_size), TOP_KINDS, **TOP_DEFAULTS, template="")
     return vision, llm
 
+def has_tokenizer(folder):
+    return any((Path(folder) / name).is_file() for name in ("vocab.json", "tokenizer.json"))
+
 def image_token_id(folder):
+    """The id of <IMG_CONTEXT> in a folder's tokenizer; ValueError if that is damaged."""
     path = Path(folder) / "added_tokens.json"
-    return read_json(path).get("<IMG_CONTEXT>", IMG_CONTEXT) if path.is_file() else IMG_CONTEXT
+    if path.is_file() and type(i := read_json(path, dict).get("<IMG_CONTEXT>")) is int:     # saves reading vocab.json
+        return i
+    return Tokenizer(folder).image_id if has_tokenizer(folder) else IMG_CONTEXT
 
 def parameter_shapes(vision, llm):
     """{name: shape} of the model, its ViT alone (llm None) or its language model alone (vision None)."""
@@ -96,10 +118,14 @@ def inspect_folder(folder):
     """Account for a folder by its headers: every tensor must belong to one parameter and the reverse; a missing head
     shares the embedding table. -> (*read_configs, {our name: (file, stored name, shape, dtype)}), or ValueError."""
     vision, llm, raw = read_configs(folder)
-    shapes, prefix, table = parameter_shapes(vision, llm), PREFIX[raw["architectures"][0]], {}
+    try:
+        shapes, prefix, table = parameter_shapes(vision, llm), PREFIX[raw["architectures"][0]], {}
+    except ValueError as e:                             # sizes that do not divide
+        raise ValueError(f"{folder}/config.json: {e}") from None
     index = Path(folder) / "model.safetensors.index.json"
     try:
-        files = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+        named = read_json(index, dict)["weight_map"].values() if index.is_file() else ["model.safetensors"]
+        files = set(map(str, named))
     except (KeyError, TypeError, AttributeError):
         raise ValueError(f"{index} has no weight_map from tensors to files; copy it again") from None
     if strange := [file for file in files if file != os.path.basename(file)]:
@@ -134,13 +160,6 @@ def inspect_folder(folder):
         raise ValueError(f"{folder}: " + "; ".join(wrong[:5]) + f" and {len(wrong) - 5} more" * (len(wrong) > 5))
     return vision, llm, raw, table
 
-def read_tensors(table, prefix=""):
-    """Yield (our name, tensor on the CPU, as stored) of the entries with this prefix, one at a time, file by file."""
-    for path in sorted({path for path, *_ in table.values()}):
-        with safe_open(path, framework="pt") as f:
-            yield from ((ours, f.get_tensor(name)) for ours, (file, name, *_) in table.items()
-                        if file == path and ours.startswith(prefix))
-
 def open_folder(folder, dtype=None, vision=True):
     """-> (VLM on the meta device, config.json as a dict, the table that `fill` needs). dtype None is that of the stored
     embedding table; vision=False is for the language model alone. Raises as inspect_folder."""
@@ -153,8 +172,8 @@ def open_folder(folder, dtype=None, vision=True):
 
 @torch.no_grad()
 def fill(model, table):
-    """Fill the parameters of a VLM from the files of its folder, one at a time; a rank reads only the rows it keeps.
-    Memory beside the model: one tensor, because the file is closed, and what was read of it let go, after each."""
+    """Fill what a VLM has of a table's entries from their files; a rank reads only the rows it keeps. Memory beside the
+    model: one tensor, because the file is closed, and what was read of it let go, after each."""
     for name, p in model.state_dict().items():
         local, rows = kept_rows(p)
         if name in table and len(local):                                    # a tied head is not in it
@@ -183,8 +202,8 @@ def start_model(cfg, origins, folder, tokenizer, text_only=False):
     check_vocabulary(model.llm, tokenizer)
     for key, origin in origins.items():
         part, _, name = key.partition(".")
-        free = ("tie_embeddings", "init_values", "max_positions")           # the weights decide, or it changes nothing
-        if part in ("vision", "llm") and getattr(model, part) and origin != "default" and name not in free:
+        if (part in ("vision", "llm") and getattr(model, part) and origin != "default"
+                and name not in ("tie_embeddings", "init_values", "max_positions")):    # which bind no loaded weight
             want, have = (getattr(getattr(one, part), name) for one in (cfg, model))
             if want != have:
                 raise ValueError(f"{origin}: {key}={want}, but {folder} has {have}; leave it out, or start from random "
@@ -225,16 +244,16 @@ def save_folder(state, vision, llm, out_dir, tokenizer_dir=None, template="sailv
                for name in parameter_shapes(vision, llm) if name != HEAD or not llm.tie_embeddings}
     if vision and llm:                                                      # llama.cpp looks for mean and std here
         files = {"preprocessor_config.json": dict(
-            image_mean=MEAN, image_std=STD, size=vision.image_size, crop_size=vision.image_size, resample=3,
-            do_resize=True, do_center_crop=True, do_normalize=True, do_convert_rgb=True,
-            feature_extractor_type="CLIPFeatureExtractor")} | (files or {})
+            feature_extractor_type="CLIPFeatureExtractor", size=vision.image_size, crop_size=vision.image_size,
+            resample=3, image_mean=MEAN, image_std=STD)} | (files or {})
     write_folder(tensors, config, out_dir, tokenizer_dir if llm else None, dtype, files)
 
 def write_folder(tensors, config, out_dir, tokenizer_dir, dtype, files=None):
     """Write a folder whole or not at all (temporary name, then rename); an older model folder is replaced. tensors:
     {stored name: tensor}. The tokenizer's files are copied; files: {name: dict or text}, in their stead or as well."""
     out = Path(out_dir)
-    if out.exists() and any(out.iterdir()) and not (out / "config.json").is_file():
+    model = (out / "config.json").is_file() and any(out.glob("*.safetensors"))      # a run's folder has no weights
+    if out.exists() and any(out.iterdir()) and not model:
         raise ValueError(f"{out} exists and is not a model folder; choose another name or remove it")
     new, old = (out.with_name(f".{out.name}.{word}-{os.getpid()}") for word in ("tmp", "old"))
     for left in out.parent.glob(f".{out.name}.*-*"):                        # by a write that was killed
@@ -247,7 +266,7 @@ def write_folder(tensors, config, out_dir, tokenizer_dir, dtype, files=None):
         for name, content in {"config.json": config, **(files or {})}.items():
             _write_json(new / name, content)
         if (path := new / "added_tokens.json").is_file():
-            ids = read_json(path)
+            ids = read_json(path, dict)
             _write_json(new / "generation_config.json", dict(
                 eos_token_id=ids.get("<|im_end|>"), pad_token_id=ids.get("<|endoftext|>")))
         _write_shards(tensors, new, dtype)

@@ -77,5 +77,5 @@ def test_padding_of_a_group_stays_below_five_eighths():
 
 def test_an_unknown_path_is_refused(monkeypatch):
     monkeypatch.setenv("ATTENTION", "flash")
-    with pytest.raises(ValueError, match="'flash' is not a known path; use sdpa or reference"):
+    with pytest.raises(ValueError, match="'flash' is not a known path; use reference, sdpa or triton"):
         attention(*qkv([4]), 4, True)

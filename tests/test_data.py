@@ -12,7 +12,7 @@ import data
 from data import IGNORE, SPECIAL_TOKENS, Packs, Tokenizer, chat_ids, make_loader, open_sources, permute, render
 
 ROOT = Path(__file__).parent.parent
-SHARED = ROOT.parent / "shared"
+SHARED = ROOT.parent / "shared"  # ../shared is an optional folder of test data
 TOY = Tokenizer(ROOT / "config" / "toy_tokenizer")
 KW = dict(tile_size=84, tokens_per_tile=9, max_tiles=4, tokens_per_pack=300, tiles_per_pack=20)
 
@@ -96,6 +96,53 @@ def test_supervised_tokens_are_the_answers_and_their_end_and_nothing_else(turns)
 def test_a_wrong_number_of_image_placeholders_is_refused():
     with pytest.raises(ValueError, match="2 <image> placeholders for 1 images"):
         render(talk("<image><image> what?", id="x"), TOY, "sailvl-chat", [1], 9)
+
+
+def spans(ids, tokenizer):
+    """Lengths of the runs of <IMG_CONTEXT> between <img> and </img>; nothing else may stand there, nor outside."""
+    start, end, found = tokenizer.special["<img>"], tokenizer.special["</img>"], []
+    for i in np.flatnonzero(ids == start):
+        n = int(np.flatnonzero(ids[i:] == end)[0]) - 1
+        assert (ids[i + 1:i + 1 + n] == tokenizer.image_id).all()
+        found.append(n)
+    assert sum(found) == (ids == tokenizer.image_id).sum() and len(found) == (ids == end).sum()
+    return found
+
+
+def test_context_tokens_are_256_a_tile_for_1000_random_images_and_prompts():
+    """R16, the arithmetic at full size: one to four images of any size, placeholders anywhere."""
+    rng = np.random.default_rng(16)
+    for i in range(1000):
+        sizes = np.exp(rng.uniform(0, np.log(5000), (rng.integers(1, 5), 2))).astype(int).tolist()
+        n_tiles = [data.count_tiles(w, h, 1, int(rng.integers(1, 13))) for w, h in sizes]
+        words = [" ".join(["word"] * int(rng.integers(0, 9))) for _ in range(len(sizes) + 1)]
+        text = "?" + "<image>".join(words) if rng.random() < 0.5 else "What are they?"   # or no placeholder at all
+        ids, _ = render(talk(text, "Ok.", id=str(i)), TOY, "sailvl-chat", n_tiles, 256)
+        assert spans(ids, TOY) == [256 * n for n in n_tiles]
+
+
+def test_no_image_span_is_cut_and_a_picture_that_changed_is_left_out_with_its_id(tmp_path):
+    """R16, with real pictures and tight packs."""
+    rng, rows = np.random.default_rng(5), []
+    for k in range(20):
+        size = np.exp(rng.uniform(2, 6, 2)).astype(int).tolist() if k else (336, 84)
+        (tmp_path / f"{k}.png").write_bytes(picture(*size))
+    for i in range(100):
+        rows.append(talk("See: " * int(rng.integers(1, 9)), "Ok.", id=f"r{i}",
+                         image=[f"{k}.png" for k in rng.integers(0, 20, rng.integers(1, 5))]))
+    sources = open_sources(write_rows(tmp_path, rows), TOY, "sailvl-chat")
+    packs, seen = Packs(sources, TOY, "sailvl-chat", **KW), 0
+    for pack in itertools.takewhile(lambda pack: pack.position[0] == 0, packs.sequence()):
+        batch = packs[pack]
+        planned = [9 * n for _, _, tiles in pack.samples for n in tiles]
+        assert spans(batch["tokens"].numpy(), TOY) == planned and sum(planned) == 9 * len(batch["tiles"])
+        seen += len(batch["ids"])
+    assert seen > 80
+    (tmp_path / "0.png").write_bytes(picture(84, 84))           # another shape than the index saw
+    bad = {b["id"]: b["reason"] for p in itertools.takewhile(lambda p: p.position[0] == 0, packs.sequence())
+           for b in packs[p]["bad"]}
+    assert bad and all("0.png" in rows[int(i[1:])]["image"] for i in bad)
+    assert all("tiles where" in reason and "were planned" in reason for reason in bad.values())
 
 
 # ---- formats ----

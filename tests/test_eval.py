@@ -245,8 +245,8 @@ def test_run_writes_predictions_results_and_report(world, tmp_path, capsys):
     assert sum(card["verdict"] == "right" for card in data["cards"][:8]) == results["details"]["toy_general"]["correct"]
 
 def test_words_in_the_place_of_pictures(world, tmp_path, capsys):
-    tokenizer, words = Tokenizer(world[0]), ["Empty", "LargeRedCircle", "K"]
-    rows = [{"index": i, "image": picture(), "cells": " ".join(words), "question": "What?", "answer": "1"}
+    tokenizer, cells = Tokenizer(world[0]), "Empty TopLeft|LargeRedCircle Top|K TopRight"
+    rows = [{"index": i, "image": picture(), "cells": cells, "question": "What?", "answer": "1"}
             for i in range(3)]
     write_tsv(tmp_path / "toy_ocr.tsv", rows)
     llm = LLMConfig(vocab_size=1056, dim=32, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=16, ffn_dim=64)
@@ -255,10 +255,11 @@ def test_words_in_the_place_of_pictures(world, tmp_path, capsys):
     for folder in (tmp_path / "llm", world[0]):
         ask = ev.Assistant(folder, "cpu", torch.float32, vision=False)
         ids, tiles = ev.make_prompt(ask, rows[0], rows[0]["image"], "What?")
-        assert tiles is None and tokenizer.decode(ids, skip_special=False).count(
-            "<img> Empty LargeRedCircle K</img>\nWhat?<|im_end|>") == 1
-        assert "<img> Empty Empty Empty</img>" in tokenizer.decode(
-            ev.make_prompt(ask, rows[0], rows[0]["image"], "What?", blind=True)[0], skip_special=False)
+        assert tokenizer.decode(ids, skip_special=False).count(
+            "<img><IMG_CONTEXT><IMG_CONTEXT><IMG_CONTEXT></img>\nWhat?<|im_end|>") == 1
+        assert [tokenizer.decode(cell) for cell in tiles] == [" " + cell for cell in cells.split("|")]
+        _, tiles = ev.make_prompt(ask, rows[0], rows[0]["image"], "What?", blind=True)
+        assert [tokenizer.decode(cell[:1]) for cell in tiles] == [" Empty"] * 3
         go = ["--image_as=words", "--benchmarks=toy_ocr", f"--data_dir={tmp_path}", f"--model={folder}"]
         code, _, errors = command(flags(world, tmp_path / f"{folder.name}-out", *go, "--controls=True"), capsys)
         assert code == 0, errors

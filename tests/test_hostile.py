@@ -58,6 +58,13 @@ def hostile_models(folder):
         away = model_folder(folder / f"m{9 + k}")
         (away / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": file}}))
         yield f"an index that points to {file}", away
+    for k, (section, key, value) in enumerate((("llm_config", "num_hidden_layers", 10 ** 6),
+                                               ("vision_config", "image_size", 10 ** 9), ("", "downsample_ratio", 1e-9))):
+        big = model_folder(folder / f"m{11 + k}")
+        config = json.loads((big / "config.json").read_text())
+        (config[section] if section else config)[key] = value
+        (big / "config.json").write_text(json.dumps(config))
+        yield f"{key} {value}", big
 
 
 def hostile_tar(path, picture):
@@ -145,20 +152,22 @@ def report(folder):
 def test_hostile_files_are_refused_quickly_and_nothing_in_them_runs(tmp_path):
     inside = tmp_path / "inside"
     inside.mkdir()
-    before = {p for p in Path("/tmp").glob("out*")}
+    away = [Path(folder) / f"out.{kind}" for folder in ("/tmp", "/", ROOT, ROOT.parent) for kind in ("txt", "png")]
+    before = [path for path in away if path.exists()]
     done = subprocess.run([sys.executable, __file__, inside], cwd=ROOT, capture_output=True, text=True,
                           env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests"})
     assert done.returncode == 0, done.stderr[-2000:]
     rows = json.loads(done.stdout.splitlines()[-1])
-    assert len(rows) == 18
+    assert len(rows) == 21
     for name, seconds, extra, message, words in rows:
         assert message and words in message, (name, message)
         assert seconds < 2 and extra < 200, (name, seconds, extra)
     assert not (inside / "RAN").exists()                        # 0 payloads executed
-    assert [p.name for p in tmp_path.iterdir()] == ["inside"] and before == {p for p in Path("/tmp").glob("out*")}
+    assert [p.name for p in tmp_path.iterdir()] == ["inside"] and not [*inside.glob("out*")]
+    assert before == [path for path in away if path.exists()]
 
 
-@pytest.mark.parametrize("k", range(10))
+@pytest.mark.parametrize("k", range(13))
 def test_a_hostile_model_folder_gets_one_line_from_convert_check(tmp_path, k):
     from test_convert import run
     name, folder = list(hostile_models(tmp_path))[k]

@@ -2,10 +2,11 @@
 import random, types
 
 import pytest
-import torch
+import torch, torch.distributed as td
+from torch.distributed.fsdp import fully_shard
 
 import model as M
-from common import parallelize
+from common import Dist, parallelize
 from model import IGNORE, LLMConfig, VLM, generate, generate_stream, train_flops
 from vision import VisionConfig
 
@@ -52,7 +53,7 @@ def test_documents_of_a_pack_do_not_see_each_other():
     assert not torch.equal(before[9:39], after[9:39])
 
 
-def test_loss_is_the_weighted_sum_over_supervised_positions(monkeypatch):
+def test_loss_is_the_weighted_sum_over_supervised_positions():
     vlm = tiny()
     tokens, labels, positions, cu, tiles = pack((9, 30, 14), (1, 3, 0))
     weights = torch.rand(tokens.shape)
@@ -61,14 +62,25 @@ def test_loss_is_the_weighted_sum_over_supervised_positions(monkeypatch):
     each = torch.nn.functional.cross_entropy(logits[rows], labels[rows], reduction="none")
     torch.testing.assert_close(vlm(tokens, labels, positions, cu, tiles), each.sum())
     torch.testing.assert_close(vlm(tokens, labels, positions, cu, tiles, weights), (each * weights[rows]).sum())
-    monkeypatch.setattr(M, "HEAD_ROWS", 7)                      # the head in pieces: same loss, same gradient
-    grads = []
-    for size in (7, 4096):
-        monkeypatch.setattr(M, "HEAD_ROWS", size)
-        vlm.zero_grad()
-        vlm(tokens, labels, positions, cu, tiles, weights).backward()
-        grads.append(vlm.language_model.lm_head.weight.grad.clone())
-    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("head", ["untied", "tied", "a unit of its own"])
+def test_a_sharded_head_gives_the_same_loss_and_gradients(head):
+    td.init_process_group("gloo", rank=0, world_size=1, store=td.HashStore())
+    try:
+        plain, sharded = (tiny(tie_embeddings=head == "tied") for _ in range(2))
+        if head == "a unit of its own":
+            fully_shard(sharded.language_model.lm_head)
+        parallelize(sharded, types.SimpleNamespace(activation_checkpointing=True, parallel="fsdp", dtype="float32"), Dist())
+        batch = pack((9, 30, 14), (1, 3, 0))
+        losses = [model(*batch, torch.linspace(0, 1, 53)) for model in (plain, sharded)]
+        for loss in losses:
+            (loss * 0.01).backward()                            # as the loop scales it
+        torch.testing.assert_close(*losses)
+        for a, b in zip(plain.parameters(), sharded.parameters()):
+            torch.testing.assert_close(a.grad, b.grad.full_tensor(), atol=1e-5, rtol=1e-4)
+    finally:
+        td.destroy_process_group()
 
 
 def test_embedding_noise_is_of_the_given_size_and_in_training_only():
@@ -227,15 +239,18 @@ def test_sampling_draws_with_the_probabilities_of_the_softmax():
 # ---- FLOPs -----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("llm, sample, align, advance, sft", [
-    ("qwen2.5-1.5b", (1, 320, 48), 2.48, 3.93, 4.79), ("qwen2.5-1.5b", (7, 2048, 192), 17.1, 27.3, 32.7),
-    ("qwen2.5-1.5b", (11, 3840, 768), 32.7, 48.7, 59.1), ("qwen2.5-7b", (1, 320, 48), 9.28, 10.7, 15.0),
-    ("qwen2.5-7b", (7, 2048, 192), 61.7, 71.9, 98.8), ("qwen2.5-7b", (11, 3840, 768), 119, 135, 186)])
-def test_strict_flops_equal_the_published_hand_count(llm, sample, align, advance, sft):
+    ("qwen2.5-1.5b", (1, 320, 48), 2.48202, 3.93243, 4.79336),
+    ("qwen2.5-1.5b", (7, 2048, 192), 17.1308, 27.2837, 32.7399),
+    ("qwen2.5-1.5b", (11, 3840, 768), 32.7178, 48.6723, 59.0931),
+    ("qwen2.5-7b", (1, 320, 48), 9.27721, 10.7319, 14.9604),
+    ("qwen2.5-7b", (7, 2048, 192), 61.7089, 71.8918, 98.8287),
+    ("qwen2.5-7b", (11, 3840, 768), 119.125, 135.127, 186.078)])
+def test_strict_flops_equal_an_independent_count_to_a_tenth_of_a_percent(llm, sample, align, advance, sft):
     tiles, tokens, supervised = sample
     cfg = LLMConfig(**LLMConfig.PRESETS[llm])
     for train, teraflops in (((0, 1, 0), align), ((1, 1, 0), advance), ((1, 1, 1), sft)):
         got = train_flops(VisionConfig(), cfg, tiles, [tokens], supervised, train)
-        assert isinstance(got, int) and f"{got / 1e12:.3g}" == f"{teraflops:.3g}"
+        assert isinstance(got, int) and got / 1e12 == pytest.approx(teraflops, rel=1e-3)
 
 
 def test_strict_flops_count_attention_only_inside_documents():

@@ -1,5 +1,5 @@
-"""The tokenizer against Hugging Face's, with the real Qwen vocabulary; prompts character by character."""
-import random, shutil, subprocess, unicodedata
+"""The tokenizer against Hugging Face's, with the toy and the real Qwen vocabulary; prompts character by character."""
+import os, random, shutil, subprocess, unicodedata
 from pathlib import Path
 
 import pytest
@@ -7,9 +7,10 @@ import pytest
 from data import IGNORE, TEMPLATES, Tokenizer, chat_ids, render
 
 ROOT = Path(__file__).parent.parent
-QWEN = ROOT.parent / "shared" / "tokenizer" / "qwen2"
-pytestmark = pytest.mark.skipif(not QWEN.exists(), reason="needs the Qwen tokenizer in ../shared, which is not ours")
-# id, token, special: facts of the released tokenizer_config.json
+TOY = ROOT / "config" / "toy_tokenizer"
+# a folder with Qwen's vocab.json and merges.txt, which are not ours; ../shared is an optional folder of test data
+QWEN = Path(os.environ.get("QWEN_TOKENIZER", ROOT.parent / "shared" / "tokenizer" / "qwen2"))
+# id, token, special: facts of the released tokenizer_config.json; with the toy vocabulary they start at 1025
 RELEASED = """151643 <|endoftext|> 1  151644 <|im_start|> 1  151645 <|im_end|> 1  151646 <|object_ref_start|> 1
     151647 <|object_ref_end|> 1  151648 <|box_start|> 1  151649 <|box_end|> 1  151650 <|quad_start|> 1
     151651 <|quad_end|> 1  151652 <|vision_start|> 1  151653 <|vision_end|> 1  151654 <|vision_pad|> 1
@@ -22,17 +23,29 @@ SAILVL = "你是由抖音内容理解组开发的多模态大模型，英文名�
 INTERNVL = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
 
 
-@pytest.fixture(scope="module")
-def mine():
-    return Tokenizer(QWEN)
+@pytest.fixture(scope="module", params=[TOY, QWEN], ids=["toy", "qwen"])
+def folder(request):
+    if not (request.param / "vocab.json").exists():
+        pytest.skip("needs a Qwen tokenizer; name its folder in QWEN_TOKENIZER")
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def theirs():
+def released(folder):
+    return [(i - 151643 + (151643 if folder == QWEN else 1025), token, special) for i, token, special in RELEASED]
+
+
+@pytest.fixture(scope="module")
+def mine(folder):
+    return Tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def theirs(folder):
     """Hugging Face's Qwen2 tokenizer of the same files, with no token that it would look for in the text."""
     t = pytest.importorskip("transformers", reason="its tokenizer is the oracle; pip install -r requirements-dev.txt")
     from tokenizers import AddedToken
-    backend = t.Qwen2Tokenizer(vocab=str(QWEN / "vocab.json"), merges=str(QWEN / "merges.txt")).backend_tokenizer
+    backend = t.Qwen2Tokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt")).backend_tokenizer
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for _, token, _ in RELEASED])
     backend.encode_special_tokens = True                        # what looks special is text
     return backend
@@ -82,10 +95,12 @@ def test_text_is_nfc_normalised_before_it_becomes_tokens(mine):
     assert mine.encode("ﬁ") != mine.encode("fi")                # not NFKC
 
 
-def test_the_tokenizer_has_the_31_released_tokens_with_their_ids(mine):
-    assert len(RELEASED) == 31 and mine.n_vocab == 151674 and mine.eos_id == 151645 and mine.image_id == 151667
-    assert mine.special == {token: i for i, token, _ in RELEASED}
-    for i, token, _ in RELEASED:
+def test_the_tokenizer_has_the_31_released_tokens_with_their_ids(mine, released):
+    first = released[0][0]
+    assert len(released) == 31 and mine.n_vocab == first + 31
+    assert mine.eos_id == first + 2 and mine.image_id == first + 24
+    assert mine.special == {token: i for i, token, _ in released}
+    for i, token, _ in released:
         assert mine.decode([i], skip_special=False) == token and mine.decode([i]) == ""
 
 
@@ -126,29 +141,29 @@ def test_labels_are_the_answers_in_500_conversations_and_what_users_type_is_neve
         assert used.count(mine.eos_id) == 1 + 2 * len(turns)    # the system's, and one a turn and side
 
 
-def test_an_assembled_folder_gives_hugging_face_the_same_tokenizer_and_prompts(mine, tmp_path):
+def test_an_assembled_folder_gives_hugging_face_the_same_tokenizer_and_prompts(mine, folder, released, tmp_path):
     import json
     from test_convert import run, save
     from test_model import tiny
     t = pytest.importorskip("transformers", reason="it reads the folder; pip install -r requirements-dev.txt")
-    vlm = tiny(vocab_size=151936, dim=8, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=8, ffn_dim=8)
+    first, vlm = released[0][0], tiny(vocab_size=mine.n_vocab + 6, dim=8, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=8, ffn_dim=8)
     save(tmp_path / "vit", vlm, "vit")
     save(tmp_path / "llm", vlm, "llm")
     for name in ("vocab.json", "merges.txt"):
-        shutil.copyfile(QWEN / name, tmp_path / "llm" / name)
+        shutil.copyfile(folder / name, tmp_path / "llm" / name)
     (tmp_path / "llm" / "tokenizer_config.json").write_text(json.dumps(dict(
         tokenizer_class="Qwen2Tokenizer", eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=131072,
         chat_template="the publisher's own", added_tokens_decoder={
-            i: dict(content=token, special=bool(special)) for i, token, special in RELEASED[:22]})))
+            i: dict(content=token, special=bool(special)) for i, token, special in released[:22]})))
     done = run("assemble", f"--vision={tmp_path}/vit", f"--llm={tmp_path}/llm", f"--out={tmp_path}/all")
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "all" / "added_tokens.json").stat().st_size == 790       # as released
+    assert (tmp_path / "all" / "added_tokens.json").stat().st_size == (790 if folder == QWEN else 790 - 2 * 31)  # as released
     for layout, image in (("internvl", "<image>"), ("transformers", "<IMG_CONTEXT>")):
         assert run("export", tmp_path / "all", tmp_path / layout, f"--layout={layout}").returncode == 0
         words = t.AutoTokenizer.from_pretrained(tmp_path / layout)
-        assert len(words) == 151674 and words.eos_token_id == 151645 and words.pad_token_id == 151643
-        assert all(words.convert_tokens_to_ids(token) == i for i, token, _ in RELEASED)
-        assert set(words.all_special_ids) == {i for i, _, special in RELEASED if special}
+        assert len(words) == first + 31 and words.eos_token_id == first + 2 and words.pad_token_id == first
+        assert all(words.convert_tokens_to_ids(token) == i for i, token, _ in released)
+        assert set(words.all_special_ids) == {i for i, _, special in released if special}
         talk = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "什么?"}]},
                 {"role": "assistant", "content": "猫。"}, {"role": "user", "content": "Why?"}]
         text = words.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)

@@ -40,10 +40,12 @@ def test_every_board_is_tiled_as_its_truth_says_whatever_the_size_of_the_picture
 
 
 def test_every_cell_word_is_one_token_and_no_unseen_word_is():
-    assert all(len(TOY.encode(" " + word)) == 1 for word in toy.CELL_WORDS)
+    assert all(len(TOY.encode(" " + word)) == 1 for word in toy.CELL_WORDS + toy.PLACE_WORDS)
     assert len(TOY.encode("MATEKU")) == 6
     for i in range(300):
-        assert all(w in toy.CELL_WORDS for cells in toy.record(3, "instruction", i)[0]["cells"] for w in cells)
+        for cells in toy.record(3, "instruction", i)[0]["cells"]:
+            what, where = zip(*(cell.split() for cell in cells))
+            assert set(what) <= set(toy.CELL_WORDS) and [*where] == toy.PLACE_WORDS * (len(cells) // 9)
 
 
 def test_answers_agree_with_the_truth():
@@ -70,7 +72,7 @@ def test_the_listing_names_every_cell_in_the_order_of_the_visual_tokens():
     for i in range(100):
         row, boards = toy.record(3, "pretrain", i)
         words = toy.listing(boards[0][0]).split()[1:]
-        assert words == row["cells"][0][:len(words)] and len(words) == 9 * boards[0][0].grid[0] * boards[0][0].grid[1]
+        assert words == [cell.split()[0] for cell in row["cells"][0]][:len(words)] and len(words) == 9 * boards[0][0].grid[0] * boards[0][0].grid[1]
 
 
 def test_answers_cannot_be_guessed_from_the_question():
@@ -107,12 +109,13 @@ def test_words_and_cell_labels_stand_where_the_visual_tokens_stand(tmp_path):
                       tokens_per_tile=9, max_tiles=4, tokens_per_pack=4000, tiles_per_pack=200, image_as=name[0],
                       cell_labels=name[1], loss_weight="sample")
         batches[name] = packs[next(packs.sequence())]
-    plain, words = batches["pixels", "none"], batches["words", "none"]["tokens"]
+    plain, words = batches["pixels", "none"], batches["words", "none"]["tiles"]
     at = plain["tokens"] == TOY.image_id
     assert at.any() and len({tuple(batch["ids"]) for batch in batches.values()}) == 1
-    assert not len(batches["words", "also"]["tiles"]) and (words[~at] == plain["tokens"][~at]).all()
+    assert words.shape == (at.sum(), 2) and (batches["words", "none"]["tokens"] == plain["tokens"]).all()
+    assert set(TOY.decode([i]) for i in words[:, 1]) <= {f" {place}" for place in toy.PLACE_WORDS}
     for name in (("words", "also"), ("pixels", "also"), ("pixels", "only")):
-        assert (batches[name]["labels"][at] == words[at]).all()                    # each cell is its own word
+        assert (batches[name]["labels"][at] == words[:, 0]).all()                  # each cell is its own word
         others = -100 if name[1] == "only" else plain["labels"][~at]
         assert (batches[name]["labels"][~at] == others).all()
     assert (batches["pixels", "also"]["weights"] == plain["weights"]).all()        # answers weigh what they weighed

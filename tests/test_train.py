@@ -210,11 +210,19 @@ def test_other_data_under_a_checkpoint_are_refused(tmp_path, shards, monkeypatch
         run(train, argv(tmp_path / "a", f"{tmp_path}/*.tar", stages=("alignment",)), monkeypatch)
 
 
-@pytest.mark.parametrize("config, parameters", [("pretrain_2b", 2_089_762_304), ("pretrain_8b", 7_947_169_280)])
-def test_dry_run_prints_the_published_sizes_without_building_anything(monkeypatch, capsys, config, parameters):
-    run(train, [f"config/{config}.py", "--dry_run=True"], monkeypatch)
+@pytest.mark.parametrize("script, config, parameters, samples, flops, memory", [   # per stage; FLOPs as in test_model
+    (train, "pretrain_2b", 2_089_762_304, 2048, (17.1308, 27.2837), (4.30, 8.56)),
+    (train, "pretrain_8b", 7_947_169_280, 2048, (61.7089, 71.8918), (2.03, 2.57)),
+    (sft, "sft_2b", 2_089_762_304, 512, (32.7399,) * 3, (33.4,) * 3),
+    (sft, "sft_8b", 7_947_169_280, 512, (98.8287,) * 3, (15.9,) * 3)])
+def test_dry_run_prints_parameters_flops_and_memory_of_the_fact_sheet_without_building_anything(
+        monkeypatch, capsys, script, config, parameters, samples, flops, memory):
+    run(script, [f"config/{config}.py", "--dry_run=True"], monkeypatch)
     text = capsys.readouterr().out
-    assert f"685 tensors, {parameters:,} parameters" in text and "days in all" in text and "GB per GPU" in text
+    assert f"685 tensors, {parameters:,} parameters" in text and "days in all" in text
+    found = [float(x.replace(",", "")) for x in re.findall(r"([\d,.e+]+) TFLOP per step", text)]
+    assert found == pytest.approx([samples * x for x in flops], rel=1e-3)
+    assert [float(x) for x in re.findall(r"moments: ([\d.]+) GB per GPU", text)] == pytest.approx(memory, abs=0.06)
 
 
 def test_the_data_of_a_stage_go_first_and_a_flag_that_would_be_lost_is_refused(tmp_path, shards, monkeypatch):

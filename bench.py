@@ -1,0 +1,280 @@
+"""Speed beside what one would use instead: same inputs, same process, parity first, then medians of interleaved rounds.
+
+    python bench.py attn          # packed attention against PyTorch's (default, cuDNN), FlexAttention, flash-attn
+    python bench.py ce            # linear + cross-entropy against the plain one: time, memory
+    python bench.py train         # training steps: tokens/s, strict MFU, memory, against our own padded batches
+    python bench.py vs-hf         # training steps against transformers' InternVL: same weights, same samples
+    python bench.py warmup        # seconds until the first compiled step is done, graphs compiled for 20 more packs
+
+Prints device and versions, a markdown table and, on the last line, the same rows as JSON: row, value, unit and, beside
+a peer, peer, peer_value, ratio (ours over theirs, above 1 is better). `make gpu` runs it all where there is a GPU.
+Data and weights are random. Shape letters: as in kernels/attention.py.
+"""
+import contextlib, functools, importlib.metadata, itertools, json, re, subprocess, sys, tempfile, time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+import common
+from configurator import configure, launch
+from kernels import attention as A, cross_entropy as C
+from model import IGNORE, LLMConfig, VLM, compile_blocks, train_flops
+from vision import VisionConfig, normalize
+from weights import image_token_id, save_folder
+
+TOKENIZER = Path(__file__).resolve().parent / "config" / "toy_tokenizer"
+
+@dataclass(slots=True)
+class Config:
+    device: str = "auto"  # auto: cuda where there is one, else cpu
+    rounds: int = 7  # interleaved rounds, of which the median counts
+    rows: str = ""  # only rows whose name begins with one of these, separated by commas
+    compiled: bool = True  # vs-hf: beside the compiled peer as well, a minute or two of compilation
+    threads: int = 0  # CPU threads; 0: PyTorch's choice
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+def seconds_per_call(sides, rounds, device):
+    """sides {name: function} -> {name: median}. Each round calls each side, for 20 ms or once, in turning order."""
+    def clock(f, n):
+        if device.type == "cuda": torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(n): f()
+        if device.type == "cuda": torch.cuda.synchronize()
+        return (time.perf_counter() - start) / n
+    for f in sides.values(): f()                                # compilation, caches
+    repeats, times = {name: max(1, int(0.02 / clock(f, 1))) for name, f in sides.items()}, {name: [] for name in sides}
+    for i in range(rounds):
+        for name in list(sides)[::1 if i % 2 else -1]: times[name].append(clock(sides[name], repeats[name]))
+    return {name: median(t) for name, t in times.items()}
+
+def compare(row, sides, cfg, device, work, unit, **more):
+    """Rows of `ours` beside each other side: value = work of a call / its seconds; more: further columns."""
+    rates = {name: work / seconds for name, seconds in seconds_per_call(sides, cfg.rounds, device).items()}
+    return [dict(row=row, value=rates["ours"], unit=unit, peer=name, peer_value=rate, ratio=rates["ours"] / rate) | more
+            for name, rate in rates.items() if name != "ours"]
+
+def error(ours, theirs):
+    """Largest difference over the largest value, of lists of tensors."""
+    return max(((a.float() - b.float()).abs().max() / b.float().abs().max()).item() for a, b in zip(ours, theirs))
+
+def report(rows, device):
+    packages = {d.name: d.version for d in importlib.metadata.distributions()}
+    versions = [f"{n} {packages[n]}" for n in ("torch", "triton", "transformers", "flash-attn") if n in packages]
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1] if sys.platform == "linux" else "CPU"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else cpu
+    print("", f"{name}, {torch.get_num_threads()} CPU threads, {', '.join(versions)}", "", sep="\n")
+    columns = list(dict.fromkeys(itertools.chain(*rows)))
+    show = lambda x: (f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}") if isinstance(x, float) else str(x)
+    for line in columns, ["---"] * len(columns), *([show(row.get(c, "")) for c in columns] for row in rows):
+        print(f"| {' | '.join(line)} |")
+    print(json.dumps(rows))
+
+# ---- attn, ce --------------------------------------------------------------------------------------------------------
+# name: (lengths of the documents, H, K, D, causal)
+ATTN = dict(cpu=dict(vit_1025=([1025] * 2, 4, 4, 64, False), vit_demo=([37] * 40, 6, 6, 32, False),
+                     llm_demo=([60, 45, 110, 80, 75, 62, 51, 97, 70, 55, 48, 47], 4, 2, 32, True),
+                     llm_1k=([500, 300, 224], 12, 2, 128, True)),
+            cuda=dict(vit_1024=([1024] * 64, 16, 16, 64, False), vit_1025=([1025] * 64, 16, 16, 64, False),
+                      llm_2b=([2048] * 8, 12, 2, 128, True), llm_8b=([2048] * 8, 28, 4, 128, True),
+                      llm_2b_mixed=([700, 3000, 1024, 1500, 4096, 2992, 2048, 1024], 12, 2, 128, True),
+                      llm_2b_one=([16384], 12, 2, 128, True)))
+
+def attention_sides(lengths, causal, device):
+    """{name: f(q, k, v)} of packed q (T, H, D), k and v (T, K, D); the one after ours runs everywhere."""
+    S, L, cu = len(lengths), max(lengths), torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    sdpa = functools.partial(F.scaled_dot_product_attention, is_causal=causal, enable_gqa=True)
+    def batch(*qkv):                                                                            # (S, heads, L, D)
+        return sdpa(*(x.unflatten(0, (S, L)).transpose(1, 2) for x in qkv)).transpose(1, 2).flatten(0, 1)
+    def loop(*qkv):
+        parts = zip(*(x.transpose(0, 1).split(lengths, 1) for x in qkv))                        # (heads, length, D)
+        return torch.cat([sdpa(*(x[None] for x in part))[0] for part in parts], 1).transpose(0, 1)
+    equal, sides = S * L == sum(lengths), {"ours": lambda *qkv: A.attention(*qkv, cu, L, causal)}
+    sides |= {"sdpa": batch} if equal else {"sdpa, a loop": loop}
+    if device.type == "cpu": return sides
+    if equal: sides["sdpa, cudnn"] = sdpa_kernel(SDPBackend.CUDNN_ATTENTION)(batch)
+    document = torch.repeat_interleave(torch.arange(S), torch.tensor(lengths)).to(device)
+    visible = lambda b, h, i, j: (document[i] == document[j]) & ((i >= j) if causal else (i >= 0))
+    mask = create_block_mask(visible, None, None, sum(lengths), sum(lengths), device)
+    flex = torch.compile(functools.partial(flex_attention, block_mask=mask, enable_gqa=True))
+    sides["flex"] = lambda *qkv: flex(*(x.transpose(0, 1)[None] for x in qkv))[0].transpose(0, 1)
+    with contextlib.suppress(ImportError):
+        from flash_attn import flash_attn_varlen_func
+        at = cu.to(device)
+        sides["flash-attn"] = lambda *qkv: flash_attn_varlen_func(*qkv, at, at, L, L, causal=causal)
+    return sides
+
+def attn(cfg, device, wanted):
+    dtype, rows = torch.bfloat16 if device.type == "cuda" else torch.float32, []
+    for name, (lengths, H, K, D, causal) in wanted(ATTN[device.type]):
+        *qkv, dout = (torch.randn(sum(lengths), n, D, device=device, dtype=dtype) for n in (H, K, K, H))
+        sides, modes, errors = attention_sides(lengths, causal, device), dict(fwd={}, bwd={}), {}
+        def run(f, kind):
+            x = [t.to(kind, copy=True).requires_grad_() for t in qkv]
+            out = f(*x)
+            backward = functools.partial(torch.autograd.grad, out, x, dout.to(kind), retain_graph=True)
+            return [out.detach(), *backward()], backward
+        exact, _ = run(list(sides.values())[1], torch.float32)
+        for side, f in sides.items():
+            try:
+                results, modes["bwd"][side] = run(f, dtype)
+                errors[side], modes["fwd"][side] = error(results, exact), functools.partial(torch.no_grad()(f), *qkv)
+            except RuntimeError as e:
+                print(f"{name}: {side} does not run here: {str(e).strip().splitlines()[0][:150]}")
+        flops = 4 * D * H * sum(n * (n + 1) // 2 if causal else n * n for n in lengths) / 1e12   # visible pairs only
+        for mode, work in dict(fwd=flops, bwd=2.5 * flops).items():
+            more = compare(f"{name}_{mode}", modes[mode], cfg, device, work, "TFLOP/s", error=errors["ours"])
+            rows += [row | dict(peer_error=errors[row["peer"]]) for row in more]
+    return rows
+
+def ce(cfg, device, wanted):
+    cuda, rows = device.type == "cuda", []
+    (R, width, V), dtype = ((4096, 1536, 151936), torch.bfloat16) if cuda else ((1024, 384, 16384), torch.float32)
+    h, labels = torch.randn(R, width, device=device, dtype=dtype), torch.randint(V, (R,), device=device)
+    plain = lambda h, w, labels: F.cross_entropy((h @ w.to(h.dtype).T).float(), labels, reduction="sum")
+    for name, trains in wanted(dict(ce_frozen=False, ce_trains=True)):
+        weight = (0.02 * torch.randn(V, width, device=device)).to(torch.float32 if trains else dtype)
+        inputs = [h.requires_grad_(), weight.requires_grad_(trains)][:1 + trains]
+        sides = {side: lambda f=f: torch.autograd.grad(f(h, weight, labels) / R, inputs)
+                 for side, f in (("ours", C.linear_cross_entropy), ("plain", plain))}
+        rows += compare(name, sides, cfg, device, 1.0, "steps/s", error=error(sides["ours"](), sides["plain"]()))
+        for side, f in sides.items() if cuda else ():           # peak on top of what is there, the gradients included
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            f()
+            rows[-1][f"{side}_mb"] = (torch.cuda.max_memory_allocated() - before) / 1e6
+    return rows
+
+# ---- train, warmup, vs-hf --------------------------------------------------------------------------------------------
+# name: (ViT, LLM, samples, tiles of each, text tokens of each (from, to))
+SIZES = {"7m": (VisionConfig(112, dim=192, n_layers=4, n_heads=3, ffn_dim=768),
+                LLMConfig(8192, 256, 4, 4, 2, 64, 768, tie_embeddings=True), 16, 1, (24, 120)),
+         "25m": (VisionConfig(112, dim=256, n_layers=6, n_heads=4, ffn_dim=1024),
+                 LLMConfig(16384, 384, 8, 6, 2, 64, 1024, tie_embeddings=True), 16, 1, (24, 120)),
+         "toy": (VisionConfig(**VisionConfig.PRESETS["toy"]), LLMConfig(**LLMConfig.PRESETS["toy"]), 12, 2, (16, 64)),
+         "2b": (VisionConfig(), LLMConfig(), 8, 7, (128, 384)),
+         "8b": (VisionConfig(), LLMConfig(**LLMConfig.PRESETS["qwen2.5-7b"]), 8, 7, (128, 384))}
+STAGES = dict(alignment=(0, 1, 0), advance=(1, 1, 0), sft=(1, 1, 1))        # which of ViT, projector, LLM train
+
+def random_samples(size, seed=0):
+    """-> [(tokens, labels), ...] of a size, the second half of each text supervised, and uint8 tiles (N, 3, s, s)."""
+    (vision, _, n, tiles, text), g, samples = SIZES[size], torch.Generator().manual_seed(seed), []
+    for length in torch.randint(text[0], text[1] + 1, (n,), generator=g).tolist():
+        image = torch.full((tiles * vision.tokens_per_tile,), image_token_id(TOKENIZER))
+        tokens = torch.cat([image, torch.randint(0, 1000, (length,), generator=g)])
+        labels = torch.full_like(tokens, IGNORE)
+        labels[-(length // 2) - 1:-1] = tokens[-(length // 2):]                                 # already shifted
+        samples.append((tokens, labels))
+    return samples, torch.randint(0, 256, (n * tiles, 3, vision.image_size, vision.image_size), generator=g).byte()
+
+def padded(samples):
+    """Tokens and labels, right-padded: (S, L) each."""
+    return (torch.nn.utils.rnn.pad_sequence(x, True, pad) for x, pad in zip(zip(*samples), (0, IGNORE)))
+
+def pack(samples, tiles, device):
+    """The arguments of VLM.forward."""
+    lengths, (tokens, labels) = [len(t) for t, _ in samples], (torch.cat(x).to(device) for x in zip(*samples))
+    return dict(tokens=tokens, labels=labels, positions=torch.cat([torch.arange(n) for n in lengths]).to(device),
+                cu_seqlens=torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32), tiles=tiles.to(device))
+
+def build(size, stage, dtype, device):
+    """-> model, optimizer. fp32 masters of what trains; the arithmetic of `dtype` comes from autocast."""
+    with torch.device("meta"):
+        model = VLM(*SIZES[size][:2], image_token_id(TOKENIZER))
+    model.to_empty(device=device).tie_weights()
+    torch.manual_seed(0)
+    for name, p in model.named_parameters():                    # on the device: init_weights would take minutes at 8B
+        p.data.normal_(0, 0.02) if p.ndim > 1 else p.data.fill_(not name.endswith("bias"))
+    rates = common.Stage(**{f"lr_{part}": 1e-6 * on for part, on in zip(("vision", "projector", "llm"), STAGES[stage])})
+    common.set_trainable(model, rates)
+    common.set_dtypes(model, dtype)
+    return model.train(), common.make_optimizer(model, rates, common.RunConfig())
+
+def step(loss, optimizer, dtype, device):
+    """One training step; loss() is the mean over supervised tokens."""
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        value = loss()
+    value.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return value.detach()
+
+def train(cfg, device, wanted):
+    size, others, rows, dtype = "toy", {}, [], common.compute_dtype("auto", device)
+    if cuda := device.type == "cuda":
+        size, others = "2b", {"8b_advance": ("8b", "advance")}
+    for name, (size, stage) in wanted({f"{size}_{stage}": (size, stage) for stage in STAGES} | others):
+        (model, optimizer), (samples, tiles) = build(size, stage, dtype, device), random_samples(size)
+        if cuda:
+            compile_blocks(model)
+            torch.cuda.reset_peak_memory_stats()
+        packs = {"ours": pack(samples, tiles, device), "ours, padded": pack([*zip(*padded(samples))], tiles, device)}
+        supervised, lengths = int((packs["ours"]["labels"] != IGNORE).sum()), [len(t) for t, _ in samples]
+        sides = {side: lambda m=model, o=optimizer, p=p: step(lambda: m(**p) / supervised, o, dtype, device)
+                 for side, p in packs.items()}
+        rows += compare(name, sides, cfg, device, float(sum(lengths)), "tokens/s")
+        flops = train_flops(*SIZES[size][:2], len(tiles), lengths, supervised, STAGES[stage])
+        tflops, peak = rows[-1]["value"] / sum(lengths) * flops / 1e12, common.peak_flops(device)
+        rows[-1] |= dict(tflops=tflops, mfu_percent=tflops * 1e14 / peak if peak else "", gb=common.peak_memory_gb())
+        model = optimizer = sides = None                        # before the next is built
+    return rows
+
+def warmup(cfg, device, wanted):
+    size, dtype, seen = "2b" if device.type == "cuda" else "toy", common.compute_dtype("auto", device), []
+    model, optimizer = build(size, "sft", dtype, device)
+    compile_blocks(model)
+    for seed in range(21):
+        batch, start = pack(*random_samples(size, seed), device), time.perf_counter()
+        step(lambda: model(**batch) / 1000, optimizer, dtype, device).item()
+        seen.append((time.perf_counter() - start, torch._dynamo.utils.counters["stats"]["unique_graphs"]))
+    return [dict(row=f"{size}_first_step", value=seen[0][0], unit="s"),
+            dict(row=f"{size}_next_20_steps", value=sum(s for s, _ in seen[1:]), unit="s"),
+            dict(row=f"{size}_graphs_after_the_first_step", value=seen[-1][1] - seen[0][1], unit="graphs")]
+
+def vs_hf(cfg, device, wanted):
+    """Both sides train everything with AdamW, in the row's arithmetic; theirs takes a right-padded batch."""
+    from transformers import InternVLForConditionalGeneration
+    rows, kinds = [], dict(fp32=torch.float32, bf16=torch.bfloat16)
+    for name, (size, kind) in wanted({n: n.split("_") for n in ("7m_fp32", "7m_bf16", "25m_bf16")}):
+        dtype, (samples, tiles) = kinds[kind], random_samples(size)
+        model, optimizer = build(size, "sft", dtype, device)
+        with tempfile.TemporaryDirectory() as folder:
+            save_folder(model.state_dict(), *SIZES[size][:2], f"{folder}/ours", TOKENIZER, dtype=torch.float32)
+            subprocess.run([sys.executable, "convert.py", "export", f"{folder}/ours", f"{folder}/theirs",
+                            "--layout=transformers"], cwd=TOKENIZER.parent.parent, check=True, capture_output=True)
+            peer = InternVLForConditionalGeneration.from_pretrained(f"{folder}/theirs", dtype=torch.float32)
+        peer, batch, (tokens, labels) = peer.to(device).train(), pack(samples, tiles, device), padded(samples)
+        supervised, mask = int((labels != IGNORE).sum()), torch.tensor([[len(t)] for t, _ in samples])
+        inputs = {name: x.to(device) for name, x in dict(
+            input_ids=tokens, attention_mask=torch.arange(tokens.shape[1]) < mask, pixel_values=normalize(tiles),
+            labels=F.pad(labels[:, :-1], (1, 0), value=IGNORE)).items()}                        # they shift themselves
+        losses = dict(ours=lambda: model(**batch) / supervised, transformers=lambda: peer(**inputs).loss)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            results = [[(loss := losses[side]()), torch.autograd.grad(loss, m.get_parameter(p + "k_proj.weight"))[0]]
+                       for side, m, p in (("ours", model, "language_model.model.layers.0.self_attn."),
+                                          ("transformers", peer, "model.language_model.layers.0.self_attn."))]
+        if cfg.compiled and size == "7m":
+            compiled = torch.compile(peer)
+            losses["transformers, compiled"] = lambda: compiled(**inputs).loss
+        theirs = torch.optim.AdamW(peer.parameters(), lr=1e-6, fused=True)
+        sides = {side: functools.partial(step, loss, optimizer if side == "ours" else theirs, dtype, device)
+                 for side, loss in losses.items()}
+        rows += compare(name, sides, cfg, device, float(len(samples)), "samples/s", error=error(*results))
+    return rows
+
+def main():
+    parts = {"attn": attn, "ce": ce, "train": train, "warmup": warmup, "vs-hf": vs_hf}
+    if len(sys.argv) < 2 or sys.argv[1] not in parts:
+        raise ValueError(f"write bench.py {'|'.join(parts)} [--rounds=N --rows=a,b --device=cpu]")
+    configure(cfg := Config(), sys.argv[2:])
+    device = common.setup_distributed(cfg.device).device
+    torch.set_num_threads(cfg.threads or torch.get_num_threads())
+    wanted = lambda rows: [(n, x) for n, x in rows.items() if n.startswith(tuple(cfg.rows.split(",")))]
+    report(parts[sys.argv[1]](cfg, device, wanted), device)
+
+if __name__ == "__main__":
+    launch(main)
