@@ -2,8 +2,8 @@
 
     python common.py plot out/run/log.jsonl loss.png
 """
-import datetime, fcntl, functools, hashlib, importlib.metadata, json, math, os, platform, resource, shutil, signal
-import subprocess, sys, time, warnings
+import collections, concurrent.futures, datetime, faulthandler, fcntl, functools, hashlib, importlib.metadata, itertools
+import json, math, os, platform, resource, shutil, signal, subprocess, sys, time, warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # DCP on one process, which is what is meant
 
@@ -40,6 +40,9 @@ class RunConfig:
     """What every training run can set; train.Config and sft.Config add their model and their stages."""
     out_dir: str = "out/run"  # the run folder: log.jsonl, config.json, checkpoints/, bad_samples.jsonl, loss.png
     data: str = ""  # sources as name=path pairs separated by commas
+    val_data: str = ""  # held-out sources, of which a loss is computed as well
+    val_every: int = 500  # steps between validations, when there are val_data
+    val_packs: int = 32  # packs of one validation, on all ranks together
     init_from: str = ""  # model folder to start from; "": random weights
     tokenizer: str = ""  # folder of the tokenizer, when init_from is empty
     template: str = ""  # prompt template; "": the folder's, else sailvl-chat
@@ -60,7 +63,7 @@ class RunConfig:
     shuffle_window: int = 1024  # samples planned into packs at a time
     num_workers: int = 2  # processes per rank that decode and tile
     # optimization
-    grad_accum_steps: int = 1  # micro-batches per step and rank
+    grad_accum_steps: int = 1  # micro-batches per step and rank; a run that goes on on other ranks keeps its batch
     loss_weight: Literal["token", "sample", "sqrt"] = "token"  # a supervised token weighs 1, 1/n or 1/sqrt(n)
     embed_noise: float = 0.0  # noise on what enters projector and LLM, grows to this share of its size in half a stage
     beta1: float = 0.9  # AdamW
@@ -72,13 +75,15 @@ class RunConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the arithmetic; auto: bfloat16 on cuda, else float32
     parallel: Literal["ddp", "fsdp"] = "ddp"  # under torchrun: weights copied or sharded over ranks
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile per block; auto: on cuda only
-    activation_checkpointing: bool = False  # recompute each block in the backward pass: less memory, more time
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"  # recompute all but the dear parts; or all
     threads: int = 0  # CPU threads of one rank; 0: PyTorch's choice
-    timeout_s: int = 600  # a collective that hangs this long ends the run
+    timeout_s: int = 600  # a step that hangs this long ends the run; last_step/ then says where
     # saving and showing
     save_every: int = 1000  # steps between checkpoints
     keep: int = 2  # newest checkpoints kept, at least 2
-    resume: Literal["auto", "never"] = "auto"  # auto: go on from the newest good checkpoint; never: refuse
+    save_async: bool = True  # write checkpoints beside the training, from a copy, where there is memory for one
+    resume: Literal["auto", "strict", "never"] = "auto"  # go on from the newest good checkpoint; the newest; refuse
+    track: Literal["none", "tensorboard", "wandb"] = "none"  # who gets the log as well, if it is installed
     print_every: int = 10  # steps per printed line
     mfu_assumed: float = 0.4  # for the days that --dry_run shows
     dry_run: bool = False  # print what would run, and stop
@@ -90,6 +95,7 @@ class Dist:
     rank: int = 0
     world: int = 1
     device: torch.device = torch.device("cpu")
+    background: object = None  # a second process group, for checkpoints that are written beside the training
     is_main = property(lambda self: self.rank == 0)
 
 def setup_distributed(device="auto", timeout_s=600):
@@ -103,8 +109,9 @@ def setup_distributed(device="auto", timeout_s=600):
     where = torch.device("cuda", local) if gpu else torch.device("cpu")
     if gpu: torch.cuda.set_device(where)
     if "RANK" in os.environ:
-        td.init_process_group("nccl" if gpu else "gloo", timeout=datetime.timedelta(seconds=timeout_s),
-                              device_id=where if gpu else None)
+        timeout = datetime.timedelta(seconds=timeout_s + 60)  # later than `watch`, which has more to say
+        td.init_process_group("nccl" if gpu else "gloo", timeout=timeout, device_id=where if gpu else None)
+        return Dist(rank, world, where, td.new_group(backend="gloo", timeout=timeout))
     return Dist(rank, world, where)
 
 def all_reduce_sum(tensor, dist):
@@ -117,10 +124,10 @@ def all_reduce_dict(values, dist):
     total = torch.tensor(list(values.values()), dtype=torch.float64, device=dist.device)
     return dict(zip(values, all_reduce_sum(total, dist).tolist()))
 
-def gather(value, dist):
+def gather(value, dist, group=None):
     """[value of rank 0, value of rank 1, ...] of any Python value, on every rank."""
     values = [value] * dist.world
-    if dist.world > 1: td.all_gather_object(values, value)
+    if dist.world > 1: td.all_gather_object(values, value, group)
     return values
 
 def barrier():
@@ -140,23 +147,31 @@ def compute_dtype(name, device):
     if name != "auto": return getattr(torch, name)
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
+# outputs that selective checkpointing keeps: matmuls and fused attention are what is dear to compute twice
+DEAR = [op for name in ("mm", "addmm", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
+                        "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_cudnn_attention")
+        if (op := getattr(getattr(torch.ops.aten, name), "default", None))]
+
 def parallelize(model, cfg, dist):
     """Move the model to its device and spread it over the ranks; returns the module to call. On a fresh model in each
     stage, after `set_trainable`. From the meta device it comes without weights: all ranks then fill it alike. DDP has
-    copies; FSDP2 shards weights, gradients and moments, one unit per block of the language model and one for the rest:
-    the ViT is of the rest so that a rank whose pack holds no tile may skip a frozen ViT and leave nobody waiting in a
-    collective. Both average: loss = loss_sum * world / supervised tokens."""
+    copies; FSDP2 shards weights, gradients and moments, one unit per block of the language model, one for the ViT, and
+    one for the rest. A rank whose pack holds no tile then sees a black one even through a frozen ViT, for the others
+    wait for it to gather the weights. Both average: loss = loss_sum * world / supervised tokens."""
     vision, blocks = getattr(model, "vision_model", None), list(model.language_model.model.layers)
-    if cfg.activation_checkpointing:
-        for block in blocks + (list(vision.encoder.layers) if vision is not None else []):
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # in place: names stay
+    if cfg.activation_checkpointing != "none":
+        contexts = (noop_context_fn if cfg.activation_checkpointing == "full" else
+                    functools.partial(create_selective_checkpoint_contexts, DEAR))
+        for block in blocks + (list(vision.encoder.layers) if vision is not None else []):  # in place: names stay
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
     move = model.to_empty if any(p.is_meta for p in model.parameters()) else model.to
     if not td.is_initialized(): return move(device=dist.device)
     if cfg.parallel == "ddp":  # without device_ids, with which DDP would move cu_seqlens to the GPU
         return DistributedDataParallel(move(device=dist.device), gradient_as_bucket_view=True, init_sync=False)
+    model.always_sees = True
     mesh, dtype = td.init_device_mesh(dist.device.type, (dist.world,)), compute_dtype(cfg.dtype, dist.device)
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)  # so that loss weights stay fp32
-    for unit in [*blocks, model]: fully_shard(unit, mesh=mesh, mp_policy=policy)
+    for unit in filter(None, [*blocks, vision, model]): fully_shard(unit, mesh=mesh, mp_policy=policy)
     return move(device=dist.device)
 
 def set_gradient_sync(model, on):
@@ -262,32 +277,81 @@ def tensors_of(model, optimizer):
             state |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[p].items()}
     return state
 
-def save_checkpoint(out_dir, step, model, optimizer, state, dist, keep):
+def deal(tensors, dist):
+    """This rank's part of {name: tensor} to write: its shards and, of what all ranks hold alike, a share of its own."""
+    total, before, mine = sum(t.nbytes for t in tensors.values() if not isinstance(t, DTensor)) + 1, 0, {}
+    for name, t in tensors.items():
+        if isinstance(t, DTensor) or before * dist.world // total == dist.rank: mine[name] = t
+        before += 0 if isinstance(t, DTensor) else t.nbytes
+    return mine
+
+def check_room(folder, need, what):
+    """OSError, with what to do, unless `need` bytes are free where `folder` is."""
+    if need > (free := shutil.disk_usage(folder).free):
+        raise OSError(f"{folder}: {what} needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; make room or choose "
+                      "another --out_dir, then start the same command again")
+
+def memory_for(tensors):
+    """Whether this machine has memory for a copy of `tensors` on each of its ranks, with as much again to spare; where
+    the system does not say, no."""
+    need = sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors.values())
+    text = Path("/proc/meminfo").read_text() if os.path.exists("/proc/meminfo") else "MemAvailable: 0 kB"
+    free = 1024 * int(text.split("MemAvailable:")[1].split()[0])
+    return 2 * need * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) < free
+
+def save_checkpoint(out_dir, step, model, optimizer, state, dist, keep, before=None, wait=True):
     """Write checkpoints/step_{step:08d}/, delete what is older than the newest max(2, keep) good ones. All ranks call
-    it, each with its state, a JSON value. A crash at any point leaves the earlier ones usable. Raises OSError."""
-    state = gather(state, dist)[-1]  # the last rank had the last pack of the step
-    final = Path(out_dir) / "checkpoints" / f"step_{step:08d}"
-    tmp, tensors = final.with_name(f".tmp_{final.name}"), tensors_of(model, optimizer)
+    it, each with its state, a JSON value. A crash at any point leaves the earlier ones usable. wait=False copies what
+    is to be saved, lets a thread write it and returns its Future, to be given as `before` to the next call, which waits
+    for it; without memory for the copy it writes at once. Raises OSError, but with wait=False only says so: no room
+    ends no run that goes on, and the next save tries again."""
+    saved(before)
+    tensors = deal(everything := tensors_of(model, optimizer), dist)
+    final, problem = Path(out_dir) / "checkpoints" / f"step_{step:08d}", None
+    tmp = final.with_name(f".tmp_{final.name}")
     if dist.is_main:
-        shutil.rmtree(tmp, ignore_errors=True)
+        for left in final.parent.glob(".tmp_*"): shutil.rmtree(left)  # of a save that failed
         tmp.mkdir(parents=True)
-        need, free = sum(t.nbytes for t in tensors.values()), shutil.disk_usage(tmp).free
-        if need > free:
-            raise OSError(f"{tmp.parent}: a checkpoint needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
-                          "make room or choose another --out_dir, then start the same command again")
-    barrier()
+        try: check_room(tmp.parent, sum(t.nbytes for t in everything.values()), "a checkpoint")
+        except OSError as e: problem = str(e)
+    every = gather((state, problem), dist)
+    future = concurrent.futures.Future()
+    if every[0][1]:
+        future.set_exception(OSError(every[0][1]))
+    else:
+        copied = not wait and memory_for(tensors)
+        tensors = {name: t.to("cpu", copy=True) for name, t in tensors.items()} if copied else tensors
+        thread = concurrent.futures.ThreadPoolExecutor(1)  # the last rank had the last pack of the step: its state
+        future = thread.submit(write_checkpoint, final, tmp, step, tensors, every[-1][0], dist, keep)
+        thread.shutdown(wait=not copied)
+    if wait: future.result()
+    return future
+
+def saved(future):
+    """Wait for what save_checkpoint returned, None at first. A save that failed is told, loudly, on each rank."""
     try:
-        dcp.save(tensors, checkpoint_id=tmp, no_dist=not td.is_initialized())  # each rank its share, with fsync
-    except dcp.CheckpointException as e:
-        cause = next(iter(e.failures.values()))[0]  # of the first rank
-        raise OSError(f"{tmp}: the checkpoint could not be written ({cause}); is the disk full?") from e
-    written = list(tmp.glob(f"__{dist.rank}_*.distcp"))  # each rank reads back what it wrote
-    if dist.is_main:
-        write_atomic(tmp / "state.json", json.dumps(state))
-        written += [tmp / ".metadata", tmp / "state.json"]
-    files = gather({f.name: [f.stat().st_size, sha256(f)] for f in written}, dist)
+        if future: future.result()
+    except OSError as e:
+        print(f"WARNING: NO CHECKPOINT: {e}. The earlier ones are whole; the next save tries again", file=sys.stderr,
+              flush=True)
+
+def write_checkpoint(final, tmp, step, tensors, state, dist, keep):
+    """The slow part of save_checkpoint, on all ranks: files, hashes, manifest, new name, `latest`, in this order."""
+    try:
+        dcp.save(tensors, checkpoint_id=tmp, process_group=dist.background, no_dist=not td.is_initialized())
+        files = list(tmp.glob(f"__{dist.rank}_*.distcp"))  # fsynced; each rank reads back what it wrote
+        if dist.is_main:
+            write_atomic(tmp / "state.json", json.dumps(state))
+            files += [tmp / ".metadata", tmp / "state.json"]
+        written = {f.name: [f.stat().st_size, sha256(f)] for f in files}
+    except (dcp.CheckpointException, OSError) as e:
+        written = str(next(iter(e.failures.values()))[0] if isinstance(e, dcp.CheckpointException) else e)
+    parts = gather(written, dist, dist.background)
+    if failed := [part for part in parts if isinstance(part, str)]:
+        shutil.rmtree(tmp, ignore_errors=True)  # what is there of it takes the room that another may need
+        raise OSError(f"{tmp}: the checkpoint could not be written ({failed[0]}); is the disk full?")
     if not dist.is_main: return
-    manifest = {"step": step, "files": {name: entry for part in files for name, entry in sorted(part.items())}}
+    manifest = {"step": step, "files": {name: entry for part in parts for name, entry in sorted(part.items())}}
     write_atomic(tmp / "manifest.json", json.dumps(manifest, indent=1))
     shutil.rmtree(final, ignore_errors=True)  # a damaged one, or the run would have gone on behind it
     os.rename(tmp, final)
@@ -308,15 +372,20 @@ def damage(path, hashes=True):
     except Exception as e:
         return f"{type(e).__name__}: {e}"
 
-def find_checkpoint(out_dir, dist=Dist()):
-    """Path of the newest checkpoint that verifies, or None; a loud line per damaged one. All ranks get rank 0's."""
+def find_checkpoint(out_dir, dist=Dist(), strict=False):
+    """Path of the newest checkpoint that verifies, or None; a loud line per damaged one, with strict a ValueError. All
+    ranks get rank 0's."""
     found = None
     for path in sorted(Path(out_dir).glob("checkpoints/step_*"), reverse=True) if dist.is_main else ():
         if not (reason := damage(path)):
             found = path
             break
+        if strict:
+            found = ValueError(f"damaged checkpoint {path}: {reason}; --resume=auto goes on from the one before")
+            break
         print(f"WARNING: DAMAGED CHECKPOINT {path}: {reason}; trying the one before", file=sys.stderr, flush=True)
-    return gather(found, dist)[0]
+    if isinstance(found := gather(found, dist)[0], ValueError): raise found
+    return found
 
 def read_state(path):
     """The state that was saved with the checkpoint `path` (stage, position, ...), without its tensors."""
@@ -363,6 +432,19 @@ class Preemption:
             raise RunStopped("torchrun has ended, so this worker ends too; the same command goes on")
         return all_reduce_sum(torch.tensor(len(self.signals), device=dist.device), dist).item() > 0
 
+def watch(cfg, dist, note):
+    """Watch over what comes next, the note says what, until the next call; an empty note ends the watch. The note goes
+    to last_step/rank_K.txt; after cfg.timeout_s the stacks of all threads follow. Under torchrun an alarm of the
+    system, which needs no Python, ends the process 5 s later: a rank that waits in a driver cannot do it itself, and by
+    then all ranks, which call this at about the same moment, have written their stacks."""
+    path = Path(cfg.out_dir) / "last_step" / f"rank_{dist.rank}.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    faulthandler.cancel_dump_traceback_later()
+    if td.is_initialized(): signal.alarm(cfg.timeout_s + 5 if note else 0)
+    if note:
+        (file := open(path, "wb", buffering=0)).write(f"{note}\n".encode())
+        faulthandler.dump_traceback_later(cfg.timeout_s, file=file)  # which keeps the file open
+
 class RunStopped(ValueError):
     """The run ended itself; the message says why."""
 
@@ -373,10 +455,25 @@ def open_log(out_dir):
     f.truncate(f.read().rfind(b"\n") + 1)
     return f
 
-def log_line(f, row):
+def log_line(f, row, track=None):
     """Append one row as one write. Numbers that are not finite become null, so that every reader takes the line."""
+    if track: track(row)
     row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     f.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+
+def open_tracker(cfg, values):
+    """A function that hands a row of log.jsonl to the program that --track names, if it is installed; None without."""
+    try:
+        if cfg.track == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+            add = SummaryWriter(cfg.out_dir).add_scalar
+            return lambda row: [add(f"{row['stage']}/{name}", value, row["step"]) for name, value in row.items()
+                                if isinstance(value, (int, float))]
+        if cfg.track == "wandb":
+            import wandb
+            return wandb.init(project="sail-vl", name=Path(cfg.out_dir).name, dir=cfg.out_dir, config=values).log
+    except ImportError:
+        raise ValueError(f"--track={cfg.track} is not installed: pip install {cfg.track}") from None
 
 def log_bad(out_dir, records):
     """Append unreadable records to bad_samples.jsonl, one write per line."""
@@ -402,6 +499,9 @@ def named_stages(cfg):
         raise ValueError(f"--stages: unknown stage {name!r}, choose from {', '.join(known)}")
     return [(name, known[name]) for name in names]
 
+def stage_steps(cfg, stage):
+    return min(stage.steps, cfg.max_steps or stage.steps)
+
 def where_to_start(cfg, origins, name):
     """(model folder, first step) of stage `name`. The folder is that of the stage before it, if this run folder has one
     and --init_from does not name another for the first stage to run. Steps count on from stage to stage, run or not."""
@@ -409,11 +509,12 @@ def where_to_start(cfg, origins, name):
     before = order[:order.index(name)] if name in order else []
     done = [n for n in before if (out / n / "config.json").exists()]
     told = name == selected[0][0] and origins["init_from"] == "command line"
-    steps = [getattr(cfg, n).steps for n in before]
-    return str(out / done[-1]) if done and not told else cfg.init_from, sum(min(n, cfg.max_steps or n) for n in steps)
+    first_step = sum(stage_steps(cfg, getattr(cfg, n)) for n in before)
+    return str(out / done[-1]) if done and not told else cfg.init_from, first_step
 
 def open_run(cfg, origins, stages, dist):
-    """Take the run folder and find the newest good checkpoint in it (None: start anew). All ranks call it."""
+    """Take the run folder; returns the newest good checkpoint in it (None: start anew) and the number of ranks that the
+    run began on. All ranks call it."""
     out, start = Path(cfg.out_dir), cfg.init_from or cfg.tokenizer
     if not os.path.isdir(start):
         raise ValueError(f"{start or '(none)'} is not a folder: give --init_from=MODEL_FOLDER, or --tokenizer=FOLDER "
@@ -425,26 +526,42 @@ def open_run(cfg, origins, stages, dist):
             raise ValueError(f"{origins[f'{name}.data']} gives stage {name} data of its own: instead of --data, write "
                              f"--{name}.data=PATH")
     if dist.is_main: lock_run_folder(out)
-    checkpoint = find_checkpoint(out, dist)
+    checkpoint = find_checkpoint(out, dist, cfg.resume == "strict")
     if cfg.resume == "never" and (checkpoint or any((out / name / "config.json").exists() for name, _ in stages)):
         raise ValueError(f"{out} holds an earlier run and --resume=never; choose another --out_dir or remove it")
-    return checkpoint
+    return checkpoint, read_state(checkpoint).get("world", dist.world) if checkpoint else dist.world
 
-def resume(checkpoint, name, fingerprint, model, optimizer, dist):
+def micro_batches(accum, began, name, checkpoint, dist):
+    """(micro-batches of a step here, ranks the run began on). On other ranks a step keeps its packs, so that a run that
+    was resized goes on by itself, as does one whose grad_accum_steps was set by hand to what keeps them. ValueError
+    names the sizes that fit."""
+    state = read_state(checkpoint) if checkpoint else {}
+    if state.get("stage") == name and state.get("packs_per_step") == accum * dist.world: return accum, dist.world
+    packs = accum * began
+    if packs % dist.world:
+        raise ValueError(f"a step of this run is {packs} packs, which {dist.world} ranks cannot share alike; start it "
+                         f"on {', '.join(str(n) for n in range(1, packs + 1) if packs % n == 0)} ranks")
+    return packs // dist.world, began
+
+def resume(checkpoint, name, packs, began, model, optimizer, dist):
     """State of stage `name`: the checkpoint's, with weights and moments loaded, if it is of this stage; else new."""
     state = read_state(checkpoint) if checkpoint else {}
     if state.get("stage") != name:
-        return {"stage": name, "fingerprint": fingerprint, "position": [0, 0, 0], "counts": {}, "step": 0,
-                "quarantined": 0, "tokens_seen": 0, "samples_seen": 0}
-    if state["fingerprint"] != fingerprint:
+        return {"stage": name, "fingerprint": packs.fingerprint, "packs_per_step": packs.packs_per_step, "world": began,
+                "position": [0, 0, 0], "counts": {}, "step": 0, "quarantined": 0, "tokens_seen": 0, "samples_seen": 0}
+    if state["fingerprint"] != packs.fingerprint:
         raise ValueError(f"the data of stage {name}, their order or the size of packs and steps changed since "
                          f"{checkpoint} was written; go on with the same or start anew in another --out_dir")
-    return load_checkpoint(checkpoint, model, optimizer, dist)
+    return load_checkpoint(checkpoint, model, optimizer, dist) | {"world": began}
 
 def announce(cfg, values, origins, name, model, stage, packs, state, dist):
     """Write config.json, now that the stage really runs, print what it trains on what, and note the records that its
-    index could not read."""
-    out_dir = cfg.out_dir
+    index could not read. Raises OSError if the disk has no room for what the stage will save."""
+    out_dir, sizes = cfg.out_dir, [(p.nbytes, p.numel(), p.requires_grad) for p in model.parameters()]
+    saves = max(1, (stage_steps(cfg, stage) - state["step"]) // cfg.save_every)
+    saves = min(saves, max(2, cfg.keep) + 1 - len(list(Path(out_dir).glob("checkpoints/step_*"))))
+    need = sum(max(0, saves) * n * (3 if trains else 1) + 2 * elements for n, elements, trains in sizes)
+    check_room(out_dir, need, f"stage {name} with {max(0, saves)} more checkpoints and a model folder")
     if dist.is_main:
         write_run_config(out_dir, values, origins)
         if state["step"] == 0:
@@ -460,26 +577,73 @@ def check_quarantine(state, packs, out_dir):
         if bad > max(100, 0.01 * n):
             raise RunStopped(f"{bad} unreadable samples of {n}: see {out_dir}/bad_samples.jsonl, mend or remove them")
 
-def next_state(state, step, batch, totals):
+SPIKE = 6  # standard deviations
+
+def spike(losses, loss):
+    """(standard deviations that `loss` lies above the straight line through the last 64 to 128; the losses to keep). A
+    spike is kept as 3 only: it must not hide the next one, but a loss that stays up ends the alarm."""
+    if not math.isfinite(loss) or (n := len(losses)) < 64: return 0.0, losses + [loss] * math.isfinite(loss)
+    x, y = np.arange(n) - (n - 1) / 2, np.array(losses)
+    slope = x @ y / (x @ x)
+    line, sigma = y.mean() + slope * (n + 1) / 2, max((y - y.mean() - slope * x).std(ddof=2), 1e-12)
+    sigmas = (loss - line) / sigma
+    return float(sigmas), [*losses, float(line + 3 * sigma) if sigmas > SPIKE else loss][-128:]
+
+def next_state(state, step, batch, totals, loss):
     """What a checkpoint after this step must know: where the data go on, and the counts so far."""
-    return state | {"step": step, "position": batch["position"], "counts": batch["counts"],
-                    "quarantined": state["quarantined"] + int(totals["bad"]),
+    sigmas, losses = spike(state.get("losses", []), loss)
+    return state | {"step": step, "position": batch["position"], "counts": batch["counts"], "spike": sigmas,
+                    "losses": losses, "quarantined": state["quarantined"] + int(totals["bad"]),
                     "tokens_seen": state["tokens_seen"] + int(totals["tokens"]),
                     "samples_seen": state["samples_seen"] + int(totals["samples"])}
 
-def step_row(name, step, steps, loss, norm, norms, optimizer, totals, state, clock, peak, dist):
-    """The line of log.jsonl of one step; clock: its seconds, and how many of them it waited for data. mfu is strict:
-    FLOPs the gradients need, over the peak of all GPUs; None on a CPU."""
-    seconds, waited = clock
-    return {"stage": name, "step": step, "steps": steps, "loss": loss, "grad_norm": norm.item(),
+class Clock:
+    """Where the time of a step goes: clock("forward") ends a part that began when the one before it ended. On CUDA the
+    borders are events in its queue, for which nobody waits before `split`."""
+    def __init__(self, device):
+        self.cuda, self.start, self.marks = device.type == "cuda", time.perf_counter(), []
+        self("start")
+
+    def __call__(self, part):
+        at = torch.cuda.Event(enable_timing=True) if self.cuda else time.perf_counter()
+        if self.cuda: at.record()
+        self.marks.append((part, at))
+
+    def split(self):
+        """(seconds since the start, {part: seconds}); the last mark is waited for."""
+        if self.cuda: self.marks[-1][1].synchronize()
+        parts = collections.Counter()
+        for (_, a), (part, b) in itertools.pairwise(self.marks):
+            parts[part] += a.elapsed_time(b) / 1000 if self.cuda else b - a
+        return time.perf_counter() - self.start, parts
+
+def step_row(steps, loss, norm, norms, optimizer, totals, state, clock, peak, dist):
+    """The line of log.jsonl of one step. steps: of the stage, behind the stage; for the ETA of the run all are as long
+    as this one. mfu is strict: FLOPs the gradients need, over the peak of all GPUs; None on a CPU."""
+    (steps, later), step, (seconds, parts) = steps, state["step"], clock.split()
+    return {"stage": state["stage"], "step": step, "steps": steps, "loss": loss, "grad_norm": norm.item(),
             **{f"grad_norm_{k}": v.item() for k, v in norms.items()},
             "lr": {g["name"].split("/")[0]: g["lr"] for g in optimizer.param_groups},
             **{k: int(totals[k]) for k in ("tokens", "tiles", "supervised", "samples")}, "seconds": seconds,
+            **{f"{part}_s": s for part, s in parts.items()}, "tflop": totals["flops"] / 1e12,
             "tokens_per_s": totals["tokens"] / seconds, "tiles_per_s": totals["tiles"] / seconds,
-            "mfu": totals["flops"] / seconds / (peak * dist.world) if peak else None, "data_wait": waited / seconds,
-            "memory_gb": peak_memory_gb(), **{k: state[k] for k in ("tokens_seen", "samples_seen", "quarantined")},
+            "mfu": totals["flops"] / seconds / (peak * dist.world) if peak else None,
+            "data_wait": parts["data"] / seconds,
+            "memory_gb": peak_memory_gb(),
+            **{k: state[k] for k in ("tokens_seen", "samples_seen", "quarantined", "spike")},
             "dropped": sum(n for reason, n in state["counts"].items() if reason != "used"),
-            "eta_s": seconds * (steps - step)}
+            "eta_s": seconds * (steps - step), "run_eta_s": seconds * (steps - step + later)}
+
+@torch.no_grad()
+def validation_loss(model, batches, dist):
+    """Mean loss of held-out `batches` of (arguments of the model, weight of what is supervised), as many on each rank:
+    the sums are added up over the ranks and divided once."""
+    model = getattr(model, "module", model).eval()  # out of DDP
+    sums = torch.zeros(2, dtype=torch.float64)
+    for inputs, weight in batches: sums += torch.tensor([model(**inputs).item(), weight], dtype=torch.float64)
+    model.train()
+    loss, weight = all_reduce_sum(sums.to(dist.device), dist).tolist()
+    return loss / max(weight, 1e-9)
 
 # ---- numbers to look at ---------------------------------------------------------------------------------------------
 # Dense bf16 tensor-core TFLOP/s from the vendor's data sheets; the first name that occurs in the device's name counts.
@@ -505,7 +669,9 @@ def format_step(row):
     return (f"{row['stage']} {row['step']}/{row['steps']} | loss {row['loss']:.4f} | lr {rates} | "
             f"{row['tokens_per_s']:,.0f} tok/s {row['tiles_per_s']:,.1f} tiles/s | mfu {mfu} | "
             f"data wait {100 * row['data_wait']:.0f}% | mem {row['memory_gb']:.1f} GB | dropped {row['dropped']} "
-            f"quarantined {row['quarantined']} | eta {datetime.timedelta(seconds=int(row['eta_s']))}")
+            f"quarantined {row['quarantined']} | eta {datetime.timedelta(seconds=int(row['eta_s']))} "
+            f"of {datetime.timedelta(seconds=int(row['run_eta_s']))}" + f" | SPIKE {row['spike']:.0f} sigma" * (
+                row["spike"] > SPIKE) + (f" | val loss {row['val_loss']:.4f}" if "val_loss" in row else ""))
 
 def plot_loss(log_path, png_path):
     """Draw the loss of each stage of a log.jsonl: raw thin, mean over 1/40 of the stage thick. After a resume the later

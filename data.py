@@ -530,9 +530,19 @@ def make_loader(packs, rank=0, world=1, num_workers=0, position=(0, 0, 0), count
                                        prefetch_factor=4 if num_workers else None, worker_init_fn=_start_worker,
                                        pin_memory=torch.cuda.is_available())
 
-def stage_packs(cfg, stage, tokenizer, vision, packs_per_step):
+def held_out(packs, n, dist):
+    """Yield (arguments of VLM.forward, weight of what is supervised) of this rank's share of the first n packs. Each
+    rank gets as many, as FSDP needs: what is left over is a repeat whose labels ask nothing."""
+    if not (planned := packs.plan_window(0, 0)[0][:n]):
+        raise ValueError("no sample of --val_data fits into a pack; raise --tokens_per_pack or --max_tiles_per_pack")
+    for i in range(dist.rank, -(-len(planned) // dist.world) * dist.world, dist.world):
+        batch, counts = packs[planned[i % len(planned)]], i < len(planned)
+        if not counts: batch["labels"].fill_(IGNORE)
+        yield model_inputs(batch, dist.device), counts * batch["size"]["weight"]
+
+def stage_packs(cfg, stage, tokenizer, vision, packs_per_step, data=""):
     """The Packs of one stage of a run: the stage's own data and budgets where it sets them, else the run's."""
-    sources = open_sources(stage.data or cfg.data, tokenizer, cfg.template, cfg.image_as)
+    sources = open_sources(data or stage.data or cfg.data, tokenizer, cfg.template, cfg.image_as)
     return Packs(sources, tokenizer, cfg.template, tile_size=vision.image_size, tokens_per_tile=vision.tokens_per_tile,
                  min_tiles=cfg.min_tiles, max_tiles=stage.max_tiles or cfg.max_tiles, thumbnail=cfg.thumbnail,
                  tokens_per_pack=stage.tokens_per_pack or cfg.tokens_per_pack, tiles_per_pack=cfg.max_tiles_per_pack,

@@ -37,6 +37,7 @@ class LLMConfig:
     max_positions: int = 32768
     PRESETS = {
         "qwen2.5-1.5b": {},             # untied, as SAIL-VL-2B is released
+        "qwen2.5-0.5b": dict(dim=896, n_layers=24, n_heads=14, head_dim=64, ffn_dim=4864, tie_embeddings=True),
         "qwen2.5-7b": dict(vocab_size=152064, dim=3584, n_heads=28, n_kv_heads=4, ffn_dim=18944),
         "toy": dict(vocab_size=1056, dim=128, n_layers=6, n_heads=4, n_kv_heads=2, head_dim=32, ffn_dim=384,
                     rope_theta=1e4, tie_embeddings=True, max_positions=2048)}
@@ -124,6 +125,7 @@ class VLM(nn.Module):
             raise ValueError(f"head_dim {llm.head_dim} must be even for the rotary embedding")
         self.vision, self.llm, self.image_token_id = vision, llm, image_token_id
         self.embed_noise = 0.0              # see noisy()
+        self.always_sees = False            # see embed(); FSDP needs it
         if vision:
             self.vision_model, self.mlp1 = ViT(vision), Projector(vision, llm.dim)
         self.language_model = nn.ModuleDict(dict(
@@ -170,7 +172,7 @@ class VLM(nn.Module):
         if len(rows) != (expected := n_tiles * (self.vision.tokens_per_tile if self.vision else 1)):
             raise ValueError(f"the pack has {len(rows)} <IMG_CONTEXT> tokens, but its {n_tiles} tiles give {expected}")
         if not n_tiles:
-            if self.vision is None or not (trains(self.vision_model) or trains(self.mlp1)):
+            if self.vision is None or not (self.always_sees or trains(self.vision_model) or trains(self.mlp1)):
                 return h
             tiles = tokens.new_zeros(1, 3, self.vision.image_size, self.vision.image_size, dtype=torch.uint8)
         if self.vision is None:

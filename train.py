@@ -10,7 +10,7 @@ Everything of a run is in --out_dir: log.jsonl, config.json, checkpoints/, bad_s
 stage, a model folder of the stage's name. The same command goes on where it stopped. `base` is the stage that made the
 toy world's own ViT and language model (config/toy_vit.py, config/toy_llm.py).
 """
-import contextlib, math, os, time
+import contextlib, math, os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -21,7 +21,7 @@ from tqdm import tqdm
 import common
 from common import RunConfig, Stage
 from configurator import configure, launch, resolved
-from data import Tokenizer, make_loader, model_inputs, stage_packs
+from data import Tokenizer, held_out, make_loader, model_inputs, stage_packs
 from model import LLMConfig, compile_blocks, train_flops
 from plan import print_plan
 from vision import VisionConfig
@@ -52,23 +52,27 @@ def main():
     dtype = common.compute_dtype(cfg.dtype, dist.device)
     autocast = torch.autocast(dist.device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
     out, peak = Path(cfg.out_dir), common.peak_flops(dist.device)
-    values, checkpoint = resolved(cfg), common.open_run(cfg, origins, stages, dist)     # the newest good one, or None
-    log = common.open_log(out) if dist.is_main else None
+    values, (checkpoint, began) = resolved(cfg), common.open_run(cfg, origins, stages, dist)   # the newest good one
+    log, track = (common.open_log(out), common.open_tracker(cfg, values)) if dist.is_main else (None, None)
+    later = sum(common.stage_steps(cfg, stage) for _, stage in stages)       # steps behind the stage at work
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
 
     for name, stage in stages:
         # ---- one stage: model, data, optimizer ----------------------------------------------------------------------
-        steps, accum = min(stage.steps, cfg.max_steps or stage.steps), stage.grad_accum_steps or cfg.grad_accum_steps
+        steps, accum = common.stage_steps(cfg, stage), stage.grad_accum_steps or cfg.grad_accum_steps
+        later -= steps
         if (out / name / "config.json").exists():
             common.say(dist, f"{name}: finished before, its model folder is {out / name}")
             continue
         folder, first_step = common.where_to_start(cfg, origins, name)
+        accum, began = common.micro_batches(accum, began, name, checkpoint, dist)
         tokenizer_dir = folder or cfg.tokenizer
         tokenizer = Tokenizer(tokenizer_dir)
         model, extra, table = start_model(cfg, origins, folder, tokenizer, text_only=cfg.image_as == "words")
         cfg.template = cfg.template or extra.get("template", "sailvl-chat")
         vision, llm, trainable = model.vision, model.llm, common.set_trainable(model, stage)
         packs = stage_packs(cfg, stage, tokenizer, vision or cfg.vision, packs_per_step=accum * dist.world)
+        val = stage_packs(cfg, stage, tokenizer, vision or cfg.vision, 1, cfg.val_data) if cfg.val_data else None
         common.set_dtypes(model, dtype)
         if vision is not None:
             model.vision_model.drop_path = stage.drop_path
@@ -77,23 +81,24 @@ def main():
         model = common.parallelize(model, cfg, dist).train()
         start_weights(model, table, cfg)                                     # each rank reads what it keeps
         optimizer = common.make_optimizer(model, stage, cfg)
-        state, checkpoint = common.resume(checkpoint, name, packs.fingerprint, model, optimizer, dist), None
+        state, checkpoint = common.resume(checkpoint, name, packs, began, model, optimizer, dist), None
         common.announce(cfg, values, origins, name, model, stage, packs, state, dist)
         batches = iter(make_loader(packs, dist.rank, dist.world, cfg.num_workers, state["position"], state["counts"]))
-        step, bad_steps = state["step"], 0
+        step, bad_steps, saving = state["step"], 0, None
         bar = tqdm(total=steps, initial=step, desc=name, disable=None if dist.is_main else True)    # on a terminal
 
         # ==== the loop ===============================================================================================
         while step < steps:
-            start = time.perf_counter()
+            clock = common.Clock(dist.device)
             common.seed_everything(cfg.seed, first_step + step, dist.rank)   # a resumed run draws the same numbers
             micro = [next(batches) for _ in range(accum)]
-            waited = time.perf_counter() - start
+            clock("data")
             # The loss is one token mean over the whole step: all ranks, all micro-batches, whatever their lengths.
             totals = {key: sum(b["size"][key] for b in micro) for key in micro[0]["size"]}
             lengths = [n for b in micro for n in b["lengths"]]
             totals["flops"] = train_flops(vision, llm, totals["tiles"], lengths, totals["supervised"], trainable)
             totals = common.all_reduce_dict(totals, dist)
+            common.watch(cfg, dist, f"{name} step {step + 1}: samples {', '.join(i for b in micro for i in b['ids'])}")
             scale = common.lr_scale(step, steps, stage.warmup_steps, stage.min_lr_ratio)
             getattr(model, "module", model).embed_noise = cfg.embed_noise * min(1, 2 * step / steps)
             for group in optimizer.param_groups:
@@ -103,27 +108,32 @@ def main():
                 common.set_gradient_sync(model, k == accum - 1)
                 with autocast:
                     loss = model(**model_inputs(batch, dist.device))
+                clock("forward")
                 (loss * (dist.world / max(totals["weight"], 1e-9))).backward()  # averaged over ranks, hence * world
                 loss_sum += loss.detach()
+                clock("backward")
             loss = common.all_reduce_sum(loss_sum, dist).item() / max(totals["weight"], 1e-9)
             norm, norms = common.clip_grad_norm(model, cfg.grad_clip)
             finite = math.isfinite(loss) and bool(norm.isfinite())           # the same on every rank
             if finite:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            clock("optimizer")
             step, bad_steps = step + 1, 0 if finite else bad_steps + 1
             bar.update()
             common.log_bad(out, [bad for b in micro for bad in b["bad"]])
 
             # ---- what happened ----
-            state = common.next_state(state, step, micro[-1], totals)
-            clock = time.perf_counter() - start, waited
-            row = common.step_row(name, step, steps, loss, norm, norms, optimizer, totals, state, clock, peak, dist)
+            state = common.next_state(state, step, micro[-1], totals, loss)
+            row = common.step_row((steps, later), loss, norm, norms, optimizer, totals, state, clock, peak, dist)
             if not finite:
                 row["skipped"] = sum(common.gather([i for b in micro for i in b["ids"]], dist), [])
                 common.say(dist, f"WARNING: step {step} skipped: loss {loss}, gradient norm {norm.item()}")
+            if val and (step % cfg.val_every == 0 or step == steps):
+                with autocast:
+                    row["val_loss"] = common.validation_loss(model, held_out(val, cfg.val_packs, dist), dist)
             if dist.is_main:
-                common.log_line(log, row)
+                common.log_line(log, row, track)
                 if step % cfg.print_every == 0 or step == steps:
                     bar.write(common.format_step(row))
             if bad_steps >= 3:
@@ -131,11 +141,15 @@ def main():
             common.check_quarantine(state, packs, out)
             stop = preemption.stop_requested(dist)
             if stop or step % cfg.save_every == 0:
-                common.save_checkpoint(out, first_step + step, model, optimizer, state, dist, cfg.keep)
+                common.watch(cfg, dist, f"{name} step {step}: checkpoint")
+                saving = common.save_checkpoint(out, first_step + step, model, optimizer, state, dist, cfg.keep, saving,
+                                                wait=stop or not cfg.save_async)
             if stop:
                 common.say(dist, f"stopped by a signal after {name} {step}, saved; the same command goes on")
                 return common.close_distributed()
         # ==== end of the loop ========================================================================================
+        common.saved(saving)
+        common.watch(cfg, dist, "")
         bar.close()
 
         parts = dict(model=(vision, llm), vision=(vision, None))[cfg.export]

@@ -11,7 +11,6 @@ vision = "internvit-300m"             # [P] InternViT-300M-448px
 llm = "qwen2.5-7b"                    # [P] Qwen2.5-7B-Instruct
 template = "sailvl-chat"              # [P]
 stages = "alignment,advance"          # [P] projector alone, then ViT + projector; the LLM is frozen in both
-
 max_tiles, min_tiles = 12, 1          # [P] max_dynamic_patch, min_dynamic_patch of the released config
 thumbnail = True                      # [P] use_thumbnail
 tokens_per_pack = 8192                # [S2] packed length 8192
@@ -26,12 +25,9 @@ save_every = 500                      # [I]
 
 alignment.steps = 2500                # [I] a fifth of 52B tokens [P], as in the 2B recipe
 alignment.lr_projector = 2e-4         # [S2] basic pretraining, [IVL] stage 1
-alignment.warmup_steps = 100          # [IVL]
-alignment.weight_decay = 0.05         # [IVL] 8B models and larger
-
 advance.steps = 10000                 # [I] the other four fifths
 advance.lr_vision = 2e-5              # [S2] SAIL-ViT stage II
 advance.lr_projector = 2e-5           # [S2]
-advance.warmup_steps = 100            # [IVL] stage 1.5
-advance.weight_decay = 0.05           # [IVL]
 advance.drop_path = 0.1               # [IVL] whenever the ViT trains
+alignment.warmup_steps = advance.warmup_steps = 100     # [IVL] stages 1 and 1.5
+alignment.weight_decay = advance.weight_decay = 0.05    # [IVL] 8B models and larger

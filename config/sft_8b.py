@@ -10,7 +10,6 @@ vision = "internvit-300m"             # [P]
 llm = "qwen2.5-7b"                    # [P]
 template = "sailvl-chat"              # [P]
 stages = "knowledge,instruction,preference"   # [P] rising complexity
-
 max_tiles, min_tiles = 12, 1          # [P] max_dynamic_patch, min_dynamic_patch of the released config
 thumbnail = True                      # [P] use_thumbnail
 tokens_per_pack = 8192                # [S2] packed length 8192
@@ -25,21 +24,15 @@ save_every = 500                      # [I]
 
 knowledge.data = ""                   # world knowledge, basic instructions (Infinity-MM stage 2 is the public part [P])
 knowledge.steps = 41015               # [A] 21M samples [P] / 512
-knowledge.lr_vision, knowledge.lr_projector, knowledge.lr_llm = 2e-5, 2e-5, 2e-5   # [I] half of InternVL2.5's
+knowledge.lr_vision = knowledge.lr_projector = knowledge.lr_llm = 2e-5          # [I] half of InternVL2.5's
 knowledge.warmup_steps = 1230         # [IVL] 3 % of the steps
-knowledge.weight_decay = 0.05         # [IVL] 8B
-knowledge.drop_path = 0.1             # [IVL]
-
 instruction.data = ""                 # visual instruction following
 instruction.steps = 23437             # [A] 12M samples [P] / 512
-instruction.lr_vision, instruction.lr_projector, instruction.lr_llm = 2e-5, 2e-5, 2e-5   # [I] half of InternVL2.5's
+instruction.lr_vision = instruction.lr_projector = instruction.lr_llm = 2e-5    # [I]
 instruction.warmup_steps = 703        # [IVL] 3 %
-instruction.weight_decay = 0.05       # [IVL]
-instruction.drop_path = 0.1           # [IVL]
-
 preference.data = ""                  # small and complex: reasoning (Infinity-MM stage 4 is the public part [P])
 preference.steps = 6835               # [A] 3.5M samples [P] / 512
-preference.lr_vision, preference.lr_projector, preference.lr_llm = 1e-5, 1e-5, 1e-5   # [I] half, at the end
+preference.lr_vision = preference.lr_projector = preference.lr_llm = 1e-5       # [I] half, at the end
 preference.warmup_steps = 205         # [IVL] 3 %
-preference.weight_decay = 0.05        # [IVL]
-preference.drop_path = 0.1            # [IVL]
+knowledge.weight_decay = instruction.weight_decay = preference.weight_decay = 0.05      # [IVL] 8B
+knowledge.drop_path = instruction.drop_path = preference.drop_path = 0.1                # [IVL]

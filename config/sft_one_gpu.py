@@ -4,7 +4,7 @@
 """
 out_dir = "out/sft_one_gpu"           # everything here is our choice
 stages = "instruction"
-activation_checkpointing = True       # each block again in the backward pass: a third more time
+activation_checkpointing = "full"       # each block again in the backward pass: a third more time
 grad_accum_steps = 16                 # 16 packs of 8192 tokens: some 64 to 400 samples a step
 save_every = 100
 instruction.steps = 500

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as td
@@ -30,13 +31,19 @@ class Block(nn.Module):
         return x + self.down_proj(torch.tanh(self.up_proj(self.input_layernorm(x))))
 
 
+class Vision(nn.Module):
+    def forward(self, tiles):
+        x = self.patch_embedding(tiles).flatten(2).transpose(1, 2) + self.class_embedding  # (N, P, C)
+        return self.encoder.layers[0](x * self.ls1)
+
+
 class Tiny(nn.Module):
     """A stand-in with the three parts of a VLM; tied embedding as in the small language models. Odd sizes, so that no
     dimension divides evenly over two ranks."""
 
     def __init__(self, dim=7, vocab=11, tied=True):
         super().__init__()
-        self.vision_model = nn.Module()
+        self.vision_model = Vision()
         self.vision_model.class_embedding = nn.Parameter(torch.zeros(1, 1, dim))
         self.vision_model.patch_embedding = nn.Conv2d(3, dim, 2, 2)
         self.vision_model.ls1 = nn.Parameter(torch.ones(dim))
@@ -52,9 +59,7 @@ class Tiny(nn.Module):
             self.language_model.lm_head.weight = self.language_model.model.embed_tokens.weight
 
     def logits(self, tokens, tiles):
-        v = self.vision_model
-        x = v.patch_embedding(tiles).flatten(2).transpose(1, 2) + v.class_embedding  # (N, P, C)
-        x = self.mlp1(v.encoder.layers[0](x * v.ls1).mean(dim=(0, 1)))  # (C,)
+        x = self.mlp1(self.vision_model(tiles).mean(dim=(0, 1)))  # (C,)
         x = self.language_model.model.embed_tokens(tokens) + x  # (T, C)
         for layer in self.language_model.model.layers:
             x = layer(x)
@@ -221,6 +226,75 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capf
     assert common.find_checkpoint(tmp_path).name == "step_00000002"
 
 
+def test_a_strict_resume_refuses_a_damaged_checkpoint_instead_of_going_back(tmp_path):
+    model, optimizer = build(ALL, RunConfig(), ALONE)
+    for step in (1, 2):
+        common.save_checkpoint(tmp_path, step, model, optimizer, {}, ALONE, keep=2)
+    assert common.find_checkpoint(tmp_path, strict=True).name == "step_00000002"
+    flip_a_bit(tmp_path / "checkpoints" / "step_00000002")
+    with pytest.raises(ValueError, match="damaged checkpoint .*step_00000002: __0_0.distcp has changed"):
+        common.find_checkpoint(tmp_path, strict=True)
+
+
+def test_swapped_slices_of_two_ranks_are_damage(two_ranks):
+    path = sorted((two_ranks[0] / "ddp" / "checkpoints").glob("step_*"))[-1]
+    first, second = sorted(path.glob("*.distcp"))
+    contents = first.read_bytes(), second.read_bytes()
+    assert common.damage(path) is None and contents[0] != contents[1]
+    try:
+        second.write_bytes(contents[0])
+        first.write_bytes(contents[1])
+        assert "has changed since it was written" in common.damage(path)
+    finally:
+        first.write_bytes(contents[0])
+        second.write_bytes(contents[1])
+
+
+def test_spikes_of_ten_sigma_are_found_and_one_step_in_ten_thousand_alarms_at_most():
+    found = false = steps = 0
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        losses = 8 * np.exp(-np.arange(2000) / 400) + 2 + 0.05 * rng.standard_normal(2000)
+        spikes = set(rng.choice(np.arange(150, 2000), 5, replace=False).tolist())
+        window = []
+        for step, loss in enumerate(losses):
+            sigmas, window = common.spike(window, float(loss) + 0.5 * (step in spikes))
+            found += sigmas > common.SPIKE and step in spikes
+            false += sigmas > common.SPIKE and step not in spikes
+            steps += 1
+    assert found >= 0.99 * 500 and false <= steps / 10_000, (found, false)
+    assert common.spike(window, float("nan")) == (0.0, window)
+    alarms = 0
+    for _ in range(500):                                  # a loss that stays up ends the alarm
+        sigmas, window = common.spike(window, 4.0 + 0.05 * float(rng.standard_normal()))
+        alarms += sigmas > common.SPIKE
+    assert 0 < alarms < 128 and sigmas < common.SPIKE
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_tracker_is_off_by_default_and_one_that_is_not_installed_says_what_to_do(tmp_path, monkeypatch, name):
+    assert common.open_tracker(RunConfig(), {}) is None
+    monkeypatch.setitem(sys.modules, {"tensorboard": "torch.utils.tensorboard"}.get(name, name), None)
+    with pytest.raises(ValueError, match=f"pip install {name}"):
+        common.open_tracker(RunConfig(track=name, out_dir=str(tmp_path)), {})
+    rows = []
+    with common.open_log(tmp_path) as f:
+        common.log_line(f, {"step": 1}, rows.append)
+    assert rows == [{"step": 1}]
+
+
+def test_a_save_beside_the_training_holds_the_moment_it_was_asked_for(tmp_path):
+    model, optimizer = build(ALL, RunConfig(), ALONE)
+    train(model, optimizer, ALONE, [0, 1], range(2))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    future = common.save_checkpoint(tmp_path, 2, model, optimizer, {}, ALONE, keep=2, wait=False)
+    train(model, optimizer, ALONE, [0, 1], range(2, 4))   # while it is being written
+    common.saved(future)
+    again, again_optimizer = build(ALL, RunConfig(), ALONE)
+    common.load_checkpoint(common.find_checkpoint(tmp_path), again, again_optimizer, ALONE)
+    assert largest_difference(again.state_dict(), before) == 0.0
+
+
 def test_a_save_that_dies_anywhere_leaves_the_last_checkpoint_usable(tmp_path, monkeypatch):
     model, optimizer = build(ALL, RunConfig(), ALONE)
     common.save_checkpoint(tmp_path, 1, model, optimizer, {}, ALONE, keep=2)
@@ -344,11 +418,11 @@ def test_clipping_reports_the_norm_per_module_and_scales_all_by_one_factor():
 
 def test_activation_checkpointing_changes_neither_gradients_nor_names():
     grads = []
-    for on in (False, True):
-        model, _ = build(ALL, RunConfig(activation_checkpointing=on), ALONE)
+    for what in ("none", "selective", "full"):
+        model, _ = build(ALL, RunConfig(activation_checkpointing=what), ALONE)
         model(*batch(0, 0)).backward()
         grads.append({n: p.grad for n, p in model.named_parameters()})
-    assert largest_difference(*grads) == 0.0
+    assert largest_difference(*grads[:2]) == largest_difference(*grads[1:]) == 0.0
 
 
 def test_a_second_job_in_the_run_folder_is_refused_by_pid_and_a_dead_holder_is_not_in_the_way(tmp_path):
@@ -386,10 +460,13 @@ def test_the_run_record_says_what_ran(tmp_path):
 def test_the_step_line_shows_all_that_was_promised():
     row = {"stage": "advance", "step": 12, "steps": 400, "loss": 2.34567, "lr": {"vision": 1e-5, "llm": 0.0},
            "tokens_per_s": 12345.6, "tiles_per_s": 7.5, "mfu": None, "data_wait": 0.031, "memory_gb": 1.25,
-           "dropped": 2, "quarantined": 3, "eta_s": 3725.0}
+           "dropped": 2, "quarantined": 3, "eta_s": 3725.0, "run_eta_s": 7200.0,
+           "spike": 0.5}
     assert common.format_step(row) == ("advance 12/400 | loss 2.3457 | lr vision 1.0e-05 | 12,346 tok/s 7.5 tiles/s | "
-                                       "mfu n/a | data wait 3% | mem 1.2 GB | dropped 2 quarantined 3 | eta 1:02:05")
+                                       "mfu n/a | data wait 3% | mem 1.2 GB | dropped 2 quarantined 3 | eta 1:02:05 of "
+                                       "2:00:00")
     assert "mfu 41.2%" in common.format_step(row | {"mfu": 0.412})
+    assert common.format_step(row | {"spike": 9.4, "val_loss": 1.25}).endswith("| SPIKE 9 sigma | val loss 1.2500")
 
 
 @pytest.mark.parametrize(("name", "peak"), [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12),

@@ -1,0 +1,16 @@
+"""Ablations of fine-tuning on one GPU of 24 GB, on top of the 2B recipe and after config/ablation.py.
+
+    python sft.py config/sft_2b.py config/ablation_sft.py --knowledge.data=K.json --instruction.data=I.json \\
+        --preference.data=P.json
+"""
+out_dir = "out/ablation/sft"
+init_from = "out/ablation/pretrain/advance"
+llm = "qwen2.5-0.5b"
+max_tiles, max_tiles_per_pack = 6, 24
+tokens_per_pack = 4096
+grad_accum_steps = 16
+activation_checkpointing = "selective"
+save_every = val_every = 250
+
+knowledge.steps, instruction.steps, preference.steps = 2000, 1500, 500
+knowledge.warmup_steps = instruction.warmup_steps = preference.warmup_steps = 50
