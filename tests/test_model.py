@@ -71,7 +71,7 @@ def test_a_sharded_head_gives_the_same_loss_and_gradients(head):
         plain, sharded = (tiny(tie_embeddings=head == "tied") for _ in range(2))
         if head == "a unit of its own":
             fully_shard(sharded.language_model.lm_head)
-        parallelize(sharded, types.SimpleNamespace(activation_checkpointing=True, parallel="fsdp", dtype="float32"), Dist())
+        parallelize(sharded, types.SimpleNamespace(activation_checkpointing="full", parallel="fsdp", dtype="float32"), Dist())
         batch = pack((9, 30, 14), (1, 3, 0))
         losses = [model(*batch, torch.linspace(0, 1, 53)) for model in (plain, sharded)]
         for loss in losses:
