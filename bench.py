@@ -87,6 +87,7 @@ ATTN = dict(cpu=dict(vit_1025=([1025] * 2, 4, 4, 64, False), vit_demo=([37] * 40
 
 def attention_sides(lengths, causal, device):
     """{name: f(q, k, v)} of packed q (T, H, D), k and v (T, K, D); the one after ours runs everywhere."""
+    torch._dynamo.reset()                                       # or flex would run eagerly after eight graphs
     S, L, cu = len(lengths), max(lengths), torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     sdpa = functools.partial(F.scaled_dot_product_attention, is_causal=causal, enable_gqa=True)
     def batch(*qkv):                                                                            # (S, heads, L, D)
@@ -307,7 +308,9 @@ def main():
     configure(cfg := Config(), sys.argv[2:])
     device = common.setup_distributed(cfg.device).device
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
-    wanted = lambda rows: [(n, x) for n, x in rows.items() if n.startswith(tuple(cfg.rows.split(",")))]
+    def wanted(rows):
+        if picked := [(n, x) for n, x in rows.items() if n.startswith(tuple(cfg.rows.split(",")))]: return picked
+        raise ValueError(f"--rows={cfg.rows}: no such row; there are {', '.join(rows)}")
     report(parts[sys.argv[1]](cfg, device, wanted), device)
 
 if __name__ == "__main__":

@@ -247,7 +247,7 @@ def _backward_kv(q, k, v, dout, lse, delta, dk, dv, table, T, q_row, k_row, v_ro
     _document(dv, start, start + last, K * D, K * D, BN, D).store([first, kv_head * D], a_v.to(block_k.dtype))
 
 # ---- triton: from tensors to launches --------------------------------------------------------------------------------
-BLOCKS = {           # up to this D: (BM, BN, warps, stages) for 16-bit numbers; `bench.py sm90-gate` compiles them all
+BLOCKS = {           # up to this D: (BM, BN, warps, stages) for 16-bit numbers; tests/sm90.py compiles them all
     "_forward": {128: (128, 128, 4, 2), 256: (128, 64, 8, 2)},
     "_backward_q": {64: (128, 128, 8, 2), 128: (128, 64, 8, 2), 256: (64, 64, 8, 2)},
     "_backward_kv": {64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (32, 64, 8, 2)}}
@@ -280,7 +280,8 @@ def _launch(kernel, tensors, q, k, v, cu_seqlens, causal):
     name, capability = kernel.fn.__name__, torch.cuda.get_device_capability(q.device) if q.is_cuda else ()
     BM, BN, options = launch_settings(name, D, q.dtype, capability)
     if q.is_cuda:                   # where descriptors live; set here because the backward pass has a thread of its own
-        triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=q.device))
+        device = q.device           # not q: the allocator outlives this call and would hold on to it
+        triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=device))
     fold = FOLD and not causal and all(b - a > 1 and (b - a) % 128 == 1 for a, b in zip(borders, borders[1:]))
     of_queries = name != "_backward_kv"
     own, longest = BM if of_queries else BN, max(borders)       # rows of the block that a program owns
@@ -296,7 +297,7 @@ def _launch(kernel, tensors, q, k, v, cu_seqlens, causal):
 def _aligned(x):
     """x (T, heads, D) with its heads side by side and rows at multiples of 16 bytes, as descriptors need it."""
     good = x.stride()[1:] == (x.shape[2], 1) and x.stride(0) * x.element_size() % 16 == 0 == x.data_ptr() % 16
-    return x if good else x.contiguous()
+    return x if good else x.clone(memory_format=torch.contiguous_format)
 
 @torch.library.custom_op("sail_vl::attention", mutates_args=())
 def _triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor,
