@@ -187,7 +187,7 @@ def build(size, stage, dtype, device):
     """-> model, optimizer. fp32 masters of what trains; the arithmetic of `dtype` comes from autocast."""
     with torch.device("meta"):
         model = VLM(*SIZES[size][:2], image_token_id(TOKENIZER))
-    model.to_empty(device=device).tie_weights()
+    model.to_empty(device=device)
     torch.manual_seed(0)
     for name, p in model.named_parameters():                    # on the device: init_weights would take minutes at 8B
         p.data.normal_(0, 0.02) if p.ndim > 1 else p.data.fill_(not name.endswith("bias"))

@@ -20,7 +20,7 @@ def print_plan(cfg, stages, world):
     for name, stage in stages:
         rows = common.print_stage_table(name, model, stage)
         memory = sum(16 * trainable + 2 * (n - trainable) for _, n, trainable, _, _ in rows)
-        pack, steps = stage.tokens_per_pack or cfg.tokens_per_pack, min(stage.steps, cfg.max_steps or stage.steps)
+        pack, steps = stage.tokens_per_pack or cfg.tokens_per_pack, common.stage_steps(cfg, stage)
         tokens = min(TOKENS, pack)
         samples = pack // tokens * (stage.grad_accum_steps or cfg.grad_accum_steps) * world
         trained = tuple(lr > 0 for lr in (stage.lr_vision, stage.lr_projector, stage.lr_llm))
