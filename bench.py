@@ -5,13 +5,15 @@
     python bench.py train         # training steps: tokens/s, strict MFU, memory, against our own padded batches
     python bench.py vs-hf         # training steps against transformers' InternVL: same weights, same samples
     python bench.py decode        # tokens/s of one answer against transformers' generate, prompts/s of many against one
+    python bench.py stages        # alignment and advance beside sft: seconds of a step against its share of the FLOPs
     python bench.py warmup        # seconds until the first compiled step is done, graphs compiled for 20 more packs
 
-Prints device and versions, a markdown table and, on the last line, the same rows as JSON: row, value, unit and, beside
-a peer, peer, peer_value, ratio (ours over theirs, above 1 is better). `make gpu` runs it all where there is a GPU.
-Data and weights are random. Shape letters: as in kernels/attention.py.
+Rows come as they are measured; at the end, whatever happened, device and versions, a markdown table and, on the last
+line, the same rows as JSON: row, value, unit and, beside a peer, peer, peer_value, ratio (ours over theirs, above 1 is
+better). A row that fails, or whose sides disagree, is named and left out, and the exit code is 1. `make gpu` runs it
+all where there is a GPU. Data and weights are random. Shape letters: as in kernels/attention.py.
 """
-import contextlib, functools, importlib.metadata, itertools, json, re, subprocess, sys, tempfile, time
+import contextlib, functools, gc, importlib.metadata, itertools, json, re, signal, subprocess, sys, tempfile, time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -55,13 +57,23 @@ def seconds_per_call(sides, rounds, device):
 
 def compare(row, sides, cfg, device, work, unit, **more):
     """Rows of `ours` beside each other side: value = work of a call / its seconds; more: further columns."""
+    assert sides.keys() > {"ours"}, f"only {', '.join(sides) or 'nothing'} runs here: nothing to compare"
     rates = {name: work / seconds for name, seconds in seconds_per_call(sides, cfg.rounds, device).items()}
     return [dict(row=row, value=rates["ours"], unit=unit, peer=name, peer_value=rate, ratio=rates["ours"] / rate) | more
             for name, rate in rates.items() if name != "ours"]
 
 def error(ours, theirs):
     """Largest difference over the largest value, of lists of tensors."""
-    return max(((a.float() - b.float()).abs().max() / b.float().abs().max()).item() for a, b in zip(ours, theirs))
+    return max(((a.double() - b).abs().max() / b.double().abs().max()).item() for a, b in zip(ours, theirs))
+
+def agree(errors):
+    """Refuse a row in which we err more than twice as much as the best peer; errors: {side: error} against fp64."""
+    best = min(e for side, e in errors.items() if side != "ours")
+    assert errors["ours"] <= 2 * best + 1e-6, f"ours errs by {errors['ours']:.2g}, the best peer by {best:.2g}"
+    return errors
+
+def show(x):
+    return (f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}") if isinstance(x, float) else str(x)
 
 def report(rows, device):
     packages = {d.name: d.version for d in importlib.metadata.distributions()}
@@ -70,7 +82,6 @@ def report(rows, device):
     name = torch.cuda.get_device_name() if device.type == "cuda" else cpu
     print("", f"{name}, {torch.get_num_threads()} CPU threads, {', '.join(versions)}", "", sep="\n")
     columns = list(dict.fromkeys(itertools.chain(*rows)))
-    show = lambda x: (f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}") if isinstance(x, float) else str(x)
     for line in columns, ["---"] * len(columns), *([show(row.get(c, "")) for c in columns] for row in rows):
         print(f"| {' | '.join(line)} |")
     print(json.dumps(rows))
@@ -105,51 +116,57 @@ def attention_sides(lengths, causal, device):
     flex = torch.compile(functools.partial(flex_attention, block_mask=mask, enable_gqa=True))
     sides["flex"] = lambda *qkv: flex(*(x.transpose(0, 1)[None] for x in qkv))[0].transpose(0, 1)
     with contextlib.suppress(ImportError):
+        from flash_attn_interface import flash_attn_varlen_func as flash_3
+        sides["flash-attn 3"] = lambda *qkv: flash_3(*qkv, cu.to(device), cu.to(device), L, L, causal=causal)
+    with contextlib.suppress(ImportError):
         from flash_attn import flash_attn_varlen_func
         at = cu.to(device)
         sides["flash-attn"] = lambda *qkv: flash_attn_varlen_func(*qkv, at, at, L, L, causal=causal)
     return sides
 
-def attn(cfg, device, wanted):
-    dtype, rows = torch.bfloat16 if device.type == "cuda" else torch.float32, []
-    for name, (lengths, H, K, D, causal) in wanted(ATTN[device.type]):
-        *qkv, dout = (torch.randn(sum(lengths), n, D, device=device, dtype=dtype) for n in (H, K, K, H))
-        sides, modes, errors = attention_sides(lengths, causal, device), dict(fwd={}, bwd={}), {}
-        def run(f, kind):
-            x = [t.to(kind, copy=True).requires_grad_() for t in qkv]
-            out = f(*x)
-            backward = functools.partial(torch.autograd.grad, out, x, dout.to(kind), retain_graph=True)
-            return [out.detach(), *backward()], backward
-        exact, _ = run(list(sides.values())[1], torch.float32)
-        for side, f in sides.items():
-            try:
-                results, modes["bwd"][side] = run(f, dtype)
-                errors[side], modes["fwd"][side] = error(results, exact), functools.partial(torch.no_grad()(f), *qkv)
-            except RuntimeError as e:
-                print(f"{name}: {side} does not run here: {str(e).strip().splitlines()[0][:150]}")
-        flops = 4 * D * H * sum(n * (n + 1) // 2 if causal else n * n for n in lengths) / 1e12   # visible pairs only
-        for mode, work in dict(fwd=flops, bwd=2.5 * flops).items():
-            more = compare(f"{name}_{mode}", modes[mode], cfg, device, work, "TFLOP/s", error=errors["ours"])
-            rows += [row | dict(peer_error=errors[row["peer"]]) for row in more]
-    return rows
+def attn(cfg, device, name, lengths, H, K, D, causal):
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    *qkv, dout = (torch.randn(sum(lengths), n, D, device=device, dtype=dtype) for n in (H, K, K, H))
+    sides, modes, errors = attention_sides(lengths, causal, device), dict(fwd={}, bwd={}), {}
+    def run(f, kind):
+        x = [t.to(kind, copy=True).requires_grad_() for t in qkv]
+        out = f(*x)
+        backward = functools.partial(torch.autograd.grad, out, x, dout.to(kind), retain_graph=True)
+        return [out.detach(), *backward()], backward
+    exact, _ = run(list(sides.values())[1], torch.float32 if device.type == "cuda" else torch.float64)
+    for side, f in sides.items():
+        try:
+            results, backward = run(f, dtype)
+            errors[side], modes["bwd"][side] = error(results, exact), backward
+            modes["fwd"][side] = functools.partial(torch.no_grad()(f), *qkv)
+        except Exception as e:                                  # of a library that is built for other machines
+            print(f"{name}: {side} does not run here: {str(e).strip().splitlines()[0][:150]}", flush=True)
+    agree(errors)
+    flops = 4 * D * H * sum(n * (n + 1) // 2 if causal else n * n for n in lengths) / 1e12      # visible pairs only
+    for mode, work in dict(fwd=flops, bwd=2.5 * flops).items():
+        for row in compare(f"{name}_{mode}", modes[mode], cfg, device, work, "TFLOP/s", error=errors["ours"]):
+            yield row | dict(peer_error=errors[row["peer"]])
 
-def ce(cfg, device, wanted):
-    cuda, rows = device.type == "cuda", []
-    (R, width, V), dtype = ((4096, 1536, 151936), torch.bfloat16) if cuda else ((1024, 384, 16384), torch.float32)
+def ce(cfg, device, name, trains):
+    (R, width, V), dtype = ((4096, 1536, 151936), torch.bfloat16) if device.type == "cuda" else (
+        (1024, 384, 16384), torch.float32)
     h, labels = torch.randn(R, width, device=device, dtype=dtype), torch.randint(V, (R,), device=device)
+    weight = (0.02 * torch.randn(V, width, device=device)).to(torch.float32 if trains else dtype)
+    inputs = [h.requires_grad_(), weight.requires_grad_(trains)][:1 + trains]
     plain = lambda h, w, labels: F.cross_entropy((h @ w.to(h.dtype).T).float(), labels, reduction="sum")
-    for name, trains in wanted(dict(ce_frozen=False, ce_trains=True)):
-        weight = (0.02 * torch.randn(V, width, device=device)).to(torch.float32 if trains else dtype)
-        inputs = [h.requires_grad_(), weight.requires_grad_(trains)][:1 + trains]
-        sides = {side: lambda f=f: torch.autograd.grad(f(h, weight, labels) / R, inputs)
-                 for side, f in (("ours", C.linear_cross_entropy), ("plain", plain))}
-        rows += compare(name, sides, cfg, device, 1.0, "steps/s", error=error(sides["ours"](), sides["plain"]()))
-        for side, f in sides.items() if cuda else ():           # peak on top of what is there, the gradients included
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            f()
-            rows[-1][f"{side}_mb"] = (torch.cuda.max_memory_allocated() - before) / 1e6
-    return rows
+    sides = {side: lambda f=f: torch.autograd.grad(f(h, weight, labels) / R, inputs)
+             for side, f in (("ours", C.linear_cross_entropy), ("plain", plain))}
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    exact = torch.autograd.grad(plain(wide[0], wide[1] if trains else weight.double(), labels) / R, wide)
+    errors = agree({side: error(f(), exact) for side, f in sides.items()})
+    del wide, exact
+    (row,), memory = compare(name, sides, cfg, device, 1.0, "steps/s", error=errors["ours"]), {}
+    for side, f in sides.items() if device.type == "cuda" else ():      # peak on top of what is there, gradients too
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        f()
+        memory[f"{side}_mb"] = (torch.cuda.max_memory_allocated() - before) / 1e6
+    yield row | dict(peer_error=errors["plain"]) | memory
 
 # ---- train, warmup, vs-hf --------------------------------------------------------------------------------------------
 # name: (ViT, LLM, samples, tiles of each, text tokens of each (from, to))
@@ -205,113 +222,147 @@ def step(loss, optimizer, dtype, device):
     optimizer.zero_grad(set_to_none=True)
     return value.detach()
 
-def train(cfg, device, wanted):
-    size, others, rows, dtype = "toy", {}, [], common.compute_dtype("auto", device)
-    if cuda := device.type == "cuda":
-        size, others = "2b", {"8b_advance": ("8b", "advance")}
-    for name, (size, stage) in wanted({f"{size}_{stage}": (size, stage) for stage in STAGES} | others):
-        (model, optimizer), (samples, tiles) = build(size, stage, dtype, device), random_samples(size)
-        if cuda:
-            compile_blocks(model)
-            torch.cuda.reset_peak_memory_stats()
-        packs = {"ours": pack(samples, tiles, device), "ours, padded": pack([*zip(*padded(samples))], tiles, device)}
-        supervised, lengths = int((packs["ours"]["labels"] != IGNORE).sum()), [len(t) for t, _ in samples]
-        sides = {side: lambda m=model, o=optimizer, p=p: step(lambda: m(**p) / supervised, o, dtype, device)
-                 for side, p in packs.items()}
-        rows += compare(name, sides, cfg, device, float(sum(lengths)), "tokens/s")
-        flops = train_flops(*SIZES[size][:2], len(tiles), lengths, supervised, STAGES[stage])
-        tflops, peak = rows[-1]["value"] / sum(lengths) * flops / 1e12, common.peak_flops(device)
-        rows[-1] |= dict(tflops=tflops, mfu_percent=tflops * 1e14 / peak if peak else "", gb=common.peak_memory_gb())
-        model = optimizer = sides = None                        # before the next is built
-    return rows
+def train(cfg, device, name, size, stage):
+    dtype, cuda = common.compute_dtype("auto", device), device.type == "cuda"
+    (model, optimizer), (samples, tiles) = build(size, stage, dtype, device), random_samples(size)
+    packs = {"ours": pack(samples, tiles, device), "ours, padded": pack([*zip(*padded(samples))], tiles, device)}
+    supervised, lengths = int((packs["ours"]["labels"] != IGNORE).sum()), [len(t) for t, _ in samples]
+    sides = {side: lambda p=p: step(lambda: model(**p) / supervised, optimizer, dtype, device)
+             for side, p in packs.items()}
+    if cuda:
+        compile_blocks(model)
+        torch.cuda.reset_peak_memory_stats()
+        sides["ours"]()                                         # alone: the memory is ours
+    memory = common.peak_memory_gb()
+    row, = compare(name, sides, cfg, device, float(sum(lengths)), "tokens/s")
+    flops = train_flops(*SIZES[size][:2], len(tiles), lengths, supervised, STAGES[stage])
+    tflops, peak = row["value"] / sum(lengths) * flops / 1e12, common.peak_flops(device)
+    yield row | dict(tflops=tflops, mfu_percent=tflops * 1e14 / peak if peak else "", gb=memory)
 
-def warmup(cfg, device, wanted):
-    size, dtype, seen = "2b" if device.type == "cuda" else "toy", common.compute_dtype("auto", device), []
+def stages(cfg, device, name, size):
+    """Seconds of a step with frozen parts beside one in which all train, over the same ratio of FLOPs: 1 is ideal."""
+    dtype, (samples, tiles) = common.compute_dtype("auto", device), random_samples(size)
+    batch, lengths, sides, flops = pack(samples, tiles, device), [len(t) for t, _ in samples], {}, {}
+    supervised = int((batch["labels"] != IGNORE).sum())
+    for stage, trains in STAGES.items():
+        model, optimizer = build(size, stage, dtype, device)
+        if device.type == "cuda": compile_blocks(model)
+        sides[stage] = lambda m=model, o=optimizer: step(lambda: m(**batch) / supervised, o, dtype, device)
+        flops[stage] = train_flops(*SIZES[size][:2], len(tiles), lengths, supervised, trains)
+    seconds = seconds_per_call(sides, cfg.rounds, device)
+    for stage in ("alignment", "advance"):
+        share, ideal = seconds[stage] / seconds["sft"], flops[stage] / flops["sft"]
+        yield dict(row=f"{name}_{stage}", value=share, unit="of sft", flop_share=ideal, over_share=share / ideal)
+
+def warmup(cfg, device, name, size):
+    dtype, seen = common.compute_dtype("auto", device), []
     model, optimizer = build(size, "sft", dtype, device)
     compile_blocks(model)
     for seed in range(21):
         batch, start = pack(*random_samples(size, seed), device), time.perf_counter()
         step(lambda: model(**batch) / 1000, optimizer, dtype, device).item()
         seen.append((time.perf_counter() - start, torch._dynamo.utils.counters["stats"]["unique_graphs"]))
-    return [dict(row=f"{size}_first_step", value=seen[0][0], unit="s"),
-            dict(row=f"{size}_next_20_steps", value=sum(s for s, _ in seen[1:]), unit="s"),
-            dict(row=f"{size}_graphs_after_the_first_step", value=seen[-1][1] - seen[0][1], unit="graphs")]
+    yield dict(row=f"{name}_first_step", value=seen[0][0], unit="s")
+    yield dict(row=f"{name}_next_20_steps", value=sum(s for s, _ in seen[1:]), unit="s")
+    yield dict(row=f"{name}_graphs_after_the_first_step", value=seen[-1][1] - seen[0][1], unit="graphs")
 
-def vs_hf(cfg, device, wanted):
-    """Both sides train everything with AdamW, in the row's arithmetic; theirs takes a right-padded batch."""
+def export_and_load(state, configs, dtype, device):
+    """-> transformers' InternVL with these weights, and the folder of ours beside it, which goes with the process."""
     from transformers import InternVLForConditionalGeneration
-    rows, kinds = [], dict(fp32=torch.float32, bf16=torch.bfloat16)
-    for name, (size, kind) in wanted({n: n.split("_") for n in ("7m_fp32", "7m_bf16", "25m_bf16")}):
-        dtype, (samples, tiles) = kinds[kind], random_samples(size)
-        model, optimizer = build(size, "sft", dtype, device)
-        with tempfile.TemporaryDirectory() as folder:
-            save_folder(model.state_dict(), *SIZES[size][:2], f"{folder}/ours", TOKENIZER, dtype=torch.float32)
-            subprocess.run([sys.executable, "convert.py", "export", f"{folder}/ours", f"{folder}/theirs",
-                            "--layout=transformers"], cwd=TOKENIZER.parent.parent, check=True, capture_output=True)
-            peer = InternVLForConditionalGeneration.from_pretrained(f"{folder}/theirs", dtype=torch.float32)
-        peer, batch, (tokens, labels) = peer.to(device).train(), pack(samples, tiles, device), padded(samples)
-        supervised, mask = int((labels != IGNORE).sum()), torch.tensor([[len(t)] for t, _ in samples])
-        inputs = {name: x.to(device) for name, x in dict(
-            input_ids=tokens, attention_mask=torch.arange(tokens.shape[1]) < mask, pixel_values=normalize(tiles),
-            labels=F.pad(labels[:, :-1], (1, 0), value=IGNORE)).items()}                        # they shift themselves
-        losses = dict(ours=lambda: model(**batch) / supervised, transformers=lambda: peer(**inputs).loss)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            results = [[(loss := losses[side]()), torch.autograd.grad(loss, m.get_parameter(p + "k_proj.weight"))[0]]
-                       for side, m, p in (("ours", model, "language_model.model.layers.0.self_attn."),
-                                          ("transformers", peer, "model.language_model.layers.0.self_attn."))]
-        if cfg.compiled and size == "7m":
-            compiled = torch.compile(peer)
-            losses["transformers, compiled"] = lambda: compiled(**inputs).loss
-        theirs = torch.optim.AdamW(peer.parameters(), lr=1e-6, fused=True)
-        sides = {side: functools.partial(step, loss, optimizer if side == "ours" else theirs, dtype, device)
-                 for side, loss in losses.items()}
-        rows += compare(name, sides, cfg, device, float(len(samples)), "samples/s", error=error(*results))
-    return rows
+    folder = Path(tempfile.mkdtemp(dir=temporary().name))
+    save_folder(state, *configs, folder / "ours", TOKENIZER, dtype=torch.float32)
+    export = [sys.executable, "convert.py", "export", folder / "ours", folder / "theirs", "--layout=transformers"]
+    subprocess.run(export, cwd=TOKENIZER.parent.parent, check=True, capture_output=True)
+    return InternVLForConditionalGeneration.from_pretrained(folder / "theirs", dtype=dtype).to(device), folder / "ours"
+
+temporary = functools.cache(tempfile.TemporaryDirectory)
+
+def vs_hf(cfg, device, name, size, dtype):
+    """Both sides train everything with AdamW, in the row's arithmetic; theirs takes a right-padded batch."""
+    (samples, tiles), (model, optimizer) = random_samples(size), build(size, "sft", dtype, device)
+    peer, _ = export_and_load(model.state_dict(), SIZES[size][:2], torch.float32, device)
+    batch, (tokens, labels) = pack(samples, tiles, device), padded(samples)
+    supervised, mask = int((labels != IGNORE).sum()), torch.tensor([[len(t)] for t, _ in samples])
+    inputs = {name: x.to(device) for name, x in dict(
+        input_ids=tokens, attention_mask=torch.arange(tokens.shape[1]) < mask, pixel_values=normalize(tiles),
+        labels=F.pad(labels[:, :-1], (1, 0), value=IGNORE)).items()}                            # they shift themselves
+    losses = dict(ours=lambda: model(**batch) / supervised, transformers=lambda: peer.train()(**inputs).loss)
+    ours, theirs = ([(loss := losses[side]()), torch.autograd.grad(loss, m.get_parameter(p + "k_proj.weight"))[0]]
+                    for side, m, p in (("ours", model, "language_model.model.layers.0.self_attn."),
+                                       ("transformers", peer, "model.language_model.layers.0.self_attn.")))
+    assert (off := error(ours, theirs)) <= 1e-4, f"loss or gradient differ by {off:.2g} in fp32"     # test_parity's
+    if cfg.compiled and size == "7m":
+        compiled = torch.compile(peer)
+        losses["transformers, compiled"] = lambda: compiled(**inputs).loss
+    if device.type == "cuda": compile_blocks(model)
+    adam = torch.optim.AdamW(peer.parameters(), lr=1e-6, fused=True)
+    sides = {side: functools.partial(step, loss, optimizer if side == "ours" else adam, dtype, device)
+             for side, loss in losses.items()}
+    yield from compare(name, sides, cfg, device, float(len(samples)), "samples/s", error=off)
 
 # ---- decode ----------------------------------------------------------------------------------------------------------
 TINY = VisionConfig(112, dim=192, n_layers=4, n_heads=3, ffn_dim=768), LLMConfig(8192, 384, 10, 6, 2, 64, 1024)
 
-def decode(cfg, device, wanted):
+def decode(cfg, device, name, dtype):
     """tiny: 64 tokens of one answer about one tile. batched: 64 answers of 16 tokens, against one after the other."""
-    from transformers import InternVLForConditionalGeneration
-    image, g, rows, n = image_token_id(TOKENIZER), torch.Generator().manual_seed(0), [], 64
+    image, g, n = image_token_id(TOKENIZER), torch.Generator().manual_seed(0), 64
     tiles = torch.randint(0, 256, (n, 1, 3, 112, 112), generator=g).byte()
     prompts = [[image] * TINY[0].tokens_per_tile + torch.randint(0, 1000, (20 + i,), generator=g).tolist()
                for i in range(n)]
-    kinds = dict(fp32=torch.float32, bf16=torch.bfloat16)
-    with tempfile.TemporaryDirectory() as folder:
-        state = VLM(*TINY, image).init_weights(0, std=0.06).state_dict()
-        save_folder(state, *TINY, f"{folder}/ours", TOKENIZER, dtype=torch.float32)
-        subprocess.run([sys.executable, "convert.py", "export", f"{folder}/ours", f"{folder}/theirs",
-                        "--layout=transformers"], cwd=TOKENIZER.parent.parent, check=True, capture_output=True)
-        for name, dtype in wanted({f"{row}_{kind}": kinds[kind] for row in ("tiny", "batched") for kind in kinds}):
-            model = load_folder(f"{folder}/ours", device, dtype)[0].eval()
-            peer = InternVLForConditionalGeneration.from_pretrained(f"{folder}/theirs", dtype=dtype).to(device)
-            ours = lambda i, j, tokens: generate(model, prompts[i:j], tiles[i:j], tokens, set())
-            ids = torch.tensor(prompts[:1], device=device)
-            inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, min_new_tokens=n,
-                          pixel_values=normalize(tiles[0].to(device), dtype), do_sample=False, suppress_tokens=[image])
-            sides = {"ours": lambda: ours(0, 1, n),
-                     "transformers": lambda: peer.generate(**inputs)[:, ids.shape[1]:].tolist()}
-            if name.startswith("batched"):
-                sides = {"ours": lambda: ours(0, n, 16),
-                         "one by one": lambda: [ours(i, i + 1, 16)[0] for i in range(n)]}
-            same = [a == b for pair in zip(*(f() for f in sides.values())) for a, b in zip(*pair)]      # token by token
-            rows += compare(name, sides, cfg, device, float(n), "prompts/s" if "batched" in name else "tokens/s",
-                            same_tokens=sum(same) / len(same))
-    return rows
+    peer, folder = export_and_load(VLM(*TINY, image).init_weights(0, std=0.06).state_dict(), TINY, dtype, device)
+    model, ids = load_folder(folder, device, dtype)[0].eval(), torch.tensor(prompts[:1], device=device)
+    ours = lambda i, j, tokens: generate(model, prompts[i:j], tiles[i:j], tokens, set())
+    inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, min_new_tokens=n,
+                  pixel_values=normalize(tiles[0].to(device), dtype), do_sample=False, suppress_tokens=[image])
+    sides = {"ours": lambda: ours(0, 1, n),
+             "transformers": lambda: peer.generate(**inputs)[:, ids.shape[1]:].tolist()}
+    if name.startswith("batched"):
+        sides = {"ours": lambda: ours(0, n, 16), "one by one": lambda: [ours(i, i + 1, 16)[0] for i in range(n)]}
+    same = [a == b for pair in zip(*(f() for f in sides.values())) for a, b in zip(*pair)]              # token by token
+    assert all(same) or dtype != torch.float32, f"{same.count(False)} of {len(same)} tokens differ in fp32"
+    yield from compare(name, sides, cfg, device, float(n), "prompts/s" if "batched" in name else "tokens/s",
+                       same_tokens=sum(same) / len(same))
+
+def parts(device):
+    """{part: (function, {row: what the function takes after the row's name})}; a function yields its rows."""
+    cuda, size, kinds = device.type == "cuda", "2b" if device.type == "cuda" else "toy", dict(
+        fp32=torch.float32, bf16=torch.bfloat16)
+    steps = [(size, stage) for stage in STAGES] + [("8b", "advance")] * cuda
+    return {"attn": (attn, ATTN[device.type]), "ce": (ce, dict(ce_frozen=[False], ce_trains=[True])),
+            "train": (train, {"_".join(step): step for step in steps}), "stages": (stages, {size: [size]}),
+            "warmup": (warmup, {size: [size]}),
+            "vs-hf": (vs_hf, {f"{size}_{kind}": (size, kinds[kind]) for size, kind in [
+                ("7m", "fp32"), ("7m", "bf16"), ("25m", "bf16")] + [("2b", "bf16")] * cuda}),
+            "decode": (decode, {f"{row}_{kind}": [kinds[kind]] for row in ("tiny", "batched") for kind in kinds})}
 
 def main():
-    parts = {"attn": attn, "ce": ce, "train": train, "warmup": warmup, "vs-hf": vs_hf, "decode": decode}
-    if len(sys.argv) < 2 or sys.argv[1] not in parts:
-        raise ValueError(f"write bench.py {'|'.join(parts)} [--rounds=N --rows=a,b --device=cpu]")
+    part = sys.argv[1] if len(sys.argv) > 1 else ""
+    if part not in (names := parts(torch.device("cpu"))):
+        raise ValueError(f"write bench.py {'|'.join(names)} [--rounds=N --rows=a,b --device=cpu]")
     configure(cfg := Config(), sys.argv[2:])
     device = common.setup_distributed(cfg.device).device
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
-    def wanted(rows):
-        if picked := [(n, x) for n, x in rows.items() if n.startswith(tuple(cfg.rows.split(",")))]: return picked
-        raise ValueError(f"--rows={cfg.rows}: no such row; there are {', '.join(rows)}")
-    report(parts[sys.argv[1]](cfg, device, wanted), device)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # of `timeout`: what there is gets reported
+    function, table = parts(device)[part]
+    wanted = {name: more for name, more in table.items() if name.startswith(tuple(cfg.rows.split(",")))}
+    if not wanted: raise ValueError(f"--rows={cfg.rows}: no such row; there are {', '.join(table)}")
+    rows, failed, slow = [], [], device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    try:
+        for name, more in wanted.items():
+            if slow and "bf16" in name and not cfg.rows:
+                print(f"{name}: not run, this CPU has no bf16 products and needs minutes a step; --rows={name} runs it")
+                continue
+            try:
+                for row in function(cfg, device, name, *more):
+                    rows.append(row)
+                    print(*(f"{k} {show(v)}" for k, v in row.items()), sep=", ", flush=True)
+            except Exception as e:                              # the other rows still count
+                failed.append(name)
+                print(f"{name} FAILED: {type(e).__name__}: {str(e).strip()[:500]}", flush=True)
+            gc.collect()                                        # before the next is built
+    finally:
+        report(rows, device)
+    sys.exit(1 if failed else 0)
 
 if __name__ == "__main__":
     launch(main)

@@ -214,7 +214,8 @@ class VLM(nn.Module):
 
 def packed(cu_seqlens):
     """The attention of a pack: causal inside each document."""
-    cu_seqlens, max_seqlen = cu_seqlens.cpu(), int(cu_seqlens.diff().max())
+    cu_seqlens = cu_seqlens.cpu()
+    max_seqlen = int(cu_seqlens.diff().max())
     return lambda q, k, v: attention(q, k, v, cu_seqlens, max_seqlen, causal=True)
 
 def compile_blocks(model):

@@ -2,8 +2,8 @@
 
     out_i = sum_j softmax_j(q_i . k_j / sqrt(D)) v_j      over the keys j of the same document (causal: j <= i)
 
-Paths: `triton`, on CUDA: the kernels below; `sdpa`, elsewhere: documents of similar length as a batch of PyTorch's own
-attention; `reference`: the definition, for tests. ATTENTION=reference|sdpa|triton overrides.
+Paths: `triton`, for 16-bit numbers on CUDA: the kernels below; `sdpa`, elsewhere: documents of similar length as a
+batch of PyTorch's own attention; `reference`: the definition, for tests. ATTENTION=reference|sdpa|triton overrides.
 
 The kernels walk over the keys block by block and never hold a row of scores (FlashAttention, arXiv 2205.14135 and
 2307.08691). With t = log2(e) / sqrt(D) and, per query row, a maximum m, a sum l and a vector a:
@@ -46,7 +46,8 @@ def attention(q, k, v, cu_seqlens, max_seqlen, causal):
     """Softmax attention inside each document, scale 1/sqrt(D). q (T, H, D), k and v (T, K, D) -> (T, H, D).
     max_seqlen: the longest document, a plain int. causal: position i sees 0..i of its own document. What a document
     gets does not depend on what the others hold, to the last bit. Triton: D a power of two from 16 to 256."""
-    path = os.environ.get("ATTENTION") or ("triton" if q.is_cuda and not _missing(q.shape[2]) else "sdpa")
+    fast = q.is_cuda and q.element_size() == 2 and not _missing(q.shape[2])
+    path = os.environ.get("ATTENTION") or ("triton" if fast else "sdpa")
     if path not in ("reference", "sdpa", "triton"):
         raise ValueError(f"ATTENTION={path!r} is not a known path; use reference, sdpa or triton")
     assert q.shape[1] % k.shape[1] == 0, f"{q.shape[1]} query heads do not divide over {k.shape[1]} key/value heads"
@@ -82,7 +83,7 @@ def _reference(q, k, v, cu_seqlens, max_seqlen, causal):
 @torch.compiler.disable
 def _sdpa(q, k, v, cu_seqlens, max_seqlen, causal):
     if q.is_cuda and not os.environ.get("ATTENTION"):
-        _loud(_missing(q.shape[2]))
+        _loud(_missing(q.shape[2]) or f"{q.dtype} has no tensor cores to run on")
     (T, H, D), S = q.shape, cu_seqlens.shape[0] - 1
     if T == S * max_seqlen:                                     # all equally long (the ViT): views only
         return _batched(*(x.view(S, max_seqlen, -1, D) for x in (q, k, v)), causal).reshape(T, H, D)
@@ -136,7 +137,8 @@ def _plan(borders, causal, device):
     return torch.cat(gather).to(device), scatter.to(device), groups
 
 # ---- triton: the kernels ---------------------------------------------------------------------------------------------
-jit, constexpr = (triton.jit, tl.constexpr) if triton else (lambda f: f, None)
+# T is another number in every pack: nothing may be compiled for what it divides by
+jit, constexpr = (triton.jit(do_not_specialize=["T"]), tl.constexpr) if triton else (lambda f: f, None)
 
 @jit
 def _document(x, start, end, stride, width: constexpr, B: constexpr, D: constexpr):
@@ -254,11 +256,11 @@ BLOCKS = {           # up to this D: (BM, BN, warps, stages) for 16-bit numbers;
 
 def launch_settings(kernel, D, dtype, capability):
     """-> BM, BN and the other keyword arguments of a launch. capability: (9, 0) is Hopper, which the sizes are for;
-    older GPUs have less shared memory; () is the interpreter. fp32 is exact, slow and meant for tests."""
+    older and smaller GPUs have less shared memory; () is the interpreter. fp32 is exact, slow and meant for tests."""
     BM, BN, warps, stages = next(blocks for limit, blocks in BLOCKS[kernel].items() if D <= limit)
     if dtype == torch.float32 and capability:
         BM, BN, warps, stages = (32, 32, 4, 1) if D <= 128 else (16, 16, 4, 1)
-    elif capability and capability < (9, 0):
+    elif capability and capability[0] not in (9, 10):           # 8: A100, RTX 40; 12: RTX 50
         BM, BN, stages = BM // 2, BN // 2, 1 if D > 64 else 2
     specialise = capability == (9, 0) and kernel == "_forward" and (warps, stages) == (4, 2)
     options = dict(WARPS=True) if specialise else {}
@@ -315,7 +317,7 @@ _triton.register_fake(lambda q, *rest: (q.new_empty(q.shape), q.new_empty(q.shap
 def _triton_backward(dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
                      lse: torch.Tensor, cu_seqlens: torch.Tensor,
                      causal: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    q, k, v, dout, delta = *map(_aligned, (q, k, v)), dout.contiguous(), torch.empty_like(lse)
+    (q, k, v, dout), delta = map(_aligned, (q, k, v, dout)), torch.empty_like(lse)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     _launch(_backward_q, (q, k, v, out, dout, lse, delta, dq), q, k, v, cu_seqlens, causal)
     _launch(_backward_kv, (q, k, v, dout, lse, delta, dk, dv), q, k, v, cu_seqlens, causal)
