@@ -6,6 +6,7 @@
     python bench.py vs-hf         # training steps against transformers' InternVL: same weights, same samples
     python bench.py decode        # tokens/s of one answer against transformers' generate, prompts/s of many against one
     python bench.py stages        # alignment and advance beside sft: seconds of a step against its share of the FLOPs
+    python bench.py pack          # packs planned from lengths: fill, balance of 8 ranks, time, beside other methods
     python bench.py warmup        # seconds until the first compiled step is done, graphs compiled for 20 more packs
 
 Rows come as they are measured; at the end, whatever happened, device and versions, a markdown table and, on the last
@@ -13,17 +14,19 @@ line, the same rows as JSON: row, value, unit and, beside a peer, peer, peer_val
 better). A row that fails, or whose sides disagree, is named and left out, and the exit code is 1. `make gpu` runs it
 all where there is a GPU. Data and weights are random. Shape letters: as in kernels/attention.py.
 """
-import contextlib, functools, gc, importlib.metadata, itertools, json, re, signal, subprocess, sys, tempfile, time
+import contextlib, functools, gc, importlib.metadata, itertools, json, math, re, signal, subprocess, sys, tempfile, time
+import types
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-import common
+import common, data
 from configurator import configure, launch
 from kernels import attention as A, cross_entropy as C
 from model import IGNORE, LLMConfig, VLM, compile_blocks, generate, train_flops
@@ -73,7 +76,7 @@ def agree(errors):
     return errors
 
 def show(x):
-    return (f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}") if isinstance(x, float) else str(x)
+    return (f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.4g}") if isinstance(x, float) else str(x)
 
 def report(rows, device):
     packages = {d.name: d.version for d in importlib.metadata.distributions()}
@@ -323,6 +326,83 @@ def decode(cfg, device, name, dtype):
     yield from compare(name, sides, cfg, device, float(n), "prompts/s" if "batched" in name else "tokens/s",
                        same_tokens=sum(same) / len(same))
 
+# ---- pack ------------------------------------------------------------------------------------------------------------
+def length_file(n=60000):
+    """A Source of n samples: 12 % text alone, 33 % with one tile, 55 % with 2 to 10 and a thumbnail, log-normal text;
+    1,232 tokens and 3.9 tiles on average. The pictures have sizes that give these tiles."""
+    rng, grids = np.random.default_rng(0), np.arange(2, 11)
+    kind, drawn = rng.random(n), rng.choice(grids, n, p=(19 - grids) / sum(19 - grids))
+    grid = np.where(kind < 0.12, 0, np.where(kind < 0.45, 1, drawn))
+    rows, images = np.zeros(n, data.ROW), np.zeros(n, data.IMAGE)
+    rows["tokens"] = np.maximum(16, rng.lognormal(math.log(235) - 0.32, 0.8, n))
+    rows["n_images"], rows["first_image"] = grid > 0, np.arange(n)
+    images["width"], images["height"] = 448 * grid - rng.integers(0, 50, n), 448
+    return types.SimpleNamespace(name="lengths", path="", rows=rows, images=images, repeat=1, weight=0, max_tiles=0,
+                                 meta=dict(bad=[], digest=""))
+
+def knapsack(tokens, tiles, T, N):
+    """nanoVLM's published method: of a buffer of 64 packs' tokens the longest first into the emptiest of
+    ceil(tokens / T) + 5 packs; what fits into none opens another."""
+    buffer, packs, a = np.cumsum(tokens) // (64 * T), [], 0
+    for b in [*np.flatnonzero(np.diff(buffer)) + 1, len(tokens)]:
+        bins = [[0, 0, []] for _ in range(-(-sum(tokens[a:b]) // T) + 5)]
+        for i in sorted(range(a, b), key=lambda i: -tokens[i]):
+            if not (fit := [x for x in bins if x[0] + tokens[i] <= T and x[1] + tiles[i] <= N]):
+                bins += (fit := [[0, 0, []]])
+            emptiest = min(fit, key=lambda x: x[0])
+            emptiest[:] = emptiest[0] + tokens[i], emptiest[1] + tiles[i], emptiest[2] + [i]
+        packs, a = packs + [x[2] for x in bins if x[2]], b
+    return packs
+
+def next_fit(tokens, tiles, T, N):
+    """In order: what does not fit begins a new pack."""
+    packs, room, tile_room = [], 0, 0
+    for i, (t, n) in enumerate(zip(tokens, tiles)):
+        if t > room or n > tile_room:
+            packs.append([])
+            room, tile_room = T, N
+        packs[-1].append(i)
+        room, tile_room = room - t, tile_room - n
+    return packs
+
+def batches_of_8(tokens, tiles, T, N):
+    return [range(i, min(i + 8, len(tokens))) for i in range(0, len(tokens), 8)]
+
+def packing(cfg, device, name, T, N):
+    """fill: tokens over room. straggler_8ranks: FLOPs of a step's busiest rank over the mean of 8, 2B fine-tuning, mean
+    over steps. plan_us_per_sample: CPU time, ours from the index on, the others' from lengths on."""
+    gc.freeze()                                                 # as make_loader does
+    packs = data.Packs([length_file()], None, "", tile_size=448, tokens_per_tile=256, tokens_per_pack=T,
+                       tiles_per_pack=N, packs_per_step=8)
+    order, results = data.permute(np.arange(packs.n), packs.n, packs.seed, 0), {}
+    tokens, tiles = (x.tolist() for x in packs.plan_samples(order)[1:])
+    at = dict(zip(order.tolist(), range(packs.n)))
+    def ours(*_):
+        planned = []
+        for w in range(-(-packs.n // packs.window)): planned += packs.plan_window(0, w, len(planned) % 8)[0]
+        return planned
+    for side, plan in {"ours": ours, "knapsack": knapsack, "next-fit": next_fit, "padded 8": batches_of_8}.items():
+        times = []
+        for _ in range(cfg.rounds if side == "ours" else 1):
+            start = time.process_time()
+            planned = plan(tokens, tiles, T, N)
+            times.append((time.process_time() - start) / packs.n * 1e6)
+        if side == "ours": planned = [[at[row] for _, row, _ in p.samples] for p in planned]
+        assert sorted(itertools.chain(*planned)) == [*range(packs.n)], f"{side}: a sample was lost or doubled"
+        lengths = [[tokens[i] for i in p] for p in planned]
+        if side == "padded 8": lengths = [[max(n)] * len(n) for n in lengths]
+        flops = np.array([train_flops(VisionConfig(), LLMConfig(), sum(tiles[i] for i in p), n, sum(n) // 10)
+                          for p, n in zip(planned, lengths)])
+        steps = flops[:len(flops) // 8 * 8].reshape(-1, 8)                                      # (steps, ranks)
+        room = sum(map(sum, lengths)) if side == "padded 8" else T * len(planned)
+        results[side] = sum(tokens) / room, (steps.max(1) / steps.mean(1)).mean(), median(times)
+    more, own = f"_{name}" * (name != "8k"), results.pop("ours")
+    for k, (row, unit) in enumerate(((f"fill_{name}", "of the room"), (f"straggler_8ranks{more}", "max / mean"),
+                                     (f"plan_us_per_sample{more}", "us"))):
+        for peer, theirs in results.items():
+            yield dict(row=row, value=float(own[k]), unit=unit, peer=peer, peer_value=float(theirs[k]),
+                       ratio=float(own[k] / theirs[k]) ** (1 if k == 0 else -1))
+
 def parts(device):
     """{part: (function, {row: what the function takes after the row's name})}; a function yields its rows."""
     cuda, size, kinds = device.type == "cuda", "2b" if device.type == "cuda" else "toy", dict(
@@ -333,6 +413,8 @@ def parts(device):
             "warmup": (warmup, {size: [size]}),
             "vs-hf": (vs_hf, {f"{size}_{kind}": (size, kinds[kind]) for size, kind in [
                 ("7m", "fp32"), ("7m", "bf16"), ("25m", "bf16")] + [("2b", "bf16")] * cuda}),
+            "pack": (packing, {"8k": (8192, 48), "16k": (16384, 64), "8k_28_tiles": (8192, 28),
+                               "16k_56_tiles": (16384, 56)}),
             "decode": (decode, {f"{row}_{kind}": [kinds[kind]] for row in ("tiny", "batched") for kind in kinds})}
 
 def main():

@@ -60,7 +60,7 @@ class RunConfig:
     cell_labels: Literal["none", "also", "only"] = "none"  # toy: each visual token predicts the word of its own cell
     shuffle: bool = True  # False: samples in the order of the files
     pad_packs: bool = False  # fill each pack up with unsupervised tokens: one shape for torch.compile
-    shuffle_window: int = 1024  # samples planned into packs at a time
+    shuffle_window: int = 16384  # samples planned into packs at a time
     num_workers: int = 2  # processes per rank that decode and tile
     # optimization
     grad_accum_steps: int = 1  # micro-batches per step and rank; a run that goes on on other ranks keeps its batch
@@ -617,10 +617,29 @@ class Clock:
             parts[part] += a.elapsed_time(b) / 1000 if self.cuda else b - a
         return time.perf_counter() - self.start, parts
 
-def step_row(steps, loss, norm, norms, optimizer, totals, state, clock, peak, dist):
+def account(before, state, packs, ends):
+    """{"epoch": sums} for the line of a step in which an epoch ended (`before`: the counts before it) or the stage
+    ends: where each record of the index went, so far, and how many are to come in this epoch. All ranks stand at the
+    same counts; AssertionError if what they made of their packs is not what was planned: a sample lost or doubled."""
+    counts, bad = state["counts"], state["quarantined"]
+    seen, unreadable = sum(counts.values()), counts.get("unreadable", 0)
+    assert counts["used"] == state["samples_seen"] + bad, (
+        f"{counts['used']} samples were planned, {state['samples_seen']} used and {bad} quarantined; report this")
+    if seen // packs.n == sum(before.values()) // packs.n and not ends: return {}
+    return {"epoch": {"epochs": seen // packs.n, "records": seen, "to_come": -seen % packs.n,
+                      "used": state["samples_seen"], "dropped": dropped(counts),
+                      "quarantined": {"in the index": unreadable, "in training": bad}}}
+
+def dropped(counts):
+    """{reason: samples dropped whole} of the counts of a Packs."""
+    return {reason: n for reason, n in counts.items() if reason not in ("used", "unreadable")}
+
+def step_row(steps, loss, norm, norms, optimizer, totals, state, micro, clock, peak, dist):
     """The line of log.jsonl of one step. steps: of the stage, behind the stage; for the ETA of the run all are as long
-    as this one. mfu is strict: FLOPs the gradients need, over the peak of all GPUs; None on a CPU."""
+    as this one. mfu is strict: FLOPs the gradients need, over the peak of all GPUs; None on a CPU. fill, tile_fill: of
+    the packs; straggler: planned FLOPs of the busiest rank over the mean of all."""
     (steps, later), step, (seconds, parts) = steps, state["step"], clock.split()
+    costs = np.sum([batch["costs"] for batch in micro], axis=0)
     return {"stage": state["stage"], "step": step, "steps": steps, "loss": loss, "grad_norm": norm.item(),
             **{f"grad_norm_{k}": v.item() for k, v in norms.items()},
             "lr": {g["name"].split("/")[0]: g["lr"] for g in optimizer.param_groups},
@@ -628,10 +647,12 @@ def step_row(steps, loss, norm, norms, optimizer, totals, state, clock, peak, di
             **{f"{part}_s": s for part, s in parts.items()}, "tflop": totals["flops"] / 1e12,
             "tokens_per_s": totals["tokens"] / seconds, "tiles_per_s": totals["tiles"] / seconds,
             "mfu": totals["flops"] / seconds / (peak * dist.world) if peak else None,
-            "data_wait": parts["data"] / seconds,
+            "data_wait": parts["data"] / seconds, "fill": totals["tokens"] / totals["token_room"],
+            "tile_fill": totals["tiles"] / totals["tile_room"], "straggler": float(costs.max() / costs.mean()),
             "memory_gb": peak_memory_gb(),
-            **{k: state[k] for k in ("tokens_seen", "samples_seen", "quarantined", "spike")},
-            "dropped": sum(n for reason, n in state["counts"].items() if reason != "used"),
+            **{k: state[k] for k in ("tokens_seen", "samples_seen", "spike")},
+            "dropped": sum(dropped(state["counts"]).values()),
+            "quarantined": state["quarantined"] + state["counts"].get("unreadable", 0),
             "eta_s": seconds * (steps - step), "run_eta_s": seconds * (steps - step + later)}
 
 @torch.no_grad()
@@ -671,7 +692,8 @@ def format_step(row):
             f"data wait {100 * row['data_wait']:.0f}% | mem {row['memory_gb']:.1f} GB | dropped {row['dropped']} "
             f"quarantined {row['quarantined']} | eta {datetime.timedelta(seconds=int(row['eta_s']))} "
             f"of {datetime.timedelta(seconds=int(row['run_eta_s']))}" + f" | SPIKE {row['spike']:.0f} sigma" * (
-                row["spike"] > SPIKE) + (f" | val loss {row['val_loss']:.4f}" if "val_loss" in row else ""))
+                row["spike"] > SPIKE) + (f" | val loss {row['val_loss']:.4f}" if "val_loss" in row else "") + (
+                f" | {json.dumps(row['epoch'])}" if "epoch" in row else ""))
 
 def plot_loss(log_path, png_path):
     """Draw the loss of each stage of a log.jsonl: raw thin, mean over 1/40 of the stage thick. After a resume the later

@@ -8,8 +8,8 @@ alone -> `Packs.__getitem__` in a worker (decode, tile) -> batch. Nothing is cut
 else it is dropped and counted; an unreadable row is quarantined and counted.
 Shapes: T tokens of a pack, S samples in a pack, N tiles of a pack, s tile side in pixels.
 """
-import bisect, collections, contextlib, fcntl, functools, glob, hashlib, itertools, json, os, re, signal, sys, tarfile
-import unicodedata
+import bisect, collections, contextlib, fcntl, functools, gc, glob, hashlib, itertools, json, os, re, signal, sys
+import tarfile, unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -211,8 +211,9 @@ class Source:
     rows = property(lambda self: mapped(f"{self.index}/rows.npy"))
     images = property(lambda self: mapped(f"{self.index}/images.npy"))
 
-    def __init__(self, name, path, tokenizer, template, image_as="pixels", root=None, repeat=1.0, max_tiles=0):
-        self.name, self.path, self.repeat, self.max_tiles = name, Path(path), repeat, max_tiles
+    def __init__(self, name, path, tokenizer, template, image_as="pixels", root=None, repeat=1.0, max_tiles=0,
+                 weight=0.0):
+        self.name, self.path, self.repeat, self.max_tiles, self.weight = name, Path(path), repeat, max_tiles, weight
         if not self.path.exists():
             raise FileNotFoundError(f"data source {path} does not exist")
         self.root = Path(root or (self.path if self.path.is_dir() else self.path.parent))
@@ -372,14 +373,68 @@ def permute(i, n, seed, epoch):
     return x.astype(np.int64)
 
 # ---- packs --------------------------------------------------------------------------------------------------------
+WAITING = 64                                        # samples that may wait for a pack they fill up
+# What a tile costs in tokens, and tokens**2 of a document over what in tokens: model.train_flops of the 2B, fine-tuning
+TILE_COST, PAIR_COST = 276, 2 ** 15
+DROPPED = {"unreadable": -1, "too_long": -2}        # why a sample is in no pack, and what stands for its tokens then
+
+def fill_packs(tokens, tiles, tokens_per_pack, tiles_per_pack):
+    """Lists of indices of the samples in each pack, for samples in random order, none longer than a pack.
+
+    A pack takes the oldest of the WAITING samples while more room stays than two samples need, then the one or two of
+    them that fill it best. So packs are nearly in random order (sorted by length, a pack would hold samples of one
+    kind), and each begins with the oldest sample: none waits for more than WAITING packs."""
+    shift, n, packs = 32, len(tokens), []
+    keys, low = [(t << shift) + i for i, t in enumerate(tokens)], (1 << shift - 1) - 1    # sort and add like tokens
+    waiting, come = keys[:WAITING], WAITING
+    keep, least = 2 * sum(tokens) // max(n, 1) << shift, min(keys, default=0)
+    while waiting:
+        pack, room, tile_room, k = [], (tokens_per_pack + 1 << shift) - 1, tiles_per_pack, 0
+        while k < len(waiting) and (not pack or room - waiting[k] >= keep):
+            if waiting[k] <= room and tiles[i := waiting[k] & low] <= tile_room:
+                pack.append(i)
+                room, tile_room = room - (tokens[i] << shift), tile_room - tiles[i]
+                del waiting[k]
+            else:
+                k += 1
+        while True:
+            if (more := WAITING - len(waiting)) and come < n:
+                waiting, come = waiting + keys[come:come + more], come + more
+            if room < least or not waiting or (order := sorted(waiting))[0] > room:
+                break
+            best, chosen, i, j = 0, (), 0, bisect.bisect(order, room) - 1     # j: the longest that fits
+            for a in order[j::-1]:
+                if tiles[a & low] <= tile_room:
+                    best, chosen = a, (a,)
+                    break
+            a, b, enough = order[0], order[j], room - (tokens_per_pack >> 12 << shift)
+            while i < j and best < enough:                             # two that fit better, from both ends inward
+                if a + b > room:
+                    j -= 1
+                    b = order[j]
+                else:
+                    if a + b > best and tiles[a & low] + tiles[b & low] <= tile_room:
+                        best, chosen = a + b, (a, b)
+                    i += 1
+                    a = order[i]
+            if not chosen:
+                break
+            for a in chosen:
+                waiting.remove(a)
+                pack.append(i := a & low)
+                room, tile_room = room - (tokens[i] << shift), tile_room - tiles[i]
+        packs.append(pack)
+    return packs
+
 @dataclass(slots=True)
 class Pack:
-    samples: list = field(default_factory=list)     # of (source, row, tiles per image)
+    samples: list = field(default_factory=list)     # of (source, row, (tiles of each image))
     tokens: int = 0                                 # planned tokens, visual ones included
     tiles: int = 0
     cost: float = 0.0                               # relative FLOPs, for dealing packs of like cost to the ranks
     position: tuple = ()                            # where to resume after it: (epoch, window, packs of it consumed)
     counts: dict = None                             # samples used and dropped so far, those of this pack included
+    together: tuple = ()                            # position and counts after, and costs of, what all ranks do at once
 
 class Packs(torch.utils.data.Dataset):
     """Plans packs from lengths alone and turns a planned pack into a batch; stateless but for the paths of its sources.
@@ -387,88 +442,110 @@ class Packs(torch.utils.data.Dataset):
     packs_per_step) only, never on the number of ranks or workers."""
     def __init__(self, sources, tokenizer, template, *, tile_size, tokens_per_tile, min_tiles=1, max_tiles=12,
                  thumbnail=True, tokens_per_pack=8192, tiles_per_pack=48, seed=0, image_as="pixels", cell_labels="none",
-                 packs_per_step=1, window=2048, shuffle=True, pad=False, loss_weight="token"):
+                 packs_per_step=1, window=16384, shuffle=True, pad=False, loss_weight="token"):
         self.sources, self.tokenizer, self.template, self.image_as = sources, tokenizer, template, image_as
         self.tile_size, self.tokens_per_tile, self.thumbnail = tile_size, tokens_per_tile, thumbnail
         self.min_tiles, self.max_tiles = min_tiles, max_tiles
         self.cell_labels, self.loss_weight = cell_labels, loss_weight
         self.tokens_per_pack, self.tiles_per_pack, self.packs_per_step = tokens_per_pack, tiles_per_pack, packs_per_step
         self.window, self.shuffle, self.pad, self.seed = window, shuffle, pad, seed
-        # repeat_time as InternVL has it: below 1 the first part of the source, above 1 whole repeats
-        counts = [int(len(s.rows) * (s.repeat if s.repeat < 1 else int(s.repeat))) for s in sources]
-        self.starts = np.cumsum([0, *counts])
+        # repeat_time as InternVL has it: below 1 the first part of the source, above 1 whole repeats. With weights, an
+        # epoch is as long, and each source goes round as often as its share of it asks, from epoch to epoch
+        self.counts = [int(len(s.rows) * (s.repeat if s.repeat < 1 else int(s.repeat))) for s in sources]
+        if weights := [s.weight for s in sources if s.weight]:
+            if len(weights) < len(sources):
+                raise ValueError(f"{len(weights)} of {len(sources)} sources have a `weight`: give one to each, or none")
+            self.counts = [round(sum(self.counts) * weight / sum(weights)) for weight in weights]
+        self.starts = np.cumsum([0, *self.counts])
         self.n, self.n_bad = int(self.starts[-1]), sum(len(s.meta["bad"]) for s in sources)
-        if self.n == 0 or all((s.rows["tokens"] < 0).all() for s in sources):
+        if self.n == 0 or self.n_bad == sum(len(s.rows) for s in sources):
             raise ValueError(f"no usable sample in {', '.join(str(s.path) for s in sources)} ({self.n} rows, "
                              f"{self.n_bad} unreadable); try: python data.py check {sources[0].path}")
-        self.fingerprint = sha256([[s.name, s.meta["digest"], s.repeat, s.max_tiles] for s in sources] + [
+        self.fingerprint = sha256([[s.name, s.meta["digest"], s.repeat, s.weight, s.max_tiles] for s in sources] + [
             seed, shuffle, window, packs_per_step, tokens_per_pack, tiles_per_pack, min_tiles, max_tiles, thumbnail,
         ])[:16]
 
-    def plan_sample(self, i):
-        """((source, row, tiles per image), tokens, tiles) of sample i of all sources, or why it is dropped."""
-        s = int(np.searchsorted(self.starts, i, side="right")) - 1
-        source = self.sources[s]
-        row = int(i - self.starts[s]) % len(source.rows)
-        _, _, tokens, first, n = source.rows[row].item()
-        if tokens < 0:
-            return "unreadable"
-        images = source.images[first:first + n].tolist()
-        for limit in range(self.max_tiles, self.min_tiles - 1, -1):    # too long: fewer tiles, then dropped whole
-            share = max(self.min_tiles, min(limit, source.max_tiles or limit) // max(n, 1))
-            tiles = [count_tiles(w, h, self.min_tiles, share, self.tile_size, self.thumbnail) for _, _, w, h in images]
-            total = tokens + sum(tiles) * self.tokens_per_tile
-            if total <= self.tokens_per_pack and sum(tiles) <= self.tiles_per_pack:
-                return (s, row, tiles), total, sum(tiles)
-        return "too_long"
+    def count_all_tiles(self, sizes, n, limit):
+        """Tiles of each of the images `sizes` of samples that have n[k] of them and share `limit` tiles."""
+        share = np.maximum(self.min_tiles, limit // np.maximum(n, 1)).repeat(n)
+        least, side, thumbnail = map(itertools.repeat, (self.min_tiles, self.tile_size, self.thumbnail))
+        columns = sizes["width"].tolist(), sizes["height"].tolist(), least, share.tolist(), side, thumbnail
+        return [*map(count_tiles, *columns)]
 
-    def plan_window(self, epoch, w):
-        """(packs, dropped by reason) of window w of an epoch: best fit in random order (sorted by length, a pack would
-        hold samples of one kind), dealt in groups of like cost."""
+    def plan_samples(self, at, epoch=0):
+        """[(source, row, tiles per image)], tokens, tiles of the samples `at` of an epoch, the latter two as arrays;
+        tokens are -1 where a row is unreadable, -2 where it is too long even with the fewest tiles (DROPPED)."""
+        which, samples = np.searchsorted(self.starts, at, side="right") - 1, [None] * len(at)
+        all_tokens, all_tiles = np.empty((2, len(at)), np.int64)
+        def fits(tokens, tiles):
+            return (tokens + tiles * self.tokens_per_tile <= self.tokens_per_pack) & (tiles <= self.tiles_per_pack)
+        for s in np.unique(which).tolist():
+            source, mine = self.sources[s], np.flatnonzero(which == s)
+            row = (at[mine] - self.starts[s] + (epoch * self.counts[s] if source.weight else 0)) % len(source.rows)
+            records, most = source.rows[row], min(self.max_tiles, source.max_tiles or self.max_tiles)
+            n, tokens = records["n_images"], records["tokens"].astype(np.int64)
+            border = np.append(0, np.cumsum(n))                        # of each sample's images among all of them
+            sizes = source.images[(records["first_image"] - border[:-1]).repeat(n) + np.arange(border[-1])]
+            counts = self.count_all_tiles(sizes, n, most)
+            tiles, border = np.diff(np.append(0, np.cumsum(counts, dtype=np.int64))[border]), border.tolist()
+            for k in np.flatnonzero(~fits(tokens, tiles)).tolist():    # too long: fewer tiles, then dropped whole
+                a, b, tokens_now = border[k], border[k + 1], tokens[k]
+                tokens[k] = -2
+                for limit in range(most - 1, self.min_tiles - 1, -1):
+                    fewer = self.count_all_tiles(sizes[a:b], n[k:k + 1], limit)
+                    if fits(tokens_now, sum(fewer)):
+                        counts[a:b], tiles[k], tokens[k] = fewer, sum(fewer), tokens_now
+                        break
+            for k, i, a, b in zip(mine.tolist(), row.tolist(), border, border[1:]):
+                samples[k] = s, i, tuple(counts[a:b])
+            all_tokens[mine] = np.where(tokens < 0, tokens, tokens + tiles * self.tokens_per_tile)
+            all_tiles[mine] = tiles
+        return samples, all_tokens, all_tiles
+
+    def plan_window(self, epoch, w, taken=0):
+        """(packs, dropped by reason) of window w of an epoch, dealt in steps of like cost: a rank waits for the others.
+        taken: packs that the step which is open when the window begins has already."""
         at = np.arange(w * self.window, min((w + 1) * self.window, self.n))
-        if self.shuffle:
-            at = permute(at, self.n, self.seed, epoch)
-        packs, room, dropped = [], [], collections.Counter()           # room: sorted (tokens left, pack)
-        for plan in map(self.plan_sample, at):
-            if isinstance(plan, str):
-                dropped[plan] += 1
-                continue
-            sample, tokens, tiles = plan
-            k = bisect.bisect_left(room, (tokens,))                    # the fullest pack that still has room for it
-            while k < len(room) and packs[room[k][1]].tiles + tiles > self.tiles_per_pack:
-                k += 1
-            if k == len(room):
-                room.append((self.tokens_per_pack, len(packs)))
-                packs.append(Pack())
-            left, number = room.pop(k)
-            bisect.insort(room, (left - tokens, number))
-            pack = packs[number]
-            pack.samples.append(sample)
-            pack.tokens += tokens
-            pack.tiles += tiles
-            pack.cost += tokens + tokens ** 2 / 2 ** 14 + 256 * tiles
-        packs.sort(key=lambda p: p.cost)
-        groups = [packs[i:i + self.packs_per_step] for i in range(0, len(packs), self.packs_per_step)]
+        at = permute(at, self.n, self.seed, epoch) if self.shuffle else at
+        samples, tokens, tiles = self.plan_samples(at, epoch)
+        dropped = {why: n for why, code in DROPPED.items() if (n := int((tokens == code).sum()))}
+        kept = np.flatnonzero(tokens >= 0)
+        columns = tokens, tiles, tokens + TILE_COST * tiles + tokens * tokens / PAIR_COST
+        (tokens, tiles, costs), samples = (x[kept].tolist() for x in columns), [samples[i] for i in kept.tolist()]
+        packs = [Pack([samples[i] for i in p], *(sum([x[i] for i in p]) for x in (tokens, tiles, costs)))
+                 for p in fill_packs(tokens, tiles, self.tokens_per_pack, self.tiles_per_pack)]
+        packs.sort(key=lambda pack: pack.cost)
+        first = min(-taken % self.packs_per_step, len(packs))          # the open step and one that stays open: middling
+        last = (len(packs) - first) % self.packs_per_step              # packs, as other windows give them
+        a = (len(packs) - first - last) // 2
+        middle, packs[a:a + first + last] = packs[a:a + first + last], []
+        steps = [packs[i:i + self.packs_per_step] for i in range(0, len(packs), self.packs_per_step)]
         rng = np.random.Generator(np.random.Philox(key=[self.seed + 1, epoch * 2 ** 32 + w]))
-        rng.shuffle(groups)                                            # steps of like cost inside, random order outside
-        return [pack for group in groups for pack in group], dropped
+        rng.shuffle(steps)                                             # alike inside a step, random order outside
+        return [*middle[:first], *itertools.chain(*steps), *middle[first:]], dropped
 
     def sequence(self, position=(0, 0, 0), counts=()):
-        """Endless global sequence of packs from a position on; each pack says where to resume after it."""
-        epoch, w, skip = position
-        counts = collections.Counter(counts)
+        """Endless global sequence of packs from a position on, which must be the end of a step; each pack says where to
+        resume after it. Raises ValueError if an epoch ends with other samples than it has."""
+        (epoch, w, skip), counts = position, collections.Counter(counts)
+        taken = -skip % self.packs_per_step                            # a step ends behind `skip` packs of the window
         while True:
-            packs, dropped = self.plan_window(epoch, w)
+            packs, dropped = self.plan_window(epoch, w, taken)
             if skip == 0:
                 counts.update(dropped)
             for k, pack in enumerate(packs[skip:], skip + 1):
                 counts["used"] += len(pack.samples)
                 pack.position, pack.counts = (epoch, w, k), dict(counts)
                 yield pack
-            if (w + 1) * self.window >= self.n and not counts["used"]:
-                raise ValueError(f"no sample fits into a pack: {dict(counts)}; raise --tokens_per_pack (now "
-                                 f"{self.tokens_per_pack}) or --max_tiles_per_pack (now {self.tiles_per_pack})")
-            epoch, w, skip = (epoch, w + 1, 0) if (w + 1) * self.window < self.n else (epoch + 1, 0, 0)
+            taken, skip, w = (taken + len(packs)) % self.packs_per_step, 0, w + 1
+            if w * self.window >= self.n:
+                epoch, w = epoch + 1, 0
+                if counts.total() != epoch * self.n:
+                    raise ValueError(f"{counts.total()} samples are accounted for after {epoch} epochs of {self.n}: "
+                                     f"{dict(counts)}")
+                if not counts["used"]:
+                    raise ValueError(f"no sample fits into a pack: {dict(counts)}; raise --tokens_per_pack (now "
+                                     f"{self.tokens_per_pack}) or --max_tiles_per_pack (now {self.tiles_per_pack})")
 
     def __getitem__(self, pack):
         """The batch of a planned pack: its images decoded and tiled, its text rendered.
@@ -487,8 +564,8 @@ class Packs(torch.utils.data.Dataset):
                        for k, n in enumerate(limits)]
                 if self.image_as == "words":
                     new = [torch.from_numpy(cell_words(cells, self.tokenizer)) for cells in row["cells"]]
-                elif [*map(len, new)] != n_tiles:                      # the file is no longer what the index saw
-                    raise ValueError(f"images gave {[*map(len, new)]} tiles where {n_tiles} were planned")
+                elif (*map(len, new),) != n_tiles:                       # the file is no longer what the index saw
+                    raise ValueError(f"images gave {[*map(len, new)]} tiles where {[*n_tiles]} were planned")
                 sample = render(row, self.tokenizer, self.template, n_tiles, self.tokens_per_tile, self.image_as,
                                 self.cell_labels)
             except (ValueError, OSError, KeyError) as e:
@@ -513,10 +590,12 @@ class Packs(torch.utils.data.Dataset):
         tiles = torch.cat(pictures) if pictures else torch.zeros(0, 3, s, s, dtype=torch.uint8)
         n_tiles, at = len(tiles) * (self.image_as != "words"), labels != IGNORE
         size = {"tokens": sum(real), "tiles": n_tiles, "samples": len(ids), "bad": len(bad),
+                "token_room": self.tokens_per_pack, "tile_room": self.tiles_per_pack,
                 "supervised": int(at.sum()), "weight": float(weights[at].sum())}
+        position, counts, costs = pack.together or (pack.position, pack.counts, [pack.cost])
         return {k: torch.from_numpy(v) for k, v in arrays.items()} | {
-            "tiles": tiles, "ids": ids, "bad": bad, "size": size, "lengths": real, "position": pack.position,
-            "counts": pack.counts}
+            "tiles": tiles, "ids": ids, "bad": bad, "size": size, "lengths": real, "position": position,
+            "counts": counts, "costs": costs}
 
 def _start_worker(_):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)                      # a preempted job saves; its workers must live
@@ -525,8 +604,14 @@ def _start_worker(_):
 
 def make_loader(packs, rank=0, world=1, num_workers=0, position=(0, 0, 0), counts=()):
     """DataLoader over this rank's packs of the global sequence, from a position on, whatever the number of workers."""
-    mine = itertools.islice(packs.sequence(position, counts), rank, None, world)
-    return torch.utils.data.DataLoader(packs, sampler=mine, batch_size=None, num_workers=num_workers,
+    def mine():
+        sequence = packs.sequence(position, counts)
+        while True:
+            *_, last = together = [*itertools.islice(sequence, world)]     # the micro-batch of all ranks
+            together[rank].together = last.position, last.counts, [pack.cost for pack in together]
+            yield together[rank]
+    gc.freeze()                                                        # planning need not look through what is loaded
+    return torch.utils.data.DataLoader(packs, sampler=mine(), batch_size=None, num_workers=num_workers,
                                        prefetch_factor=4 if num_workers else None, worker_init_fn=_start_worker,
                                        pin_memory=torch.cuda.is_available())
 
@@ -582,12 +667,11 @@ def show(path, n, tokenizer, template, tile_size, tokens_per_tile, max_tiles):
     """Print the exact string of the first n samples, supervised tokens in [[ ]], runs of visual tokens shortened."""
     packs = Packs(open_sources(path, tokenizer, template), tokenizer, template, tile_size=tile_size,
                   tokens_per_tile=tokens_per_tile, max_tiles=max_tiles)
-    for i in range(min(n, packs.n)):
-        plan = packs.plan_sample(i)
-        if isinstance(plan, str):
-            print(f"--- row {i}: {plan}; try: python data.py check {path}")
+    for (s, k, tiles), tokens, _ in zip(*packs.plan_samples(np.arange(min(n, packs.n)))):
+        if tokens < 0:
+            why = next(why for why, code in DROPPED.items() if code == tokens)
+            print(f"--- row {k}: {why}; try: python data.py check {path}")
             continue
-        (s, k, tiles), tokens, _ = plan
         row = packs.sources[s].row(k)
         ids, labels = render(row, tokenizer, template, tiles, tokens_per_tile)
         text, supervised = "", np.roll(labels, 1) != IGNORE            # a label is about the token that follows
@@ -595,7 +679,7 @@ def show(path, n, tokenizer, template, tile_size, tokens_per_tile, max_tiles):
             words = tokenizer.decode([ids[t] for t in run], skip_special=False)
             text += f"[[{words}]]" if target else words
         text = re.sub("(<IMG_CONTEXT>)+", lambda m: f"<IMG_CONTEXT x {len(m[0]) // len(m[1])}>", text)
-        print(f"--- {row['id']}: {tokens} tokens, {supervised.sum()} supervised, tiles {tiles}\n{text}")
+        print(f"--- {row['id']}: {tokens} tokens, {supervised.sum()} supervised, tiles {[*tiles]}\n{text}")
 
 @dataclass(slots=True)
 class Config:

@@ -120,8 +120,9 @@ def main():
             common.log_bad(out, [bad for b in micro for bad in b["bad"]])
 
             # ---- what happened ----
-            state = common.next_state(state, step, micro[-1], totals, loss)
-            row = common.step_row((steps, later), loss, norm, norms, optimizer, totals, state, clock, peak, dist)
+            before, state = state["counts"], common.next_state(state, step, micro[-1], totals, loss)
+            row = common.step_row((steps, later), loss, norm, norms, optimizer, totals, state, micro, clock, peak, dist)
+            row |= common.account(before, state, packs, step == steps)
             if not finite:
                 row["skipped"] = sum(common.gather([i for b in micro for i in b["ids"]], dist), [])
                 common.say(dist, f"WARNING: step {step} skipped: loss {loss}, gradient norm {norm.item()}")
@@ -130,7 +131,7 @@ def main():
                     row["val_loss"] = common.validation_loss(model, held_out(val, cfg.val_packs, dist), dist)
             if dist.is_main:
                 common.log_line(log, row, track)
-                if step % cfg.print_every == 0 or step == steps:
+                if step % cfg.print_every == 0 or "epoch" in row:
                     bar.write(common.format_step(row))
             if bad_steps >= 3:
                 raise common.RunStopped(f"three steps in a row without a finite loss or gradient, see {out}/log.jsonl")

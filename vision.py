@@ -81,6 +81,7 @@ def tile_grid(width, height, min_tiles=1, max_tiles=12, tile_size=448):
             best, best_gap = (columns, rows), gap
     return best
 
+@functools.lru_cache(65536)
 def count_tiles(width, height, min_tiles=1, max_tiles=12, tile_size=448, thumbnail=True):
     """How many tiles make_tiles gives for an image of this size, thumbnail included."""
     n = math.prod(tile_grid(width, height, min_tiles, max_tiles, tile_size))

@@ -370,7 +370,7 @@ def merged(*args):
         whole["cu_seqlens"] = torch.cat([torch.zeros(1), *(p["cu_seqlens"][1:] + e for p, e in zip(parts, ends))]).int()
         whole["size"] = {k: sum(p["size"][k] for p in parts) for k in parts[0]["size"]}
         whole |= {k: sum((p[k] for p in parts), []) for k in ("ids", "bad", "lengths")}
-        yield whole | {k: parts[-1][k] for k in ("position", "counts")}
+        yield whole | {k: parts[-1][k] for k in ("position", "counts", "costs")}
 train.make_loader = merged
 """
 
@@ -398,6 +398,8 @@ def mine(cfg, *args, **kw):                               # rank 1 never sees a 
     cfg.data = text if RANK == 1 else pictures
     return planned_alone(cfg, *args, **kw)
 train.stage_packs = mine
+import common
+common.account = lambda *args: {}                         # which adds up what all ranks plan alike
 """
 
 
@@ -414,7 +416,8 @@ def test_a_rank_without_pictures_hangs_nobody_and_changes_no_gradient(zygote, sh
     assert zygote.run("train", one_stage(tmp_path / "2", data, *more, steps=1), 2, tmp_path / "1", code) == [0, 0]
     # both packs in one process, where a pack without tiles runs no vision at all
     reference = SPY.replace("% 2 == 0", "< 0") + f"OUT = {str(tmp_path / '1.pt')!r}" + """
-import model
+import common, model
+common.account = lambda *args: {}                         # as in TEXT_ONLY
 embed = model.VLM.embed
 def bare(self, tokens, tiles):
     return embed(self, tokens, tiles) if len(tiles) else self.language_model.model.embed_tokens(tokens)
