@@ -2,8 +2,9 @@
 
     python common.py plot out/run/log.jsonl loss.png
 """
-import collections, concurrent.futures, datetime, faulthandler, fcntl, functools, hashlib, importlib.metadata, itertools
-import json, math, os, platform, resource, shutil, signal, subprocess, sys, time, warnings
+import collections, concurrent.futures, contextlib, datetime, faulthandler, fcntl, functools, hashlib
+import importlib.metadata, itertools, json, math, os, platform, re, resource, shutil, signal, subprocess, sys, time
+import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -292,34 +293,43 @@ def check_room(folder, need, what):
                       "another --out_dir, then start the same command again")
 
 def memory_for(tensors):
-    """Whether this machine has memory for a copy of `tensors` on each of its ranks, with as much again to spare; where
-    the system does not say, no."""
+    """Whether this machine, and the control group that a job scheduler may have put the run into, has memory for a copy
+    of `tensors` on each of its ranks, with as much again to spare; where the system does not say, no."""
     need = sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors.values())
-    text = Path("/proc/meminfo").read_text() if os.path.exists("/proc/meminfo") else "MemAvailable: 0 kB"
-    free = 1024 * int(text.split("MemAvailable:")[1].split()[0])
+    try:
+        free = 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
+        found = re.search("^0::/(.*)$", Path("/proc/self/cgroup").read_text(), re.MULTILINE)
+        group = Path("/sys/fs/cgroup", found[1] if found else "")
+        for folder in (group, *group.parents)[:-3]:  # down to /sys/fs/cgroup
+            if (folder / "memory.max").exists() and (most := (folder / "memory.max").read_text().strip()) != "max":
+                free = min(free, int(most) - int((folder / "memory.current").read_text()))
+    except (OSError, LookupError, ValueError):
+        free = 0
     return 2 * need * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) < free
 
-def save_checkpoint(out_dir, step, model, optimizer, state, dist, keep, before=None, wait=True):
+def save_checkpoint(out_dir, step, model, optimizer, state, dist, keep, before=None, wait=True, copy=True):
     """Write checkpoints/step_{step:08d}/, delete what is older than the newest max(2, keep) good ones. All ranks call
     it, each with its state, a JSON value. A crash at any point leaves the earlier ones usable. wait=False copies what
     is to be saved, lets a thread write it and returns its Future, to be given as `before` to the next call, which waits
-    for it; without memory for the copy it writes at once. Raises OSError, but with wait=False only says so: no room
+    for it; without copy, or memory for it, it writes at once. Raises OSError, but with wait=False only says so: no room
     ends no run that goes on, and the next save tries again."""
     saved(before)
     tensors = deal(everything := tensors_of(model, optimizer), dist)
     final, problem = Path(out_dir) / "checkpoints" / f"step_{step:08d}", None
     tmp = final.with_name(f".tmp_{final.name}")
     if dist.is_main:
-        for left in final.parent.glob(".tmp_*"): shutil.rmtree(left)  # of a save that failed
-        tmp.mkdir(parents=True)
-        try: check_room(tmp.parent, sum(t.nbytes for t in everything.values()), "a checkpoint")
-        except OSError as e: problem = str(e)
+        try:
+            for left in final.parent.glob(".tmp_*"): shutil.rmtree(left)  # of a save that failed
+            tmp.mkdir(parents=True)
+            check_room(tmp.parent, sum(t.nbytes for t in everything.values()), "a checkpoint")
+        except OSError as e:
+            problem = str(e)
     every = gather((state, problem), dist)
     future = concurrent.futures.Future()
     if every[0][1]:
         future.set_exception(OSError(every[0][1]))
     else:
-        copied = not wait and memory_for(tensors)
+        copied = copy and not wait and memory_for(tensors)
         tensors = {name: t.to("cpu", copy=True) for name, t in tensors.items()} if copied else tensors
         thread = concurrent.futures.ThreadPoolExecutor(1)  # the last rank had the last pack of the step: its state
         future = thread.submit(write_checkpoint, final, tmp, step, tensors, every[-1][0], dist, keep)
@@ -361,31 +371,42 @@ def write_checkpoint(final, tmp, step, tensors, state, dist, keep):
     for path in paths[:paths.index(good[0])]:
         shutil.rmtree(path.rename(tmp))  # under another name: an interrupted deletion must not look like damage
 
-def damage(path, hashes=True):
-    """What is wrong with a checkpoint folder, in words; None: all files have the size and sha256 of the manifest."""
+def damage(path, hashes=True, dist=Dist()):
+    """What is wrong with a checkpoint folder, in words; None: all files have the size and sha256 of the manifest. Of
+    the hashes, the slow part, each rank makes a share."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         if f"step_{manifest['step']:08d}" != path.name: return "manifest.json belongs to another step"
-        for name, (size, digest) in manifest["files"].items():
-            if (path / name).stat().st_size != size or hashes and sha256(path / name) != digest:
+        if lacks := {"state.json", ".metadata"} - manifest["files"].keys(): return f"no {lacks.pop()} in the manifest"
+        for i, (name, (size, digest)) in enumerate(sorted(manifest["files"].items())):
+            if (path / name).stat().st_size != size or (
+                    hashes and i % dist.world == dist.rank and sha256(path / name) != digest):
                 return f"{name} has changed since it was written"
     except Exception as e:
         return f"{type(e).__name__}: {e}"
 
 def find_checkpoint(out_dir, dist=Dist(), strict=False):
-    """Path of the newest checkpoint that verifies, or None; a loud line per damaged one, with strict a ValueError. All
-    ranks get rank 0's."""
-    found = None
-    for path in sorted(Path(out_dir).glob("checkpoints/step_*"), reverse=True) if dist.is_main else ():
-        if not (reason := damage(path)):
-            found = path
-            break
-        if strict:
-            found = ValueError(f"damaged checkpoint {path}: {reason}; --resume=auto goes on from the one before")
-            break
-        print(f"WARNING: DAMAGED CHECKPOINT {path}: {reason}; trying the one before", file=sys.stderr, flush=True)
-    if isinstance(found := gather(found, dist)[0], ValueError): raise found
-    return found
+    """Path of the newest checkpoint that verifies, or None if there is none at all; all ranks call it and get the same.
+    A loud line per damaged one; ValueError where none is whole, with strict already where the newest is damaged."""
+    reason, paths = None, gather(sorted(Path(out_dir).glob("checkpoints/step_*"), reverse=True), dist)[0]
+    for path in paths:
+        reason = next(filter(None, gather(damage(path, dist=dist), dist)), None)
+        if not reason: return path
+        if strict: raise ValueError(f"damaged checkpoint {path}: {reason}; --resume=auto goes on from the one before")
+        if dist.is_main:
+            print(f"WARNING: DAMAGED CHECKPOINT {path}: {reason}; trying the one before", file=sys.stderr, flush=True)
+    if reason:
+        raise ValueError(f"{paths[0].parent}: no checkpoint is whole; restore one, or remove the folder to start anew")
+
+def set_aside(out_dir, step):
+    """Give checkpoints of a later step than `step`, at which a run goes on, another name: damaged ones, and those of
+    stages that are done again. Pruning would keep them, and a later start take them, for newer than what now comes."""
+    for path in sorted(Path(out_dir).glob("checkpoints/step_*")):
+        if int(path.name.removeprefix("step_")) > step:
+            shutil.rmtree(aside := path.with_name(f"aside_{path.name}"), ignore_errors=True)
+            path.rename(aside)
+            print(f"WARNING: {path} is of a later step than {step}, where this run goes on; it is now {aside}",
+                  file=sys.stderr, flush=True)
 
 def read_state(path):
     """The state that was saved with the checkpoint `path` (stage, position, ...), without its tensors."""
@@ -436,14 +457,14 @@ def watch(cfg, dist, note):
     """Watch over what comes next, the note says what, until the next call; an empty note ends the watch. The note goes
     to last_step/rank_K.txt; after cfg.timeout_s the stacks of all threads follow. Under torchrun an alarm of the
     system, which needs no Python, ends the process 5 s later: a rank that waits in a driver cannot do it itself, and by
-    then all ranks, which call this at about the same moment, have written their stacks."""
+    then all ranks, which call this at about the same moment, have written their stacks. One process ends at once."""
     path = Path(cfg.out_dir) / "last_step" / f"rank_{dist.rank}.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
     faulthandler.cancel_dump_traceback_later()
     if td.is_initialized(): signal.alarm(cfg.timeout_s + 5 if note else 0)
     if note:
         (file := open(path, "wb", buffering=0)).write(f"{note}\n".encode())
-        faulthandler.dump_traceback_later(cfg.timeout_s, file=file)  # which keeps the file open
+        faulthandler.dump_traceback_later(cfg.timeout_s, file=file, exit=not td.is_initialized())  # keeps it open
 
 class RunStopped(ValueError):
     """The run ended itself; the message says why."""
@@ -459,7 +480,11 @@ def log_line(f, row, track=None):
     """Append one row as one write. Numbers that are not finite become null, so that every reader takes the line."""
     if track: track(row)
     row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-    f.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+    line, end, written = (json.dumps(row, ensure_ascii=False) + "\n").encode(), f.seek(0, os.SEEK_END), 0
+    with contextlib.suppress(OSError): written = f.write(line)
+    if written < len(line):  # a full disk
+        f.truncate(end)
+        print(f"WARNING: no room for a line of {f.name}, it is left out", file=sys.stderr, flush=True)
 
 def open_tracker(cfg, values):
     """A function that hands a row of log.jsonl to the program that --track names, if it is installed; None without."""
@@ -476,19 +501,32 @@ def open_tracker(cfg, values):
         raise ValueError(f"--track={cfg.track} is not installed: pip install {cfg.track}") from None
 
 def log_bad(out_dir, records):
-    """Append unreadable records to bad_samples.jsonl, one write per line."""
-    for record in records:
-        with open(Path(out_dir) / "bad_samples.jsonl", "ab", buffering=0) as f: log_line(f, record)
+    """Append unreadable records to bad_samples.jsonl, one write per line, each once."""
+    if not records: return
+    with open(Path(out_dir) / "bad_samples.jsonl", "ab+", buffering=0) as f:
+        f.seek(0)
+        known = {*f.read().decode().splitlines()}  # of the steps that a run which went on does again
+        for record in records:
+            if json.dumps(record, ensure_ascii=False) not in known: log_line(f, record)
 
-def write_run_config(out_dir, values, origins):
-    """config.json: `values` (configurator.resolved), their `origins`, argv, versions, machine, commit of this code."""
+def read_run_config(out_dir):
+    """What write_run_config wrote, {} if nothing."""
+    path = Path(out_dir) / "config.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+def write_run_config(out_dir, values, origins, world):
+    """config.json: `values` (configurator.resolved), their `origins`, argv, versions, machine, commit of this code;
+    world: ranks that the run began on. What differs from what an earlier start wrote there is told."""
+    old = read_run_config(out_dir).get("config", values)
+    if changed := [f"{k}: {old.get(k)!r} -> {v!r}" for k, v in values.items() if old.get(k) != v]:
+        print(f"settings that changed since this run was started: {'; '.join(changed)}", flush=True)
     commit = subprocess.run("git describe --always --abbrev=40 --exclude='*' --dirty", shell=True,  # COMMIT[-dirty]
                             cwd=Path(__file__).resolve().parent, capture_output=True, text=True).stdout.strip()
     versions = {d.name: d.version for d in importlib.metadata.distributions()}  # of all that is installed
     record = {"config": values, "origins": origins, "argv": sys.argv, "commit": commit or None,
               "versions": {"python": platform.python_version(), **versions}, "host": platform.node(),
               "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-              "world": int(os.environ.get("WORLD_SIZE", 1)), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+              "world": world, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     write_atomic(Path(out_dir) / "config.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 def named_stages(cfg):
@@ -529,7 +567,9 @@ def open_run(cfg, origins, stages, dist):
     checkpoint = find_checkpoint(out, dist, cfg.resume == "strict")
     if cfg.resume == "never" and (checkpoint or any((out / name / "config.json").exists() for name, _ in stages)):
         raise ValueError(f"{out} holds an earlier run and --resume=never; choose another --out_dir or remove it")
-    return checkpoint, read_state(checkpoint).get("world", dist.world) if checkpoint else dist.world
+    if checkpoint: return checkpoint, read_state(checkpoint).get("world", dist.world)
+    earlier = read_run_config(out).get("world", dist.world)  # a stage was finished before anything was saved
+    return None, earlier if any((out / name / "config.json").exists() for name, _ in stages) else dist.world
 
 def micro_batches(accum, began, name, checkpoint, dist):
     """(micro-batches of a step here, ranks the run began on). On other ranks a step keeps its packs, so that a run that
@@ -548,22 +588,24 @@ def resume(checkpoint, name, packs, began, model, optimizer, dist):
     state = read_state(checkpoint) if checkpoint else {}
     if state.get("stage") != name:
         return {"stage": name, "fingerprint": packs.fingerprint, "packs_per_step": packs.packs_per_step, "world": began,
-                "position": [0, 0, 0], "counts": {}, "step": 0, "quarantined": 0, "tokens_seen": 0, "samples_seen": 0}
+                "position": [0, 0, 0], "counts": {}, "step": 0, "bad_steps": 0, "quarantined": 0, "tokens_seen": 0,
+                "samples_seen": 0}
     if state["fingerprint"] != packs.fingerprint:
         raise ValueError(f"the data of stage {name}, their order or the size of packs and steps changed since "
                          f"{checkpoint} was written; go on with the same or start anew in another --out_dir")
     return load_checkpoint(checkpoint, model, optimizer, dist) | {"world": began}
 
-def announce(cfg, values, origins, name, model, stage, packs, state, dist):
-    """Write config.json, now that the stage really runs, print what it trains on what, and note the records that its
-    index could not read. Raises OSError if the disk has no room for what the stage will save."""
+def announce(cfg, values, origins, name, model, stage, packs, state, first_step, dist):
+    """Write config.json, now that the stage really runs, print what it trains on what, set aside checkpoints that are
+    not its past, note the records that its index could not read. OSError: no room for what the stage will save."""
     out_dir, sizes = cfg.out_dir, [(p.nbytes, p.numel(), p.requires_grad) for p in model.parameters()]
     saves = max(1, (stage_steps(cfg, stage) - state["step"]) // cfg.save_every)
     saves = min(saves, max(2, cfg.keep) + 1 - len(list(Path(out_dir).glob("checkpoints/step_*"))))
     need = sum(max(0, saves) * n * (3 if trains else 1) + 2 * elements for n, elements, trains in sizes)
     check_room(out_dir, need, f"stage {name} with {max(0, saves)} more checkpoints and a model folder")
     if dist.is_main:
-        write_run_config(out_dir, values, origins)
+        set_aside(out_dir, first_step + state["step"])
+        write_run_config(out_dir, values, origins, state["world"])
         if state["step"] == 0:
             log_bad(out_dir, [bad for source in packs.sources for bad in source.meta["bad"]])
         print_stage_table(name, model, stage)
@@ -589,11 +631,12 @@ def spike(losses, loss):
     sigmas = (loss - line) / sigma
     return float(sigmas), [*losses, float(line + 3 * sigma) if sigmas > SPIKE else loss][-128:]
 
-def next_state(state, step, batch, totals, loss):
+def next_state(state, step, batch, totals, loss, finite):
     """What a checkpoint after this step must know: where the data go on, and the counts so far."""
     sigmas, losses = spike(state.get("losses", []), loss)
     return state | {"step": step, "position": batch["position"], "counts": batch["counts"], "spike": sigmas,
-                    "losses": losses, "quarantined": state["quarantined"] + int(totals["bad"]),
+                    "bad_steps": 0 if finite else state["bad_steps"] + 1, "losses": losses,
+                    "quarantined": state["quarantined"] + int(totals["bad"]),
                     "tokens_seen": state["tokens_seen"] + int(totals["tokens"]),
                     "samples_seen": state["samples_seen"] + int(totals["samples"])}
 
@@ -667,15 +710,20 @@ def validation_loss(model, batches, dist):
     return loss / max(weight, 1e-9)
 
 # ---- numbers to look at ---------------------------------------------------------------------------------------------
-# Dense bf16 tensor-core TFLOP/s from the vendor's data sheets; the first name that occurs in the device's name counts.
-PEAK_TFLOPS = {"GB200": 2500, "B300": 2250, "B200": 2250, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989,
-               "H800": 989, "H20": 148, "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "A40": 150,
-               "A6000": 155, "A10G": 70, "A10": 125, "RTX 5090": 209, "RTX 4090": 165, "RTX 3090": 71}
+# Dense bf16 tensor-core TFLOP/s from the vendor's data sheets
+PEAK_TFLOPS = {"GB200": 2500, "B200": 2250, "GH200": 989, "H100": 989, "H100 PCIe": 756, "H100 NVL": 835, "H200": 989,
+               "H200 NVL": 835, "H800": 989, "H800 PCIe": 756, "H20": 148, "A100": 312, "A800": 312, "L40S": 362,
+               "L40": 181, "L4": 121, "A40": 150, "RTX A6000": 155, "A10G": 70, "A10": 125, "RTX 5090": 209,
+               "RTX 4090": 165, "RTX 3090": 71}
+FORM = r"nvidia|geforce|tesla|pcie|sxm\d*|hbm\S*|\d+gb"  # what may stand around a name: maker, socket, memory
 
 def peak_flops(device):
-    """Peak bf16 FLOP/s of one device; None where it is not known (any CPU): no MFU rather than a wrong one."""
-    name = torch.cuda.get_device_name(device).lower() if device.type == "cuda" else ""
-    return next((tflops * 1e12 for part, tflops in PEAK_TFLOPS.items() if part.lower() in name), None)
+    """Peak bf16 FLOP/s of one device; None where it is not known (any CPU, a slice of a GPU, a laptop's): no MFU rather
+    than a wrong one."""
+    words = {*re.split(r"[\s-]+", torch.cuda.get_device_name(device).lower())} if device.type == "cuda" else set()
+    for name, tflops in sorted(PEAK_TFLOPS.items(), key=lambda item: -len(item[0].split())):  # "H100 PCIe" first
+        if words >= (own := {*name.lower().split()}) and all(re.fullmatch(FORM, word) for word in words - own):
+            return tflops * 1e12
 
 def peak_memory_gb():
     """Most memory this process has held so far, in GB (1e9 bytes): allocated on the GPU, else resident."""
@@ -704,9 +752,10 @@ def plot_loss(log_path, png_path):
         return print(f"{png_path} not drawn: pip install matplotlib")
     ax = Figure(figsize=(8, 4.5), layout="constrained").subplots()
     curves, start = {}, 0  # stage -> {step: loss}
-    for row in map(json.loads, Path(log_path).read_text().splitlines()):
-        if row.get("loss") is not None:
-            curves.setdefault(row["stage"], {})[row["step"]] = row["loss"]
+    for line in Path(log_path).read_text().splitlines():
+        with contextlib.suppress(ValueError):  # of a disk that was full
+            if (row := json.loads(line)).get("loss") is not None:
+                curves.setdefault(row["stage"], {})[row["step"]] = row["loss"]
     for stage, points in curves.items():
         steps, losses = zip(*sorted(points.items()))
         x, window = start + np.array(steps), np.ones(max(1, len(steps) // 40))  # step counts from 1 in each stage

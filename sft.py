@@ -78,15 +78,16 @@ def main():
         start_weights(model, table, cfg)                                     # each rank reads what it keeps
         optimizer = common.make_optimizer(model, stage, cfg)
         state, checkpoint = common.resume(checkpoint, name, packs, began, model, optimizer, dist), None
-        common.announce(cfg, values, origins, name, model, stage, packs, state, dist)
+        common.announce(cfg, values, origins, name, model, stage, packs, state, first_step, dist)
+        if val: next(held_out(val, 1, dist))                                 # or it would fail only at val_every
         batches = iter(make_loader(packs, dist.rank, dist.world, cfg.num_workers, state["position"], state["counts"]))
-        step, bad_steps, saving = state["step"], 0, None
+        step, saving = state["step"], None
         bar = tqdm(total=steps, initial=step, desc=name, disable=None if dist.is_main else True)    # on a terminal
 
         # ==== the loop ===============================================================================================
         while step < steps:
             clock = common.Clock(dist.device)
-            common.seed_everything(cfg.seed, first_step + step, dist.rank)   # a resumed run draws the same numbers
+            common.watch(cfg, dist, f"{name} step {step + 1}: waiting for data")
             micro = [next(batches) for _ in range(accum)]
             clock("data")
             # The loss is one token mean over the whole step: all ranks, all micro-batches, whatever their lengths.
@@ -101,6 +102,8 @@ def main():
                 group["lr"] = group["base_lr"] * scale
             loss_sum = torch.zeros((), device=dist.device)
             for k, batch in enumerate(micro):
+                # by the pack's number: a run that goes on, on whatever ranks, draws the same
+                common.seed_everything(cfg.seed, first_step + step, k * dist.world + dist.rank)
                 common.set_gradient_sync(model, k == accum - 1)
                 with autocast:
                     loss = model(**model_inputs(batch, dist.device))
@@ -115,12 +118,12 @@ def main():
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             clock("optimizer")
-            step, bad_steps = step + 1, 0 if finite else bad_steps + 1
+            step += 1
             bar.update()
             common.log_bad(out, [bad for b in micro for bad in b["bad"]])
 
             # ---- what happened ----
-            before, state = state["counts"], common.next_state(state, step, micro[-1], totals, loss)
+            before, state = state["counts"], common.next_state(state, step, micro[-1], totals, loss, finite)
             row = common.step_row((steps, later), loss, norm, norms, optimizer, totals, state, micro, clock, peak, dist)
             row |= common.account(before, state, packs, step == steps)
             if not finite:
@@ -133,14 +136,14 @@ def main():
                 common.log_line(log, row, track)
                 if step % cfg.print_every == 0 or "epoch" in row:
                     bar.write(common.format_step(row))
-            if bad_steps >= 3:
+            if state["bad_steps"] >= 3:
                 raise common.RunStopped(f"three steps in a row without a finite loss or gradient, see {out}/log.jsonl")
             common.check_quarantine(state, packs, out)
             stop = preemption.stop_requested(dist)
-            if stop or step % cfg.save_every == 0:
+            if stop or step % cfg.save_every == 0 and finite:
                 common.watch(cfg, dist, f"{name} step {step}: checkpoint")
                 saving = common.save_checkpoint(out, first_step + step, model, optimizer, state, dist, cfg.keep, saving,
-                                                wait=stop or not cfg.save_async)
+                                                wait=stop, copy=cfg.save_async)
             if stop:
                 common.say(dist, f"stopped by a signal after {name} {step}, saved; the same command goes on")
                 return common.close_distributed()
