@@ -149,9 +149,15 @@ def compute_dtype(name, device):
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
 # outputs that selective checkpointing keeps: matmuls and fused attention are what is dear to compute twice
-DEAR = [op for name in ("mm", "addmm", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
-                        "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_cudnn_attention")
-        if (op := getattr(getattr(torch.ops.aten, name), "default", None))]
+DEAR = ("aten.mm aten.addmm sail_vl.attention aten._scaled_dot_product_flash_attention "
+        "aten._scaled_dot_product_efficient_attention aten._scaled_dot_product_flash_attention_for_cpu "
+        "aten._scaled_dot_product_cudnn_attention").split()
+
+def dear_operations():
+    """Those of them that there are: ours is registered by kernels/attention.py."""
+    found = (functools.reduce(lambda x, part: getattr(x, part, None), f"{name}.default".split("."), torch.ops)
+             for name in DEAR)
+    return [op for op in found if op]
 
 def parallelize(model, cfg, dist):
     """Move the model to its device and spread it over the ranks; returns the module to call. On a fresh model in each
@@ -162,7 +168,7 @@ def parallelize(model, cfg, dist):
     vision, blocks = getattr(model, "vision_model", None), list(model.language_model.model.layers)
     if cfg.activation_checkpointing != "none":
         contexts = (noop_context_fn if cfg.activation_checkpointing == "full" else
-                    functools.partial(create_selective_checkpoint_contexts, DEAR))
+                    functools.partial(create_selective_checkpoint_contexts, dear_operations()))
         for block in blocks + (list(vision.encoder.layers) if vision is not None else []):  # in place: names stay
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
     move = model.to_empty if any(p.is_meta for p in model.parameters()) else model.to
@@ -176,7 +182,8 @@ def parallelize(model, cfg, dist):
     return move(device=dist.device)
 
 def set_gradient_sync(model, on):
-    """Before each forward: DDP adds up over ranks in a step's last micro-batch only; FSDP, to save memory, in each."""
+    """Before each forward: DDP adds up over ranks in a step's last micro-batch only. FSDP does in each, for else every
+    rank would hold whole gradients: 32 GB at 8B; the sum runs beside the backward pass of the block before."""
     model.require_backward_grad_sync = on  # means nothing to any other module
 
 def full_state(model):

@@ -9,7 +9,7 @@ llm = "qwen2.5-0.5b"
 max_tiles, max_tiles_per_pack = 6, 24
 tokens_per_pack = 4096
 grad_accum_steps = 16
-activation_checkpointing = "selective"
+activation_checkpointing = "full"      # 17 GB; "selective" 28
 save_every = val_every = 250
 
 knowledge.steps, instruction.steps, preference.steps = 2000, 1500, 500

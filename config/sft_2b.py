@@ -20,6 +20,7 @@ beta1, beta2, eps = 0.9, 0.999, 1e-8  # [IVL]
 grad_clip = 1.0                       # [IVL]
 dtype = "bfloat16"                    # [P]
 parallel = "ddp"                      # 2B fits: see --dry_run=True
+activation_checkpointing = "selective"  # [I] so that a pack full of tiles fits into 80 GB: see --dry_run=True
 save_every = 500                      # [I]
 
 knowledge.data = ""                   # world knowledge, basic instructions (Infinity-MM stage 2 is the public part [P])
