@@ -574,7 +574,7 @@ class Packs(torch.utils.data.Dataset):
             samples.append(sample)
             n_cells.append(sum(map(len, row["cells"])) if self.cell_labels != "none" else 0)
             pictures += [GRAY.expand_as(t) for t in new] if self.image_as == "blank" else new
-            ids.append(row["id"])
+            ids.append(str(row["id"]))
         if not samples:                                                # nothing readable: one token that asks nothing
             samples = [(np.array([self.tokenizer.eos_id]), np.array([IGNORE]))]
         real = [len(x) for x, _ in samples]
