@@ -1,5 +1,5 @@
 """Benchmark files, downloads, the run on one and several processes, kills, the report, the score command."""
-import base64, csv, hashlib, http.server, io, json, os, signal, socket, subprocess, sys, threading, time, tracemalloc
+import base64, csv, hashlib, http.server, io, json, os, signal, sys, threading, time, tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +13,7 @@ from data import Tokenizer
 from model import VLM, LLMConfig
 from vision import VisionConfig
 from weights import save_folder
+from zygote import Zygote
 
 torch.set_num_threads(1)
 
@@ -196,6 +197,11 @@ def world(tmp_path_factory):
             for i in range(12)])
     return make_model_folder(folder / "model"), folder
 
+@pytest.fixture(scope="module")
+def zygote():
+    yield (z := Zygote())
+    z.close()
+
 def command(argv, capsys):
     """Run eval.py's command line in this process -> (exit code, stdout, stderr)."""
     with pytest.MonkeyPatch.context() as patch:
@@ -264,18 +270,11 @@ def test_words_in_the_place_of_pictures(world, tmp_path, capsys):
     code, _, errors = command(flags(world, tmp_path / "none", f"--model={tmp_path / 'llm'}"), capsys)
     assert code == 2 and "without vision" in errors
 
-def test_two_ranks_and_any_batch_give_the_same_predictions(world, tmp_path, capsys):
+def test_two_ranks_and_any_batch_give_the_same_predictions(world, tmp_path, capsys, zygote):
     names = "--benchmarks=toy_ocr,toy_general"
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = os.environ | dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", OMP_NUM_THREADS="1")
-    ranks = [subprocess.Popen([sys.executable, "eval.py", *flags(world, tmp_path / "two", names)], cwd=ROOT, text=True,
-                              env=env | dict(RANK=str(r), LOCAL_RANK=str(r)), stderr=subprocess.PIPE) for r in range(2)]
+    pids = zygote.start("eval", flags(world, tmp_path / "two", names), 2, tmp_path / "said.txt")
     assert command(flags(world, tmp_path / "one", names, "--batch_size=5", "--batch_tokens=1"), capsys)[0] == 0
-    for rank in ranks:
-        errors = rank.communicate(timeout=300)[1]
-        assert rank.returncode == 0, errors
+    assert zygote.wait(pids) == [0, 0], (tmp_path / "said.txt").read_text()
     for name in ("toy_ocr", "toy_general"):
         assert (tmp_path / "one" / f"{name}.tsv").read_text() == (tmp_path / "two" / f"{name}.tsv").read_text()
     parts = (tmp_path / "two" / "predictions").glob("toy_ocr.model.rank*.jsonl")
@@ -310,29 +309,23 @@ def test_an_interrupted_run_goes_on(world, tmp_path, monkeypatch):
     assert done == predict("k") and len(asked) == 13                    # all there: nothing is asked again
     assert predict("other model") == done and len(asked) == 13 + 12     # another key shares nothing
 
-def test_1001_rows_on_1_2_and_3_ranks_and_through_5_kills_give_the_same_file(world, tmp_path):
+def test_1001_rows_on_1_2_and_3_ranks_and_through_5_kills_give_the_same_file(world, tmp_path, zygote):
     rows = [{"index": 7 * i, "question": f"What is {i}?", "answer": i % 10} for i in range(1001)]
     write_tsv(tmp_path / "toy_ocr.tsv", rows)
-    def start(out, ranks):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        argv = [sys.executable, "eval.py", *flags((world[0], tmp_path), out, "--benchmarks=toy_ocr", "--max_new_tokens=3")]
-        env = os.environ | dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(ranks), OMP_NUM_THREADS="1")
-        return [subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                                 env=env | dict(RANK=str(r), LOCAL_RANK=str(r)) if ranks > 1 else env) for r in range(ranks)]
-    lines = lambda out: sum(p.read_text().count("\n") for p in (out / "predictions").glob("*.jsonl"))
+    arguments = lambda out: flags((world[0], tmp_path), out, "--benchmarks=toy_ocr", "--max_new_tokens=3")
+    start = lambda out, ranks: zygote.start("eval", arguments(tmp_path / out), ranks, tmp_path / f"{out}.txt")
+    lines = lambda out: sum(p.read_text().count("\n") for p in (tmp_path / out / "predictions").glob("*.jsonl"))
     for kill in range(5):
-        had, processes = lines(tmp_path / "killed"), start(tmp_path / "killed", 1 + kill % 2)
-        while lines(tmp_path / "killed") < had + 100 and None in [p.poll() for p in processes]: time.sleep(0.01)
-        for p in processes: p.send_signal(signal.SIGKILL)
-        for p in processes: p.wait()
-    assert 500 <= lines(tmp_path / "killed") < 1001
+        had, pids = lines("killed"), start("killed", 1 + kill % 2)
+        while lines("killed") < had + 100 and None in zygote.ask(poll=pids): time.sleep(0.005)
+        zygote.kill(pids)
+        assert {*zygote.wait(pids)} == {-signal.SIGKILL}, kill          # in the middle of its work, not after it
+    assert 500 <= lines("killed") < 1001
     for out, ranks in (("killed", 2), ("one", 1), ("three", 3)):
-        for p in start(tmp_path / out, ranks): assert p.wait(timeout=600) == 0
+        assert zygote.wait(start(out, ranks)) == [0] * ranks, (tmp_path / f"{out}.txt").read_text()[-2000:]
     assert len({(tmp_path / out / "toy_ocr.tsv").read_text() for out in ("killed", "one", "three")}) == 1
     assert [row["index"] for row in ev.read_tsv(tmp_path / "one" / "toy_ocr.tsv")[0]] == [str(7 * i) for i in range(1001)]
-    assert lines(tmp_path / "killed") <= 1001 + 5 * 2                   # of a kill only a line torn in the middle is lost
+    assert lines("killed") <= 1001 + 5 * 2                              # of a kill only a line torn in the middle is lost
     scores = {json.loads((tmp_path / out / "results.json").read_text())["overall"] for out in ("killed", "one", "three")}
     assert len(scores) == 1
 
