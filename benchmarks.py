@@ -208,7 +208,10 @@ def capabilities(rows, reads, points):
 def circular(rows, reads, points):
     """A question counts if it is right in every rotation of its options: index + k * 1,000,000 (mcq_circular_eval)."""
     groups, number = collections.defaultdict(list), lambda row: int(float(row["index"]))
-    for row, p in zip(rows, points): groups[int(float(row.get("g_index") or number(row) % 1_000_000))].append(p)
+    try:
+        for row, p in zip(rows, points): groups[int(float(row.get("g_index") or number(row) % 1_000_000))].append(p)
+    except (ValueError, OverflowError):
+        raise ValueError(f"row {row['index']!r}: index and g_index must be numbers, question + k * 1,000,000") from None
     if not (first := [row for row in rows if number(row) in groups]):
         raise ValueError("no row with an index below 1,000,000: the questions whose rotations these are, are missing")
     score, details = mean(first, reads, [math.prod(groups[number(row)]) for row in first])
@@ -408,24 +411,22 @@ PUBLISHED = {name: {"source": source, **dict(zip(columns.split(), values))} for 
          ("InternVL2.5-MPO-8B", 74.3, 71.2, 76.3, 83.2, 69.7, 65.3, 83.3, 52.8, 82.89),
          ("Qwen2-VL-7B", 73.0, 68.5, 79.6, 71.0, 67.5, 58.3, 79.5, 50.9, 82.89),
          ("DeepSeekVL-2-Small", 72.7, 66.8, 79.0, 79.0, 65.3, 57.7, 78.1, 47.6, 76.75))),
-    ("wizwand.com on arXiv 2501.05952, size of the model not stated", "OCRBench DocVQA_VAL POPE", (
-        ("SAIL-VL", 83.5, 92.2, 86.7),)),
-    ("OpenCompass, table in the README of AIDC-AI/Ovis-U1",
+    ("wizwand.com on arXiv 2501.05952, size not stated", "OCRBench DocVQA_VAL POPE", (("SAIL-VL", 83.5, 92.2, 86.7),)),
+    ("OpenCompass, in the README of AIDC-AI/Ovis-U1",
      "OpenCompass MMBench MMStar MMMU_VAL MathVista_MINI HallusionBench AI2D_TEST OCRBench MMVet", (
          ("SAIL-VL-2B, OpenCompass", 61, 73.7, 56.5, 44.1, 62.8, 45.9, 77.4, 83.1, 44.2),
          ("InternVL2.5-2B, OpenCompass", 59.9, 70.9, 54.3, 43.2, 51.1, 42.3, 74.9, 80.2, 62.6),
          ("SAIL-VL-1.5-2B, OpenCompass", 67, 78.5, 62.6, 46.4, 67, 50, 83.7, 89.1, 58.8))),
     ("SAIL-VL-2B model card, January 2025, \"a VLMEvalKit variant\"",
      "OpenCompass Total GeneralQA OCR MMBench_DEV_CN_V11", (
-         ("InternVL2-2B, card", 55.94, 60.93, 58.04, 74.50, 69.2),
-         ("Qwen2-VL-2B, card", 57.36, 63.04, 59.75, 75.80, 69.5),
-         ("Aquila-VL-2B, card", 60.35, 62.76, 62.39, 71.78, 73.61),
-         ("InternVL2.5-2B, card", 61.42, 65.77, 62.96, 76.80, 71.44),
-         ("SAIL-VL-2B, card", 62.67, 66.27, 63.79, 78.19, 72.06))),
+        ("InternVL2-2B, card", 55.94, 60.93, 58.04, 74.5, 69.2), ("Qwen2-VL-2B, card", 57.36, 63.04, 59.75, 75.8, 69.5),
+        ("Aquila-VL-2B, card", 60.35, 62.76, 62.39, 71.78, 73.61),
+        ("InternVL2.5-2B, card", 61.42, 65.77, 62.96, 76.8, 71.44),
+        ("SAIL-VL-2B, card", 62.67, 66.27, 63.79, 78.19, 72.06))),
     ("SAIL-VL-1.6-8B model card", """OpenCompass MMBench_DEV_V11 MathVista_MINI MMStar MMMU_VAL MMVet HallusionBench
      AI2D_TEST OCRBench RealWorldQA InfoVQA_VAL ChartQA_TEST MME DocVQA_VAL TextVQA_VAL""", (
-         ("SAIL-VL-1.5-8B", 72.69, 87.43, 73.60, 69.40, 50.44, 69.77, 54.03, 87.37, 89.5, 72.42, 79.68, 89.32, 83.52,
-          94.17, 83.13),
-         ("SAIL-VL-1.6-8B", 74.26, 88.82, 74.50, 69.47, 53.11, 74.72, 54.96, 87.50, 91.0, 75.42, 80.70, 89.08, 80.97,
-          94.86, 85.52))),
+         ("SAIL-VL-1.5-8B", 72.69, 87.43, 73.6, 69.4, 50.44, 69.77, 54.03,
+          87.37, 89.5, 72.42, 79.68, 89.32, 83.52, 94.17, 83.13),
+         ("SAIL-VL-1.6-8B", 74.26, 88.82, 74.5, 69.47, 53.11, 74.72, 54.96,
+          87.5, 91.0, 75.42, 80.7, 89.08, 80.97, 94.86, 85.52))),
 ) for name, *values in rows}

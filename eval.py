@@ -97,10 +97,11 @@ def records(path, start=0):
     """(offset in bytes, line, fields) of a tab-separated file's rows from an offset on. ValueError with the line."""
     at, reader = start, None
     def lines():
-        nonlocal at
+        nonlocal at                                                    # start is that of the record that is being read
         for line in f:
             at += len(line)
             yield line.decode("utf-8-sig" if at == len(line) else "utf-8")
+        if start < at: raise csv.Error("a field's opening quotation mark has no partner; the rows after are in it")
     csv.field_size_limit(2**31 - 1)                                    # pictures are base64 columns
     with open(path, "rb") as f:
         f.seek(start)
@@ -117,15 +118,15 @@ def read_tsv(path, *columns_needed):
     of such a row becomes its index). ValueError with the line number on a bad row."""
     if not Path(path).is_file(): raise FileNotFoundError(f"{path}: no such file; eval.py and toy.py write such files")
     if Path(path).suffix.lower() in (".xlsx", ".xls"):
-        code = f"import pandas; pandas.read_excel(r'{path}', dtype=str, keep_default_na=False).to_csv(" \
-               f"r'{Path(path).with_suffix('.tsv')}', sep='\\t', index=False)"
-        raise ValueError(f'{path}: an Excel file, as VLMEvalKit writes them; make a .tsv of it: python -c "{code}"')
+        code = f"read_excel(r'{path}', dtype=str, keep_default_na=False).to_csv(r'{path}.tsv', sep='\\t', index=False)"
+        raise ValueError(f'{path}: an Excel file; make a .tsv of it: python -c "import pandas; pandas.{code}"')
     rows, places, columns = {}, {}, None
     for offset, line, fields in records(path):
         if columns is None:
             columns = fields
             for name in ("index", "question", "answer", *columns_needed):
-                if name not in columns: raise ValueError(f"{path}: no column {name!r} in its first line")
+                if columns.count(name) != 1:
+                    raise ValueError(f"{path}: {'more than one' if name in columns else 'no'} column {name!r} in line 1")
         elif fields:
             where = f"{path} line {line}"
             if len(fields) != len(columns): raise ValueError(f"{where}: not {len(columns)} columns")
@@ -207,7 +208,7 @@ def predict(name, pairs, assistant, key, cfg, dist, variant="model"):
     folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(folder.glob(f"{name}.{variant}.rank*.jsonl")):
         for line in path.read_bytes().splitlines():
-            with contextlib.suppress(ValueError):                      # a torn line is passed over
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a torn line is passed over
                 entry = json.loads(line)
                 if entry["key"] == key: done[entry["index"]] = entry["prediction"]
     common.barrier()                                                   # nobody writes before everybody has read

@@ -360,6 +360,9 @@ def test_files_that_lack_a_column_a_rotation_or_an_answer_are_refused():
     assert {"A", "B"} <= {*bm.needs(bm.PAPER["MMStar"])} and "category" in bm.needs(bm.PAPER["POPE"])
     row = {"index": "1000007", "question": "q", **OPTIONS, "answer": "A", "prediction": "A"}
     with pytest.raises(ValueError, match="whose rotations these are, are missing"): score("MMBench_DEV", [row])
+    for bad in ({"index": "x"}, {"index": "nan"}, {"index": ""}, {"index": "inf"}, {"index": "7", "g_index": "z"}):
+        with pytest.raises(ValueError, match=f"row '{bad['index']}': index and g_index must be numbers"):
+            score("MMBench_DEV", [row | bad])
     with pytest.raises(ValueError, match="row 7: its answer is empty"):
         score("DocVQA_VAL", [{"index": "7", "answer": "[]", "prediction": "x"}])
 

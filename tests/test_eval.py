@@ -108,12 +108,19 @@ def test_rows_without_a_picture_are_left_out_as_in_vlmevalkit_and_counted(tmp_pa
     ("index\tquestion\tanswer\n1\tq\ta\n1\tq\ta\n", "line 3: index '1' stands twice"),
     ("index\timage\tquestion\tanswer\n1\t77\tq\ta\n", "'77' is no row with a picture"),
     (b"index\tquestion\tanswer\n1\t\xff\xff\ta\n", "not a UTF-8"),
+    ("index\tquestion\tanswer\tanswer\n1\tq\ta\tb\n", "more than one column 'answer'"),
+    ('index\tquestion\tanswer\n1\tq\t"a\n2\tq\ta\n', "has no partner"), ('index\tquestion\tanswer\n1\tq\t"a', "has no partner"),
 ])
 def test_bad_files_are_refused(tmp_path, text, message):
     path = tmp_path / "t.tsv"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=message):
         ev.read_rows(path)
+
+def test_quotation_marks_that_are_fine(tmp_path):
+    (tmp_path / "t.tsv").write_text('index\tquestion\tanswer\n1\t5" tall\t"a\n\nb"\n\n2\t"q"\t"""a"""\n3\tq\t"a\n"')
+    assert [(row["question"], row["answer"]) for row in ev.read_tsv(tmp_path / "t.tsv")[0]] == [
+        ('5" tall', "a\n\nb"), ("q", '"a"'), ("q", "a\n")]
 
 def test_missing_file_and_bad_picture(tmp_path):
     with pytest.raises(FileNotFoundError, match="none.tsv: no such file"):
@@ -411,7 +418,7 @@ def test_an_excel_file_is_refused_with_the_line_that_makes_a_tsv_of_it(tmp_path,
         to_csv=lambda path, **how: said.append((path, how))))
     exec(line.removeprefix("import pandas; "), {"pandas": pandas})
     assert said == [(str(tmp_path / "its.xlsx"), dict(dtype=str, keep_default_na=False)),
-                    (str(tmp_path / "its.tsv"), dict(sep="\t", index=False))]
+                    (str(tmp_path / "its.xlsx.tsv"), dict(sep="\t", index=False))]
 
 def test_score_command_says_what_is_missing(tmp_path, capsys):
     rows = [{"index": i, "question": "q", "answer": "x", "prediction": "y"} for i in range(2)]
