@@ -126,7 +126,7 @@ def read_tsv(path, *columns_needed):
             columns = fields
             for name in ("index", "question", "answer", *columns_needed):
                 if columns.count(name) != 1:
-                    raise ValueError(f"{path}: {'more than one' if name in columns else 'no'} column {name!r} in line 1")
+                    raise ValueError(f"{path}: {'more than 1' if name in columns else 'no'} column {name!r} in line 1")
         elif fields:
             where = f"{path} line {line}"
             if len(fields) != len(columns): raise ValueError(f"{where}: not {len(columns)} columns")

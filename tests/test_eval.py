@@ -108,7 +108,7 @@ def test_rows_without_a_picture_are_left_out_as_in_vlmevalkit_and_counted(tmp_pa
     ("index\tquestion\tanswer\n1\tq\ta\n1\tq\ta\n", "line 3: index '1' stands twice"),
     ("index\timage\tquestion\tanswer\n1\t77\tq\ta\n", "'77' is no row with a picture"),
     (b"index\tquestion\tanswer\n1\t\xff\xff\ta\n", "not a UTF-8"),
-    ("index\tquestion\tanswer\tanswer\n1\tq\ta\tb\n", "more than one column 'answer'"),
+    ("index\tquestion\tanswer\tanswer\n1\tq\ta\tb\n", "more than 1 column 'answer'"),
     ('index\tquestion\tanswer\n1\tq\t"a\n2\tq\ta\n', "has no partner"), ('index\tquestion\tanswer\n1\tq\t"a', "has no partner"),
 ])
 def test_bad_files_are_refused(tmp_path, text, message):
