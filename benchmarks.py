@@ -68,7 +68,7 @@ def option_letter(prediction, choices, recent=False):
 
 def multiple_choice(prediction, row, recent=False):
     """The right letter (eval_vanilla of vlmeval/dataset/utils/multiple_choice.py)."""
-    read = option_letter(prediction, options(row), recent)
+    read = option_letter(prediction.strip(), options(row), recent)
     return read, read == row["answer"].strip() != ""
 
 def mmmu(prediction, row, recent=False):
@@ -170,7 +170,7 @@ def yes_no(prediction, row):
 def graded(grade, row):
     """What the judge says, 0 to 1 (MMVet_auxeval of vlmeval/dataset/utils/mmvet.py); never the prediction itself."""
     points = to_float(grade.strip())
-    return (grade.strip(), points) if points is not None and 0 <= points <= 1 else ("", 0.0)
+    return (grade.strip(), points) if points is not None and 0 <= points <= 1 and "%" not in grade else ("", 0.0)
 
 def exact_match(prediction, row):
     """Toy: equal but for case, runs of white space and one closing full stop that the reference does not have."""
@@ -208,7 +208,10 @@ def capabilities(rows, reads, points):
 def circular(rows, reads, points):
     """A question counts if it is right in every rotation of its options: index + k * 1,000,000 (mcq_circular_eval)."""
     groups, number = collections.defaultdict(list), lambda row: int(float(row["index"]))
-    for row, p in zip(rows, points): groups[int(float(row.get("g_index") or number(row) % 1_000_000))].append(p)
+    try:
+        for row, p in zip(rows, points): groups[int(float(row.get("g_index") or number(row) % 1_000_000))].append(p)
+    except (ValueError, OverflowError):
+        raise ValueError(f"row {row['index']!r}: index and g_index must be numbers, question + k * 1,000,000") from None
     if not (first := [row for row in rows if number(row) in groups]):
         raise ValueError("no row with an index below 1,000,000: the questions whose rotations these are, are missing")
     score, details = mean(first, reads, [math.prod(groups[number(row)]) for row in first])
@@ -241,7 +244,10 @@ def mme(rows, reads, points):
                     + sum(len(p) > 1 and all(p[:2]) for p in v.values()) / len(v)) for c, v in sorted(images.items())}
     sums = {"perception": sum(by.get(c, 0) for c in PERCEPTION), "reasoning": sum(by.get(c, 0) for c in REASONING)}
     missing, total = [c for c in PERCEPTION + REASONING if c not in by], sum(sums.values())
-    return round(total / 28, 2), {**sums, "total": total, "categories": by, "missing_categories": missing}
+    halves = sum(len(p) < 2 for v in images.values() for p in v.values())
+    part = {"warning": f"only a part of MME: {len(missing)} of 14 categories are missing, {halves} images have one of "
+                       "their two questions; both count as 0"} if missing or halves else {}
+    return round(total / 28, 2), {**sums, "total": total, "categories": by, "missing_categories": missing, **part}
 
 def hallusion(rows, reads, points):
     """Mean of three accuracies: of answers, of figures with every question right, of questions right on every figure.
@@ -260,24 +266,29 @@ def ocrbench_total(rows, reads, points):
     """Right answers of 1,000 / 10 (OCRBench.evaluate)."""
     by = collections.Counter(row["category"] for row, p in zip(rows, points) if p)
     text = sum(n for c, n in by.items() if c.endswith("Recognition") and "Mathematical" not in c)
-    return by.total() / 10, {"final_score": by.total(), "Text Recognition": text, "categories": {**by}}
+    part = {"warning": f"only a part of OCRBench: {len(rows)} of 1,000 questions, the others count as wrong; of these "
+                       f"{percent(by.total(), len(rows))} % are right"} if len(rows) < 1000 else {}
+    return by.total() / 10, {"final_score": by.total(), "Text Recognition": text, "categories": {**by}, **part}
 
 # ---- the protocols ---------------------------------------------------------------------------------------------------
 # judge: no = rules read every answer, optional = it reads what they cannot, required = no score without it; tiles: the
 # most of one picture, thumbnail not counted (64 over all pictures of a row); period: one closing full stop is dropped;
-# upscale: of the first picture; split: the only rows that count; jpeg: pictures go through JPEG, as VLMEvalKit's do
+# upscale: of the first picture; split: the only rows that count; jpeg: pictures are stored and read as VLMEvalKit does,
+# rows without one left out; file: name of the .tsv; folder: where it is under ADDRESS, which decides no score
 Benchmark = collections.namedtuple("Benchmark", """md5 group prompt scorer total judge tiles max_new_tokens period
-    upscale split jpeg recent file""", defaults=(mean, "no", 6, 4096, False, 1, "", True, False, ""))
+    upscale split jpeg recent file folder""", defaults=(mean, "no", 6, 4096, False, 1, "", True, False, "", "VLMEval"))
+ADDRESS = "https://opencompass.openxlab.space/utils"        # DATASET_URL of vlmeval/dataset/image_mcq.py and its like
 letter = functools.partial(Benchmark, prompt="mcq", scorer=multiple_choice, judge="optional")
 words = functools.partial(Benchmark, prompt="short", group="ocr")
 toy = functools.partial(Benchmark, "", "toy", tiles=4, max_new_tokens=16, jpeg=False)
 PAPER = {
     "MMStar": letter("e1ecd2140806c1b1bbf54b43372efb9e", "general"),
-    "MMBench_DEV": letter("b6caf1133a01c6bb705cf753bb527ed8", "general", total=circular, file="MMBench_DEV_EN"),
+    "MMBench_DEV": letter("b6caf1133a01c6bb705cf753bb527ed8", "general", total=circular, file="MMBench_DEV_EN",
+                          folder="benchmarks/MMBench"),
     "MMMU_VAL": letter("585e8ad75e73f75dcad265dfd0417d64", "general", scorer=mmmu, tiles=12, upscale=2,
                        split="validation", file="MMMU_DEV_VAL"),
     "MME": Benchmark("b36b43c3f09801f5d368627fb92187c3", "general", "mme", yes_no, mme, "optional"),
-    "SEEDBench_IMG": letter("68017231464752261a2526d6ca3a10c0", "general"),
+    "SEEDBench_IMG": letter("68017231464752261a2526d6ca3a10c0", "general", folder="benchmarks/SEEDBench"),
     "RealWorldQA": letter("4de008f55dc4fd008ca9e15321dc44b7", "general"),
     "MMVet": Benchmark("748aa6d4aa9d4de798306a63718455e3", "general", "plain", graded, capabilities, "required"),
     "OCRBench": words("e953d98a987cc6e26ef717b61260b778", scorer=ocrbench, total=ocrbench_total, tiles=24),
@@ -288,7 +299,8 @@ PAPER = {
     "AI2D_TEST": letter("0f593e0d1c7df9a3d69bf1f947e71975", "ocr"),
     "OCRVQA_TESTCORE": words("c5239fe77db8bdc1f2ad8e55e0d1fe97", scorer=any_reference, tiles=12, period=True),
     "MathVista_MINI": Benchmark("f199b98e178e5a2a20e7048f5dcb0464", "math", "plain", mathvista, judge="required"),
-    "ScienceQA": letter("e42e9e00f9c59a80d8a5db35bc32b71f", "math", file="ScienceQA_TEST"),
+    "ScienceQA": letter("e42e9e00f9c59a80d8a5db35bc32b71f", "math", file="ScienceQA_TEST",
+                        folder="benchmarks/ScienceQA"),
     "POPE": Benchmark("c12f5acb142f2ef1f85a26ba2fbe41d5", "hallucination", "plain", yes_no, pope, "optional"),
     "HallusionBench": words("0c23ac0dc9ef46832d7a24504f2a0c7c", group="hallucination", prompt="yes_no", scorer=yes_no,
                             total=hallusion, judge="optional"),
@@ -310,7 +322,7 @@ JUDGE = {                           # what a judge is asked, in words of our own
             "steps of 0.1? <AND> joins parts that must all be there, <OR> parts of which one is enough. Reply with the "
             "number alone."}
 JUDGE[mmmu] = JUDGE[multiple_choice]
-RULES = 3                           # version of the scorers' code
+RULES = 4                           # version of the scorers' code and of how pictures are read
 # columns that scorer or total look at, `index`, `question` and `answer` apart
 NEEDS = {mme: ["category", "image_path"], ocrbench: ["category"], hallusion: ["l2-category"], graded: ["category"],
          multiple_choice: ["A", "B"], mmmu: ["A", "B"], pope: ["category"],
@@ -333,7 +345,7 @@ def benchmark_names(text, protocol="sailvl-2024-12"):
 def protocol_hash(names, max_tiles=0, max_new_tokens=0, image_as="pixels", protocol="sailvl-2024-12"):
     """sha256 over everything that decides a score apart from the model and the rows (0 = the table's own value)."""
     rules = {name: [getattr(v, "__name__", v) for v in b._replace(
-        tiles=max_tiles or b.tiles, max_new_tokens=max_new_tokens or b.max_new_tokens)]
+        tiles=max_tiles or b.tiles, max_new_tokens=max_new_tokens or b.max_new_tokens, folder="")]
         for name, b in PROTOCOLS[protocol].items() if name in names}
     words = [TAIL, MCQ, OPEN, REFUSALS, [*JUDGE.values()], image_as, "greedy", "thumbnail", RULES]
     return hashlib.sha256(json.dumps([rules, words], sort_keys=True).encode()).hexdigest()
@@ -388,12 +400,33 @@ def averages(scores):
     return {"overall": average([*scored.values()]), "groups": {g: average(v) for g, v in groups.items()},
             "left_out": [name for name in scores if name not in scored]}
 
-# Published: overall, general, ocr, math, hallucination of arXiv 2501.05952; MMStar to MME of the 8B model card
-COLUMNS_PUBLISHED = ("overall", "general", "ocr", "math", "hallucination", "MMStar", "MMBench_DEV", "MMMU_VAL", "MME")
-PUBLISHED = {name: dict(zip(COLUMNS_PUBLISHED, values)) for name, *values in (
-    ("SAIL-VL-2B", 69.1, 60.4, 75.9, 79.0, 66.2), ("InternVL2.5-MPO-2B", 67.7, 63.1, 71.1, 75.3, 64.5),
-    ("Qwen2-VL-2B", 64.4, 58.3, 72.5, 59.0, 62.9), ("DeepSeekVL-2-Tiny", 67.0, 59.4, 74.4, 71.3, 63.6),
-    ("SAIL-VL-8B", 74.5, 68.3, 79.8, 83.3, 68.7, 64.2, 79.5, 48.2, 80.14),      # MME 2244 / 28, 2321 / 28, 2149 / 28
-    ("InternVL2.5-MPO-8B", 74.3, 71.2, 76.3, 83.2, 69.7, 65.3, 83.3, 52.8, 82.89),
-    ("Qwen2-VL-7B", 73.0, 68.5, 79.6, 71.0, 67.5, 58.3, 79.5, 50.9, 82.89),
-    ("DeepSeekVL-2-Small", 72.7, 66.8, 79.0, 79.0, 65.3, 57.7, 78.1, 47.6, 76.75))}
+# Published, 0-100 (MME / 28, OCRBench / 10), row by row: model, where it stands, its values; names of benchmarks and
+# averages that a run here does not have (MMBench_DEV_V11, OpenCompass, ...) are not comparable with any of its own
+PUBLISHED = {name: {"source": source, **dict(zip(columns.split(), values))} for source, columns, rows in (
+    ("arXiv 2501.05952; MMStar to MME: SAIL-VL-8B model card",
+     "overall general ocr math hallucination MMStar MMBench_DEV MMMU_VAL MME", (
+         ("SAIL-VL-2B", 69.1, 60.4, 75.9, 79.0, 66.2), ("InternVL2.5-MPO-2B", 67.7, 63.1, 71.1, 75.3, 64.5),
+         ("Qwen2-VL-2B", 64.4, 58.3, 72.5, 59.0, 62.9), ("DeepSeekVL-2-Tiny", 67.0, 59.4, 74.4, 71.3, 63.6),
+         ("SAIL-VL-8B", 74.5, 68.3, 79.8, 83.3, 68.7, 64.2, 79.5, 48.2, 80.14),     # MME 2244, 2321, 2321, 2149 / 28
+         ("InternVL2.5-MPO-8B", 74.3, 71.2, 76.3, 83.2, 69.7, 65.3, 83.3, 52.8, 82.89),
+         ("Qwen2-VL-7B", 73.0, 68.5, 79.6, 71.0, 67.5, 58.3, 79.5, 50.9, 82.89),
+         ("DeepSeekVL-2-Small", 72.7, 66.8, 79.0, 79.0, 65.3, 57.7, 78.1, 47.6, 76.75))),
+    ("wizwand.com on arXiv 2501.05952, size not stated", "OCRBench DocVQA_VAL POPE", (("SAIL-VL", 83.5, 92.2, 86.7),)),
+    ("OpenCompass, in the README of AIDC-AI/Ovis-U1",
+     "OpenCompass MMBench MMStar MMMU_VAL MathVista_MINI HallusionBench AI2D_TEST OCRBench MMVet", (
+         ("SAIL-VL-2B, OpenCompass", 61, 73.7, 56.5, 44.1, 62.8, 45.9, 77.4, 83.1, 44.2),
+         ("InternVL2.5-2B, OpenCompass", 59.9, 70.9, 54.3, 43.2, 51.1, 42.3, 74.9, 80.2, 62.6),
+         ("SAIL-VL-1.5-2B, OpenCompass", 67, 78.5, 62.6, 46.4, 67, 50, 83.7, 89.1, 58.8))),
+    ("SAIL-VL-2B model card, January 2025, \"a VLMEvalKit variant\"",
+     "OpenCompass Total GeneralQA OCR MMBench_DEV_CN_V11", (
+        ("InternVL2-2B, card", 55.94, 60.93, 58.04, 74.5, 69.2), ("Qwen2-VL-2B, card", 57.36, 63.04, 59.75, 75.8, 69.5),
+        ("Aquila-VL-2B, card", 60.35, 62.76, 62.39, 71.78, 73.61),
+        ("InternVL2.5-2B, card", 61.42, 65.77, 62.96, 76.8, 71.44),
+        ("SAIL-VL-2B, card", 62.67, 66.27, 63.79, 78.19, 72.06))),
+    ("SAIL-VL-1.6-8B model card", """OpenCompass MMBench_DEV_V11 MathVista_MINI MMStar MMMU_VAL MMVet HallusionBench
+     AI2D_TEST OCRBench RealWorldQA InfoVQA_VAL ChartQA_TEST MME DocVQA_VAL TextVQA_VAL""", (
+         ("SAIL-VL-1.5-8B", 72.69, 87.43, 73.6, 69.4, 50.44, 69.77, 54.03,
+          87.37, 89.5, 72.42, 79.68, 89.32, 83.52, 94.17, 83.13),
+         ("SAIL-VL-1.6-8B", 74.26, 88.82, 74.5, 69.47, 53.11, 74.72, 54.96,
+          87.5, 91.0, 75.42, 80.7, 89.08, 80.97, 94.86, 85.52))),
+) for name, *values in rows}

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 import common, configurator
 from assistant import Assistant
-from benchmarks import (PAPER, PROTOCOLS, PUBLISHED, as_list, averages, benchmark_names, build_prompt, chance_level,
-                        find, needs, options, protocol_hash, read_answers, score_rows)
+from benchmarks import (ADDRESS, PAPER, PROTOCOLS, PUBLISHED, TOY, as_list, averages, benchmark_names, build_prompt,
+                        chance_level, find, needs, options, protocol_hash, read_answers, score_rows)
 from data import _render, cell_words, place_images
 from judge import connect
 from vision import GRAY, _read, load_image, make_tiles
@@ -36,7 +36,7 @@ class Config:
     protocol: str = "sailvl-2024-12"      # sailvl-2024-12 (the paper's settings) | vlmevalkit-2025-04
     out_dir: str = "out/eval"             # predictions, results.json and report.html go here
     download: bool = False                # fetch files that are not in data_dir, gigabytes of them
-    download_from: str = "https://opencompass.openxlab.space/utils/VLMEval"   # where from
+    download_from: str = ""               # web folder that has them all; "" = where VLMEvalKit has each of them
     judge: str = ""                       # OpenAI-compatible endpoint, http://.../v1; its key: JUDGE_API_KEY
     judge_model: str = ""                 # the judge's name there
     controls: bool = False                # also score the same rows blind: gray tiles in place of the pictures
@@ -69,8 +69,9 @@ def md5(path):
 
 def download(b, folder, base):
     """Fetch a benchmark's file, with progress, from where an earlier try stopped; refuse it if its MD5 is another."""
-    url, part = f"{base.rstrip('/')}/{b.file}.tsv", Path(folder) / f"{b.file}.tsv.part"
-    by_hand = f"or put {part.with_suffix('')} (MD5 {b.md5}) there by hand"
+    url = f"{base.rstrip('/') or f'{ADDRESS}/{b.folder}'}/{b.file}.tsv"
+    part = Path(folder) / f"{b.file}.tsv.part"
+    by_hand = f"give another --download_from=URL or put {part.with_suffix('')} (MD5 {b.md5}) there by hand"
     part.parent.mkdir(parents=True, exist_ok=True)
     have = part.stat().st_size if part.exists() else 0
     try:
@@ -86,20 +87,21 @@ def download(b, folder, base):
         if part.stat().st_size < total: raise OSError(f"cut off at {part.stat().st_size} of {total} bytes")
     except (OSError, http.client.HTTPException) as e:
         if getattr(e, "code", 0) != 416:                               # 416: nothing was left to send
-            raise ValueError(f"{url}: {e}; run again to go on, {by_hand}") from e
+            raise ValueError(f"{url}: {e}; run again to go on, or {by_hand}") from e
     if (found := md5(part)) != b.md5:
         part.unlink()
-        raise ValueError(f"{url}: MD5 {found} is not that of the protocol, removed; run again, {by_hand}")
+        raise ValueError(f"{url}: MD5 {found} is not that of the protocol, removed; run again, or {by_hand}")
     os.replace(part, part.with_suffix(''))
 
 def records(path, start=0):
     """(offset in bytes, line, fields) of a tab-separated file's rows from an offset on. ValueError with the line."""
     at, reader = start, None
     def lines():
-        nonlocal at
+        nonlocal at                                                    # start is that of the record that is being read
         for line in f:
             at += len(line)
             yield line.decode("utf-8-sig" if at == len(line) else "utf-8")
+        if start < at: raise csv.Error("a field's opening quotation mark has no partner; the rows after are in it")
     csv.field_size_limit(2**31 - 1)                                    # pictures are base64 columns
     with open(path, "rb") as f:
         f.seek(start)
@@ -115,12 +117,16 @@ def read_tsv(path, *columns_needed):
     """-> (rows as dicts of strings, {index: [(path, offset, k), ...]} of the pictures, which stay in the file: `image`
     of such a row becomes its index). ValueError with the line number on a bad row."""
     if not Path(path).is_file(): raise FileNotFoundError(f"{path}: no such file; eval.py and toy.py write such files")
+    if Path(path).suffix.lower() in (".xlsx", ".xls"):
+        code = f"read_excel(r'{path}', dtype=str, keep_default_na=False).to_csv(r'{path}.tsv', sep='\\t', index=False)"
+        raise ValueError(f'{path}: an Excel file; make a .tsv of it: python -c "import pandas; pandas.{code}"')
     rows, places, columns = {}, {}, None
     for offset, line, fields in records(path):
         if columns is None:
             columns = fields
             for name in ("index", "question", "answer", *columns_needed):
-                if name not in columns: raise ValueError(f"{path}: no column {name!r} in its first line")
+                if columns.count(name) != 1:
+                    raise ValueError(f"{path}: {'more than 1' if name in columns else 'no'} column {name!r} in line 1")
         elif fields:
             where = f"{path} line {line}"
             if len(fields) != len(columns): raise ValueError(f"{where}: not {len(columns)} columns")
@@ -133,37 +139,43 @@ def read_tsv(path, *columns_needed):
     if not rows: raise ValueError(f"{path}: {'no rows under the line of column names' if columns else 'an empty file'}")
     return [*rows.values()], places
 
-def read_rows(path, limit=0, split="", *columns_needed):
-    """[(row, pictures)]: places in the file or Paths. An image cell of at most 64 characters names the row that holds
-    the picture (ImageBaseDataset of vlmeval/dataset/image_base.py). split: the rows that are wanted, "" = all."""
-    (rows, places), pairs = read_tsv(path, *columns_needed), []
-    for row in [row for row in rows if not split or row.get("split", split) == split][:limit or None]:
+def read_rows(path, limit=0, b=TOY["toy_ocr"], *columns_needed):
+    """[(row, pictures)]: places in the file or Paths; the rows of b's split. An image cell of at most 64 characters
+    names the row that holds the picture; under VLMEvalKit's protocols rows where it is empty are left out
+    (ImageBaseDataset of vlmeval/dataset/image_base.py)."""
+    (rows, places), pairs = read_tsv(path, *needs(b), *columns_needed), []
+    rows = [row for row in rows if not b.split or row.get("split", b.split) == b.split]
+    asked = [row for row in rows if not b.jpeg or row.get("image", True)]
+    if blank := len(rows) - len(asked):
+        print(f"warning: {path}: {blank} rows without a picture are left out, as in VLMEvalKit", file=sys.stderr)
+    for row in asked[:limit or None]:
         for name in (names := as_list(row["image"]) if row.get("image") else []):
             if name not in places:
                 raise ValueError(f"{path} row {row['index']}: image {name!r} is no row with a picture")
         files = [Path(path).parent / name for name in as_list(row.get("image_path", "")) if name]
         pairs.append((row, [place for name in names for place in places[name]] or files))
-    if not pairs: raise ValueError(f"{path}: no rows of split {split!r}")
+    if not pairs: raise ValueError(f"{path}: no rows " + ("with a picture" if rows else f"of split {b.split!r}"))
     return pairs
 
 def open_picture(row, place, jpeg=False):
-    """Pillow RGB image of a place or path of read_rows. jpeg: through JPEG, as VLMEvalKit stores it on disk (alpha
-    dropped, not rotated; decode_base64_to_image_file of vlmeval/smp), unless a row of several names another type."""
+    """Pillow RGB image of a place or path of read_rows. jpeg: as VLMEvalKit reads it, not rotated and alpha dropped
+    (load_image of sail_vl.py); one from the file went through JPEG on its disk before (decode_base64_to_image_file of
+    vlmeval/smp), unless its row has several names and that is of another type."""
+    rgb = (lambda source: _read(source, lambda image: image.convert("RGB"))) if jpeg else load_image
     try:
-        if isinstance(place, Path): return load_image(place)
+        if isinstance(place, Path): return rgb(place)
         path, offset, k = place
         column = next(records(path))[2].index("image")
-        data = base64.b64decode(as_list(next(records(path, offset))[2][column])[k])
+        image = rgb(base64.b64decode(as_list(next(records(path, offset))[2][column])[k]))
         names = as_list(row.get("image_path", ""))
-        if jpeg and not (len(names) > 1 and not names[k].lower().endswith((".jpg", ".jpeg"))):
-            _read(data, lambda image: image.convert("RGB")).save(file := io.BytesIO(), "JPEG")
-            data = file.getvalue()
-        return load_image(data)
+        if not jpeg or len(names) > 1 and not "".join(names[k:k + 1]).lower().endswith((".jpg", ".jpeg")): return image
+        image.save(file := io.BytesIO(), "JPEG")
+        return rgb(file.getvalue())
     except (ValueError, OSError) as e:
         raise ValueError(f"benchmark row {row['index']}: {e}") from e
 
 # ---- generation ----------------------------------------------------------------------------------------------------
-def make_prompt(assistant, row, image, text, max_tiles=0, blind=False, b=PROTOCOLS["sailvl-2024-12"]["toy_ocr"]):
+def make_prompt(assistant, row, image, text, max_tiles=0, blind=False, b=TOY["toy_ocr"]):
     """-> (ids (T,), uint8 tiles (N, 3, s, s)); blind: as many tiles, all gray, or as many words, all `Empty`."""
     turns, tiles, vision = [(text, None)], [], assistant.model.vision
     if vision is None:                                                 # words in the place of the visual tokens
@@ -196,7 +208,7 @@ def predict(name, pairs, assistant, key, cfg, dist, variant="model"):
     folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(folder.glob(f"{name}.{variant}.rank*.jsonl")):
         for line in path.read_bytes().splitlines():
-            with contextlib.suppress(ValueError):                      # a torn line is passed over
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a torn line is passed over
                 entry = json.loads(line)
                 if entry["key"] == key: done[entry["index"]] = entry["prediction"]
     common.barrier()                                                   # nobody writes before everybody has read
@@ -223,10 +235,12 @@ def picture_uri(image):
     image.save(file := io.BytesIO(), "JPEG", quality=75)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
-def question_card(name, row, pictures, found):
-    """What the report shows of a row with `prediction`; found: (what was read, points)."""
+def question_card(name, row, pictures, found, scored=True):
+    """What the report shows of a row with `prediction`; found: (what was read, points); scored: whether the benchmark
+    has a score, else what could not be read waits for a judge."""
     read, points = found
-    return {**row, "name": name, "verdict": ("right" if points >= 1 else "partly") if points else "wrong", "read": read,
+    verdict = "not scored" if not (scored or read) else ("right" if points >= 1 else "partly") if points else "wrong"
+    return {**row, "name": name, "verdict": verdict, "read": read,
             "category": row.get("category") or row.get("l2-category", ""), "options": options(row),
             "pictures": [picture_uri(open_picture(row, picture)) for picture in pictures]}
 
@@ -284,8 +298,7 @@ def main():
     out, pixels = Path(cfg.out_dir), cfg.image_as == "pixels"
     judge = connect(cfg.judge, cfg.judge_model, out / "judge.jsonl")
     paths, table = benchmark_files(cfg), PROTOCOLS.get(cfg.protocol)
-    data = {name: read_rows(path, cfg.limit, table[name].split, *needs(table[name]), *["cells"] * (not pixels))
-            for name, path in paths.items()}                           # a bad file is refused early
+    data = {name: read_rows(path, cfg.limit, table[name], *["cells"] * (not pixels)) for name, path in paths.items()}
     jobs = [(folder, [name]) for name, folder in (("untrained", cfg.untrained), ("trained_blind", cfg.trained_blind))
             if folder] + [(cfg.model, ["blind"] * cfg.controls + ["model"])]
     weights, files = {folder: weights_hash(folder) for folder, _ in jobs}, {name: md5(p) for name, p in paths.items()}
@@ -317,7 +330,8 @@ def main():
             scores["chance"][name] = chance_level(table[name], rows)
             some = range(0, len(rows), -(-len(rows) // max(1, cfg.report_rows)))[:cfg.report_rows]
             found = zip(some, read_answers(table[name], [rows[i] for i in some], judge))
-            cards += [question_card(name, rows[i], data[name][i][1], one) for i, one in found]
+            scored = scores[variant][name] is not None
+            cards += [question_card(name, rows[i], data[name][i][1], one, scored) for i, one in found]
             first.append(data[name][0])
     means = averages(scores["model"])
     scores = {variant: {"overall": averages(s)["overall"], **s} for variant, s in scores.items()}
@@ -336,10 +350,13 @@ def main():
     for name in (*paths, "overall"):
         show(name, results["n"].get(name, ""), results[name], *(s[name] for s in scores.values()))
     rows = {"this model": results | means["groups"], **results["published"]} if results["published"] else {}
-    for name, row in rows.items(): show(name, *map(row.get, ("overall", *means["groups"])))
+    for name, row in rows.items():                                     # those with these averages; report.html has all
+        if "overall" in row: show(name, *map(row.get, ("overall", *means["groups"])))
     absent = ", ".join(name for name in PAPER if results.get(name) is None) or "all rows" * bool(cfg.limit)
     if rows and absent: print(f"not comparable with the published averages: without {absent}")
     for name, reason in results["left_out"].items(): print(f"{name} is not in the averages: {reason}")
+    for name, d in details.items():
+        if "warning" in d: print(f"warning: {name}: {d['warning']}")
     print(f"wrote {out / 'results.json'} and {out / 'report.html'}")
 
 if __name__ == "__main__":

@@ -283,7 +283,8 @@ def decode(model, requests, max_new_tokens, stop_ids, temperature=0.0, top_p=1.0
                     cache, tokens, rows = cache[:, :, slots], tokens[slots], [rows[i] for i in slots]   # most once per
                     S, slots = len(slots), range(len(slots))                                            # halving
                 positions = [row[1] if row else 0 for row in rows]
-                logits = (graph_step if on_gpu else decode_step)(model, tokens, positions, cache, graphs)[slots]
+                logits = (graph_step if on_gpu else decode_step)(model, tokens, positions, cache, graphs)
+                logits = logits if len(slots) == S else logits[slots]       # most often all: nothing to copy
                 for slot in slots:
                     rows[slot][1] += 1
             logits[:, model.image_token_id] = float("-inf")                 # a placeholder is never an answer
@@ -327,7 +328,8 @@ def decode_step(model, tokens, positions, cache, _=None, L=0):
     first L places of the cache; 0 = as many as there are tokens."""
     L, positions = L or max(positions) + 1, torch.as_tensor(positions, device=cache.device)
     rows = torch.arange(len(positions), device=cache.device)
-    mask = (torch.arange(L, device=cache.device) <= positions[:, None])[:, None, None]          # (S, 1, 1, L)
+    unseen = (torch.arange(L, device=cache.device) > positions[:, None])[:, None, None]         # (S, 1, 1, L)
+    mask = torch.zeros_like(unseen, dtype=cache.dtype).masked_fill_(unseen, float("-inf"))  # once, not in each block
     def attend(kept, q, k, v):                                              # q (S, H, D), k and v (S, K, D)
         kept[:, rows, :, positions] = torch.stack([k, v], 1)                # (S, 2, K, D)
         q = q.unflatten(1, (k.shape[1], -1))                                # (S, K, H/K, D): heads that share a key

@@ -1,5 +1,5 @@
 """Every scorer case by case (what VLMEvalKit's rule gives, worked out by hand), totals, prompts, protocols, averages."""
-import random, time
+import itertools, random, time
 
 import pytest
 
@@ -26,6 +26,16 @@ def test_multiple_choice(prediction, read):
     ("The answer is **B** since one two three four five six", "B"), ("one two three four five six B", "B"),
     ("the correct ANSWER IS b because of one two three four", "B"), ("answer is E, one two three four five", ""),
     ("blue circle", "B"), ("blue circle " + "x" * 40, ""), ("a blue circle, one two three", "B"), ("A or B", ""),
+    ("(B)", "B"), ("one B two three four", "B"), ("one two three four B five six seven eight", ""),
+    ("one two three four five B six seven eight", "B"), ("B is my answer because B", ""),        # its first place counts
+    ("Answer is: B one two three four five", ""), ("answer is a matter of taste", "A"), ("the answer is Both", "B"),
+    ("answer is D, one two three four five", ""), ("Z", "Z"), ("Z or not", "Z"), ("Z B", "B"),
+    ("A or B, so the answer is B", "B"), ("I can't process this file.", "Z"), ("Cannot determine the answer is B", "Z"),
+    ("Failed to obtain answer via API. answer is B", ""), ("Failed to obtain answer via API: red", "C"),
+    ("BLUE CIRCLE!", "B"), ("red circle", ""), ("a red one", "C"), ("x" * 37 + "blue circle", "B"),
+    ("x" * 38 + "blue circle", ""), ("  blue circle" + " " * 60, "B"), ("The answer isB", ""), ("", ""), ("b", ""),
+    ("correct answer  is  **C**, one two three four five", "C"), ("answer\nis\nA because one two three four five", "A"),
+    ("answer is A. Or the answer is B? one two three", "A"),
 ])
 def test_multiple_choice_of_today(prediction, read):
     assert bm.multiple_choice(prediction, {**OPTIONS, "answer": "B"}, True) == (read, read == "B")
@@ -39,6 +49,11 @@ def test_multiple_choice_options_with_one_letter_texts():
     ("5.2", "5.2", True), ("It is 5.2.", "5.2", True), ("5.3", "5.2", False), ("A", "5.2", True), ("B", "5.2", False),
     ("Other answers", "5.2", False), ("Other Answers or 5.2", "5.2", False), ("", "5.2", False),
     ("Paris", "paris", True), ("PARIS", "Paris", True), ("B", "B", True), ("A", "B", False), ("C", "C", False),
+    ("a", "5.2", False), ("(A)", "5.2", True), ("15.20", "5.2", True), ("52", "5.2", False), ("A B", "x", False),
+    ("A or B: 5.2", "5.2", True), ("B 5.2", "5.2", False), ("A mile", "5.2", True), ("Z", "5.2", False),
+    ("5.2 or other answers", "5.2", False), ("I can't process this file.", "file", False), ("Z 5.2", "5.2", False),
+    ("five", "['5', 'five']", False), ("['5', 'five']", "['5', 'five']", True), ("-3", "3", True), ("$5", "5", True),
+    ("", "B", False), ("C", "5.2", False), ("D", "D", False), ("other answers", "answers", False), ("x = 3", "X = 3", True),
 ])
 def test_mmmu_open_questions(prediction, answer, right):
     assert bm.mmmu(prediction, {"A": "", "B": "", "answer": answer})[1] is right
@@ -73,6 +88,12 @@ def test_vqa_normal_form(text, normal):
     ("cat", ["cat"] * 2 + ["dog"] * 8, (2 * 1 / 3 + 8 * 2 / 3) / 10), ("The Cat.", ["cat"] * 10, 1),
     ("two", ["2"] * 10, 1), ("", ["cat"] * 10, 0), ("", [""] * 10, 1), ("cat", ["cat"] * 4 + ["dog"] * 6, 1),
     ("cat", ["cat"] * 3 + ["dog"] * 7, (3 * 2 / 3 + 7) / 10), ("1,000", ["1000"] * 10, 1),
+    ("cat", ["cat"] * 3, 2 / 3), ("cat", ["cat"] * 4, 1), ("cat", ["dog"] * 3 + ["cat"], 1 / 4), ("cat", ["cat", "dog"], 1 / 6),
+    ("x", ["y", "x", "x", "x"], 3 / 4), ("no", ["no", "No", "NO."], 2 / 3), ("10", ["ten"] * 5, 1), ("eleven", ["11"] * 5, 0),
+    ("a cat", ["the cat"] * 5, 1), ("cats", ["cat"] * 5, 0), ("dont", ["don't"] * 5, 1), ("blue, red", ["blue red"] * 5, 1),
+    ("blue,red", ["blue red"] * 5, 1), ("1,5", ["15"] * 5, 1), ("3.0", ["3"] * 5, 0), ("3.", ["3"] * 5, 1),
+    ("stop!", ["stop"] * 5, 1), ("the", [""] * 5, 1), ("(cat)", ["cat"] * 5, 1), ("cat\ndog", ["cat dog"] * 5, 1),
+    ("None", ["0"] * 5, 1), ("cat", ["dog"] * 7 + ["cat"] * 3, (7 + 3 * 2 / 3) / 10),
 ])
 def test_vqa_score(prediction, references, points):
     assert bm.vqa_score(prediction, {"answer": repr(references)})[1] == pytest.approx(points)
@@ -170,7 +191,10 @@ def test_mathvista(prediction, row, read, right):
 
 @pytest.mark.parametrize("grade, points", [
     ("1.0", 1), ("0.5", 0.5), ("0", 0), (" 0.3\n", 0.3), ("1", 1), ("1.1", None), ("-0.1", None), ("", None), ("0.5.", None),
-    ("half", None), ("nan", None), ("inf", None), ("0.5 ", 0.5), ("1e-1", 0.1),
+    ("half", None), ("nan", None), ("inf", None), ("0.5 ", 0.5), ("1e-1", 0.1), ("0.0", 0), ("1e0", 1), ("+0.5", 0.5),
+    (".5", 0.5), ("1.", 1), ("0.55", 0.55), ("50%", None), ("1%", None), ("%", None), ("0,5", None), ("0.5/1", None),
+    ("score: 0.5", None), ("1.0000001", None), ("-0", 0), ("2", None), ("10", None), ("0.5\n0.6", None), ("-1", None),
+    ("None", None), ("**1.0**", None),
 ])
 def test_grades(grade, points):
     read, got = bm.graded(grade, {})
@@ -248,10 +272,55 @@ def test_mme_adds_accuracy_and_accuracy_of_pairs_over_14_categories():
     assert len(bm.PERCEPTION) == 10 and len(bm.REASONING) == 4
     value, d = score("MME", mme_rows(dict.fromkeys(every, ("Yes", "No"))))
     assert (value, d["total"], d["perception"], d["reasoning"]) == (100.0, 2800, 2000, 800)
+    assert "warning" not in d
     value, d = score("MME", mme_rows(dict.fromkeys(every, ("Yes", "Yes."))))       # half of them, no pair
     assert (value, d["total"]) == (25.0, 700) and d["categories"]["OCR"] == 50
     value, d = score("MME", mme_rows({"OCR": ("yes", "no"), "count": ("maybe", "no"), "other": ("yes", "no")}))
     assert d["perception"] == 250 and value == round(250 / 28, 2) and "scene" in d["missing_categories"]
+
+@pytest.mark.parametrize("images, points", [                 # 1 right, 0 wrong; the questions of an image side by side
+    ("11", 200), ("10", 50), ("01", 50), ("00", 0), ("11 11", 200), ("11 10", 125), ("11 00", 100), ("10 01", 50),
+    ("10 00", 25), ("00 00", 0), ("11 11 11", 200), ("11 11 10", 150), ("11 11 00", 400 / 3), ("11 10 00", 250 / 3),
+    ("10 10 10", 50), ("11 10 10", 100), ("00 00 10", 50 / 3), ("11 00 00", 200 / 3), ("1", 100), ("0", 0), ("11 1", 150),
+    ("11 0", 350 / 3), ("111", 200), ("110", 500 / 3), ("101", 200 / 3), ("011", 200 / 3), ("11 11 11 11", 200),
+    ("11 11 11 10", 162.5), ("11 11 10 00", 112.5), ("10 10 00 00", 25), ("11 01 00 00", 62.5),
+])
+def test_mme_of_a_category(images, points):
+    rows = [{"category": "OCR", "image_path": str(i), "answer": "Yes", "prediction": "yes" if bit == "1" else "no"}
+            for i, bits in enumerate(images.split()) for bit in bits]
+    value, d = score("MME", rows)
+    assert d["categories"] == {"OCR": pytest.approx(points)} and value == round(points / 28, 2)
+    halves = sum(len(bits) < 2 for bits in images.split())
+    assert f"13 of 14 categories are missing, {halves} images have one" in d["warning"]
+
+def test_pope_of_every_small_table_equals_precision_and_recall_worked_out():
+    for hit, false, missed, rest in itertools.product(range(3), repeat=4):
+        kinds = [("Yes", "Yes")] * hit + [("No", "yes")] * false + [("Yes", "perhaps")] * missed + [("No", "no.")] * rest
+        if not kinds: continue
+        value, d = score("POPE", [{"answer": a, "prediction": p, "category": "random"} for a, p in kinds])
+        precision, recall = hit / max(1, hit + false), hit / max(1, hit + missed)
+        assert value == round(100 * 2 * precision * recall / (precision + recall or 1), 2), kinds
+        assert (d["precision"], d["recall"]) == (round(100 * precision, 2), round(100 * recall, 2))
+        assert d["accuracy"] == round(100 * (hit + rest) / len(kinds), 2) and d["not_readable"] == missed
+
+def test_hallusionbench_and_mmbench_count_what_nothing_went_wrong_with():
+    rng = random.Random(0)
+    share = lambda every, wrong: 1 - len({*wrong}) / len({*every})
+    for _ in range(40):
+        cells = [(s, f, q, rng.random() < 0.7) for s in range(2) for f in range(3) for q in range(3) if rng.random() < 0.8]
+        rows = [{"index": f"VD_x_1_{s}_{f}_{q}", "l2-category": "x", "category": "VD", "answer": "No",
+                 "prediction": "no" if right else "yes"} for s, f, q, right in cells]
+        parts = [share([c[:3] for c in cells], [c[:3] for c in cells if not c[3]])]
+        parts += [share([(c[0], c[k]) for c in cells], [(c[0], c[k]) for c in cells if not c[3]]) for k in (1, 2)]
+        value, d = score("HallusionBench", rows)
+        assert value == pytest.approx(100 * sum(parts) / 3, abs=0.006)
+        assert [d[k] for k in ("aAcc", "fAcc", "qAcc")] == [round(100 * part, 2) for part in parts]
+        turns = [(q, k, rng.random() < 0.8) for q in range(8) for k in range(rng.randrange(1, 5))]
+        rows = [{"index": q + 1_000_000 * k, "A": "x", "B": "y", "answer": "B", "prediction": "B" if right else "A"}
+                for q, k, right in turns]
+        rng.shuffle(rows)
+        value = score("MMBench_DEV", rows)[0]
+        assert value == round(100 * share([q for q, *_ in turns], [q for q, _, right in turns if not right]), 2)
 
 def test_pope_is_the_f1_of_rows_counted_once_per_category():
     rows = [{"answer": a, "prediction": p, "category": c} for a, p, c in (
@@ -276,6 +345,9 @@ def test_ocrbench_counts_right_answers_by_tens():
     rows += [{"answer": "['x']", "prediction": "y", "category": kinds[0]}] * 5
     value, d = score("OCRBench", rows)
     assert value == 4.0 and d["final_score"] == 40 and d["Text Recognition"] == 20 and d["categories"][FORMULA] == 10
+    assert "45 of 1,000 questions, the others count as wrong; of these 88.89 % are right" in d["warning"]
+    value, d = score("OCRBench", (rows * 23)[:1000])
+    assert "warning" not in d and value == d["final_score"] / 10
 
 def test_fractional_points_and_splits():
     rows = [{"answer": "['abcd']", "prediction": p, "split": s} for p, s in (("abcd", "human"), ("abc", "augmented"))]
@@ -288,6 +360,9 @@ def test_files_that_lack_a_column_a_rotation_or_an_answer_are_refused():
     assert {"A", "B"} <= {*bm.needs(bm.PAPER["MMStar"])} and "category" in bm.needs(bm.PAPER["POPE"])
     row = {"index": "1000007", "question": "q", **OPTIONS, "answer": "A", "prediction": "A"}
     with pytest.raises(ValueError, match="whose rotations these are, are missing"): score("MMBench_DEV", [row])
+    for bad in ({"index": "x"}, {"index": "nan"}, {"index": ""}, {"index": "inf"}, {"index": "7", "g_index": "z"}):
+        with pytest.raises(ValueError, match=f"row '{bad['index']}': index and g_index must be numbers"):
+            score("MMBench_DEV", [row | bad])
     with pytest.raises(ValueError, match="row 7: its answer is empty"):
         score("DocVQA_VAL", [{"index": "7", "answer": "[]", "prediction": "x"}])
 
@@ -359,6 +434,15 @@ def test_the_table_is_the_papers():
     assert later["MMStar"].tiles == 10 and later["OCRBench"].tiles == 24 and later["MME"].max_new_tokens == 1024
     assert later["MMStar"].recent and not later["MME"].recent and later["toy_ocr"] == bm.TOY["toy_ocr"]
 
+def test_addresses_are_where_vlmevalkit_has_the_files_and_decide_no_score(monkeypatch):
+    moved = {"MMBench_DEV": "benchmarks/MMBench", "SEEDBench_IMG": "benchmarks/SEEDBench", "ScienceQA": "benchmarks/ScienceQA"}
+    assert {name: b.folder for name, b in bm.PAPER.items()} == dict.fromkeys(bm.PAPER, "VLMEval") | moved
+    before = bm.protocol_hash(["MME"])
+    monkeypatch.setitem(bm.PROTOCOLS["sailvl-2024-12"], "MME", bm.PAPER["MME"]._replace(folder="elsewhere"))
+    assert bm.protocol_hash(["MME"]) == before
+    monkeypatch.setitem(bm.PROTOCOLS["sailvl-2024-12"], "MME", bm.PAPER["MME"]._replace(tiles=5))
+    assert bm.protocol_hash(["MME"]) != before
+
 def test_benchmark_names():
     assert bm.benchmark_names("toy") == ["toy_general", "toy_ocr", "toy_chart", "toy_count", "toy_halluc"]
     assert bm.benchmark_names("toy_ocr, toy_chart,toy_ocr") == ["toy_ocr", "toy_chart"]
@@ -381,8 +465,15 @@ def test_averages_weigh_7_7_2_2_and_leave_out_what_has_no_score():
     got = bm.averages({name: value[b.group] for name, b in bm.PAPER.items()})
     assert round(got["overall"], 1) == 69.1 and got["groups"] == value and got["left_out"] == []
     for model, row in bm.PUBLISHED.items():                    # the published groups and averages agree in the same way
-        assert (7 * row["general"] + 7 * row["ocr"] + 2 * row["math"] + 2 * row["hallucination"]) / 18 == pytest.approx(
-            row["overall"], abs=0.08), model
+        assert row["source"] and all(0 < value <= 100 for key, value in row.items() if key != "source"), model
+        if "overall" in row:
+            assert (7 * row["general"] + 7 * row["ocr"] + 2 * row["math"] + 2 * row["hallucination"]) / 18 == pytest.approx(
+                row["overall"], abs=0.08), model
+        if "MathVista_MINI" in row:                            # OpenCompass: the mean of eight
+            eight = ["MMStar", "MMMU_VAL", "MathVista_MINI", "HallusionBench", "AI2D_TEST", "OCRBench", "MMVet"]
+            eight = [row[name] for name in eight] + [row.get("MMBench") or row["MMBench_DEV_V11"]]
+            assert sum(eight) / 8 == pytest.approx(row["OpenCompass"], abs=0.06), model
+    assert bm.PUBLISHED["SAIL-VL-2B, card"]["OpenCompass"] == 62.67 and bm.PUBLISHED["SAIL-VL-1.6-8B"]["OCRBench"] == 91.0
     got = bm.averages({"MMVet": None, "MME": 50.0, "POPE": 70.0})
     assert got == {"overall": 60.0, "groups": {"general": 50.0, "hallucination": 70.0}, "left_out": ["MMVet"]}
     assert bm.averages({"MMVet": None})["overall"] is None

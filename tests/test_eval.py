@@ -1,5 +1,5 @@
 """Benchmark files, downloads, the run on one and several processes, kills, the report, the score command."""
-import base64, csv, hashlib, http.server, io, json, os, signal, socket, subprocess, sys, threading, time, tracemalloc
+import base64, csv, hashlib, http.server, io, json, os, signal, sys, threading, time, tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +13,7 @@ from data import Tokenizer
 from model import VLM, LLMConfig
 from vision import VisionConfig
 from weights import save_folder
+from zygote import Zygote
 
 torch.set_num_threads(1)
 
@@ -66,7 +67,39 @@ def test_pictures_go_through_jpeg_as_on_vlmevalkits_disk(tmp_path):
     image.convert("RGB").save(file := io.BytesIO(), "JPEG")
     stored = Image.open(file).convert("RGB")
     assert ev.open_picture(one, place, True).tobytes() == ev.open_picture(two, jpg, True).tobytes() == stored.tobytes()
-    assert ev.open_picture(one, place).tobytes() == ev.open_picture(two, png, True).tobytes() != stored.tobytes()
+    assert image.convert("RGB").tobytes() == ev.open_picture(two, png, True).tobytes() != stored.tobytes()
+    assert ev.open_picture(one, place).tobytes() not in (stored.tobytes(), image.convert("RGB").tobytes())  # on white
+
+def test_pictures_of_vlmevalkits_protocols_stay_as_they_lie(tmp_path):
+    image, exif = Image.effect_noise((20, 10), 90).convert("RGB"), Image.Exif()
+    exif[0x0112] = 6                                                    # to be turned by a quarter
+    image.save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    image.putalpha(0)
+    image.save(tmp_path / "clear.png")
+    cell = base64.b64encode((tmp_path / "turned.jpg").read_bytes()).decode()
+    row = {"index": "1", "image": cell, "image_path": "", "question": "q", "answer": "x"}
+    rows = [row, row | {"index": "2", "image": "", "image_path": "['turned.jpg', 'clear.png']"}]
+    (one, (place,)), (two, (turned, clear)) = ev.read_rows(write_tsv(tmp_path / "t.tsv", rows))
+    lying = Image.open(tmp_path / "turned.jpg").convert("RGB")
+    assert ev.open_picture(two, turned, True).tobytes() == lying.tobytes() and ev.open_picture(two, turned).size == (10, 20)
+    assert ev.open_picture(two, clear, True).tobytes() == image.convert("RGB").tobytes()
+    assert ev.open_picture(two, clear).getextrema() == ((255, 255),) * 3
+    lying.save(file := io.BytesIO(), "JPEG")
+    assert ev.open_picture(one, place, True).tobytes() == Image.open(file).convert("RGB").tobytes()
+    assert ev.open_picture(one, place).size == (10, 20)
+
+def test_rows_without_a_picture_are_left_out_as_in_vlmevalkit_and_counted(tmp_path, capsys):
+    row = {"image": picture(), "question": "q", "answer": "Yes", "l2-category": "x"}
+    rows = [row | {"index": "1"}, row | {"index": "2", "image": ""}, row | {"index": "3", "image": "1"}]
+    b = ev.find("HallusionBench")[1]
+    got = ev.read_rows(write_tsv(tmp_path / "t.tsv", rows), 0, b)
+    assert [row["index"] for row, _ in got] == ["1", "3"] and "1 rows without a picture are left out" in capsys.readouterr().err
+    assert len(ev.read_rows(tmp_path / "t.tsv")) == 3 and not capsys.readouterr().err
+    assert [row["index"] for row, _ in ev.read_rows(tmp_path / "t.tsv", 2, b)] == ["1", "3"]
+    with pytest.raises(ValueError, match="no rows with a picture"):
+        ev.read_rows(write_tsv(tmp_path / "t.tsv", [rows[1]]), 0, b)
+    write_tsv(tmp_path / "t.tsv", [{key: r[key] for key in r if key != "image"} for r in rows])
+    assert len(ev.read_rows(tmp_path / "t.tsv", 0, b)) == 3             # a file without such a column asks without
 
 @pytest.mark.parametrize("text, message", [
     ("index\tquestion\n1\tq\n", "no column 'answer'"), ("", "an empty file"),
@@ -75,12 +108,19 @@ def test_pictures_go_through_jpeg_as_on_vlmevalkits_disk(tmp_path):
     ("index\tquestion\tanswer\n1\tq\ta\n1\tq\ta\n", "line 3: index '1' stands twice"),
     ("index\timage\tquestion\tanswer\n1\t77\tq\ta\n", "'77' is no row with a picture"),
     (b"index\tquestion\tanswer\n1\t\xff\xff\ta\n", "not a UTF-8"),
+    ("index\tquestion\tanswer\tanswer\n1\tq\ta\tb\n", "more than 1 column 'answer'"),
+    ('index\tquestion\tanswer\n1\tq\t"a\n2\tq\ta\n', "has no partner"), ('index\tquestion\tanswer\n1\tq\t"a', "has no partner"),
 ])
 def test_bad_files_are_refused(tmp_path, text, message):
     path = tmp_path / "t.tsv"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=message):
         ev.read_rows(path)
+
+def test_quotation_marks_that_are_fine(tmp_path):
+    (tmp_path / "t.tsv").write_text('index\tquestion\tanswer\n1\t5" tall\t"a\n\nb"\n\n2\t"q"\t"""a"""\n3\tq\t"a\n"')
+    assert [(row["question"], row["answer"]) for row in ev.read_tsv(tmp_path / "t.tsv")[0]] == [
+        ('5" tall', "a\n\nb"), ("q", '"a"'), ("q", "a\n")]
 
 def test_missing_file_and_bad_picture(tmp_path):
     with pytest.raises(FileNotFoundError, match="none.tsv: no such file"):
@@ -112,7 +152,7 @@ def web():
     yield SimpleNamespace(url=f"http://127.0.0.1:{server.server_port}/x/", files=files, asked=asked, state=state)
     server.shutdown()
 
-def test_a_download_goes_on_where_it_was_cut_and_is_checked(web, tmp_path):
+def test_a_download_goes_on_where_it_was_cut_and_is_checked(web, tmp_path, monkeypatch):
     data = os.urandom(100_000)
     web.files["/x/MME.tsv"], web.state.cut = data, 40_000
     b = ev.find("MME")[1]._replace(md5=hashlib.md5(data).hexdigest())
@@ -132,7 +172,11 @@ def test_a_download_goes_on_where_it_was_cut_and_is_checked(web, tmp_path):
     assert not (tmp_path / "MME.tsv").exists() and not (tmp_path / "MME.tsv.part").exists()
     with pytest.raises(ValueError, match="404.*POPE.tsv .MD5 c12f5acb"):
         ev.download(ev.find("POPE")[1], tmp_path, web.url)
-    with pytest.raises(ValueError, match="POPE.tsv .MD5 c12f5acb.* by hand"):
+    monkeypatch.setattr(ev, "ADDRESS", web.url.rstrip("/"))             # each file from its own folder
+    web.files["/x/benchmarks/MMBench/MMBench_DEV_EN.tsv"] = web.files["/x/VLMEval/POPE.tsv"] = data
+    for name in ("MMBench_DEV", "POPE"): ev.download(ev.find(name)[1]._replace(md5=b.md5), tmp_path, "")
+    assert sorted(p.name for p in tmp_path.glob("*.tsv")) == ["MMBench_DEV_EN.tsv", "POPE.tsv"]
+    with pytest.raises(ValueError, match="--download_from=URL or put .*POPE.tsv .MD5 c12f5acb.* by hand"):
         ev.download(ev.find("POPE")[1], tmp_path, "http://127.0.0.1:9")
 
 # ---- the run, with a tiny random model ---------------------------------------------------------------------------
@@ -159,6 +203,11 @@ def world(tmp_path_factory):
              "A": "red" * (k == 0), "B": "blue" * (k == 0), "answer": answers[i % 2], "category": "x"}
             for i in range(12)])
     return make_model_folder(folder / "model"), folder
+
+@pytest.fixture(scope="module")
+def zygote():
+    yield (z := Zygote())
+    z.close()
 
 def command(argv, capsys):
     """Run eval.py's command line in this process -> (exit code, stdout, stderr)."""
@@ -228,18 +277,11 @@ def test_words_in_the_place_of_pictures(world, tmp_path, capsys):
     code, _, errors = command(flags(world, tmp_path / "none", f"--model={tmp_path / 'llm'}"), capsys)
     assert code == 2 and "without vision" in errors
 
-def test_two_ranks_and_any_batch_give_the_same_predictions(world, tmp_path, capsys):
+def test_two_ranks_and_any_batch_give_the_same_predictions(world, tmp_path, capsys, zygote):
     names = "--benchmarks=toy_ocr,toy_general"
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = os.environ | dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", OMP_NUM_THREADS="1")
-    ranks = [subprocess.Popen([sys.executable, "eval.py", *flags(world, tmp_path / "two", names)], cwd=ROOT, text=True,
-                              env=env | dict(RANK=str(r), LOCAL_RANK=str(r)), stderr=subprocess.PIPE) for r in range(2)]
+    pids = zygote.start("eval", flags(world, tmp_path / "two", names), 2, tmp_path / "said.txt")
     assert command(flags(world, tmp_path / "one", names, "--batch_size=5", "--batch_tokens=1"), capsys)[0] == 0
-    for rank in ranks:
-        errors = rank.communicate(timeout=300)[1]
-        assert rank.returncode == 0, errors
+    assert zygote.wait(pids) == [0, 0], (tmp_path / "said.txt").read_text()
     for name in ("toy_ocr", "toy_general"):
         assert (tmp_path / "one" / f"{name}.tsv").read_text() == (tmp_path / "two" / f"{name}.tsv").read_text()
     parts = (tmp_path / "two" / "predictions").glob("toy_ocr.model.rank*.jsonl")
@@ -274,29 +316,23 @@ def test_an_interrupted_run_goes_on(world, tmp_path, monkeypatch):
     assert done == predict("k") and len(asked) == 13                    # all there: nothing is asked again
     assert predict("other model") == done and len(asked) == 13 + 12     # another key shares nothing
 
-def test_1001_rows_on_1_2_and_3_ranks_and_through_5_kills_give_the_same_file(world, tmp_path):
+def test_1001_rows_on_1_2_and_3_ranks_and_through_5_kills_give_the_same_file(world, tmp_path, zygote):
     rows = [{"index": 7 * i, "question": f"What is {i}?", "answer": i % 10} for i in range(1001)]
     write_tsv(tmp_path / "toy_ocr.tsv", rows)
-    def start(out, ranks):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        argv = [sys.executable, "eval.py", *flags((world[0], tmp_path), out, "--benchmarks=toy_ocr", "--max_new_tokens=3")]
-        env = os.environ | dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(ranks), OMP_NUM_THREADS="1")
-        return [subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                                 env=env | dict(RANK=str(r), LOCAL_RANK=str(r)) if ranks > 1 else env) for r in range(ranks)]
-    lines = lambda out: sum(p.read_text().count("\n") for p in (out / "predictions").glob("*.jsonl"))
+    arguments = lambda out: flags((world[0], tmp_path), out, "--benchmarks=toy_ocr", "--max_new_tokens=3")
+    start = lambda out, ranks: zygote.start("eval", arguments(tmp_path / out), ranks, tmp_path / f"{out}.txt")
+    lines = lambda out: sum(p.read_text().count("\n") for p in (tmp_path / out / "predictions").glob("*.jsonl"))
     for kill in range(5):
-        had, processes = lines(tmp_path / "killed"), start(tmp_path / "killed", 1 + kill % 2)
-        while lines(tmp_path / "killed") < had + 100 and None in [p.poll() for p in processes]: time.sleep(0.01)
-        for p in processes: p.send_signal(signal.SIGKILL)
-        for p in processes: p.wait()
-    assert 500 <= lines(tmp_path / "killed") < 1001
+        had, pids = lines("killed"), start("killed", 1 + kill % 2)
+        while lines("killed") < had + 100 and None in zygote.ask(poll=pids): time.sleep(0.005)
+        zygote.kill(pids)
+        assert {*zygote.wait(pids)} == {-signal.SIGKILL}, kill          # in the middle of its work, not after it
+    assert 500 <= lines("killed") < 1001
     for out, ranks in (("killed", 2), ("one", 1), ("three", 3)):
-        for p in start(tmp_path / out, ranks): assert p.wait(timeout=600) == 0
+        assert zygote.wait(start(out, ranks)) == [0] * ranks, (tmp_path / f"{out}.txt").read_text()[-2000:]
     assert len({(tmp_path / out / "toy_ocr.tsv").read_text() for out in ("killed", "one", "three")}) == 1
     assert [row["index"] for row in ev.read_tsv(tmp_path / "one" / "toy_ocr.tsv")[0]] == [str(7 * i) for i in range(1001)]
-    assert lines(tmp_path / "killed") <= 1001 + 5 * 2                   # of a kill only a line torn in the middle is lost
+    assert lines("killed") <= 1001 + 5 * 2                              # of a kill only a line torn in the middle is lost
     scores = {json.loads((tmp_path / out / "results.json").read_text())["overall"] for out in ("killed", "one", "three")}
     assert len(scores) == 1
 
@@ -348,6 +384,13 @@ def test_report_escapes_what_the_model_says():
     assert json.loads(data)["cards"] == [card] and "<" not in data and card["verdict"] == "wrong"
     assert page.count("<script") == 2 and "innerHTML" not in page     # the page makes text of it, never markup
 
+def test_a_row_that_waits_for_a_judge_is_not_called_wrong():
+    card = lambda *found: ev.question_card("MMVet", {"answer": "x", "index": "1"}, [], *found)["verdict"]
+    assert [card(("", 0.0), False), card(("", 0.0), True), card(("15", False), False), card(("14", True), False),
+            card(("0.5", 0.5), True)] == ["not scored", "wrong", "wrong", "right", "partly"]
+    page = (ROOT / "report_page.html").read_text()
+    assert '"wrong", "not scored"]' in page and ".card.not-scored" in page
+
 # ---- score -------------------------------------------------------------------------------------------------------
 
 def test_score_command(tmp_path, capsys):
@@ -363,6 +406,19 @@ def test_score_command(tmp_path, capsys):
                           (["--benchmark=toy_ocr", "--predictions=nowhere.tsv"], "nowhere.tsv"), ([], "--benchmark")):
         code, text, errors = command(["score", *argv], capsys)
         assert code == 2 and message in errors and len(errors.splitlines()) == 1 and text == ""
+
+def test_an_excel_file_is_refused_with_the_line_that_makes_a_tsv_of_it(tmp_path, capsys):
+    (tmp_path / "its.xlsx").write_bytes(b"PK")
+    code, text, errors = command(["score", "--benchmark=MME", f"--predictions={tmp_path / 'p.xlsx'}"], capsys)
+    assert code == 2 and "no such file" in errors
+    code, text, errors = command(["score", "--benchmark=MME", f"--predictions={tmp_path / 'its.xlsx'}"], capsys)
+    assert code == 2 and text == "" and len(errors.splitlines()) == 1 and "python -c" in errors
+    line = errors.split('python -c "')[1].split('"')[0]
+    said, pandas = [], SimpleNamespace(read_excel=lambda path, **how: said.append((path, how)) or SimpleNamespace(
+        to_csv=lambda path, **how: said.append((path, how))))
+    exec(line.removeprefix("import pandas; "), {"pandas": pandas})
+    assert said == [(str(tmp_path / "its.xlsx"), dict(dtype=str, keep_default_na=False)),
+                    (str(tmp_path / "its.xlsx.tsv"), dict(sep="\t", index=False))]
 
 def test_score_command_says_what_is_missing(tmp_path, capsys):
     rows = [{"index": i, "question": "q", "answer": "x", "prediction": "y"} for i in range(2)]
@@ -382,6 +438,10 @@ def test_a_run_of_paper_benchmarks_names_groups_what_was_left_out_and_published_
     code, text, errors = command(flags((world[0], tmp_path), tmp_path / "out", "--benchmarks=MME,MMVet"), capsys)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert code == 0 and "n/a" in text and "MMVet is not in the averages: 2 of 2 answers need a judge" in text
+    assert "warning: MME: only a part of MME: 12 of 14 categories are missing, 2 images have one" in text
+    cards = json.loads((tmp_path / "out" / "report.html").read_text().split('id="data">')[1].split("</script>")[0])["cards"]
+    assert {card["verdict"] for card in cards if card["name"] == "MMVet"} == {"not scored"}
+    assert "not scored" not in {card["verdict"] for card in cards if card["name"] == "MME"}
     assert "the protocol's is b36b43c3" in errors and "SAIL-VL-2B" in text and results["published"]["SAIL-VL-8B"]["overall"] == 74.5
     assert results["MMVet"] is None and results["overall"] == results["groups"]["general"] == results["MME"]
     assert results["protocol_name"] == "sailvl-2024-12" and results["left_out"]["MMVet"].startswith("2 of 2")

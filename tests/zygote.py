@@ -1,10 +1,10 @@
-"""Starts ranks of train.py or sft.py in a tenth of a second: a process that has imported everything forks them.
+"""Starts ranks of train.py, sft.py or eval.py in a tenth of a second: a process that has imported everything forks them.
 
 `Zygote().start(script, arguments, ranks, output, code)` runs the script's main() in `ranks` fresh processes, as torchrun
 would, and returns their process ids; `code` is run in each of them first and may change what it likes (RANK is its rank).
 Forked, not spawned: the parent has never computed anything, so it holds no threads that a fork would lose.
 """
-import json, os, signal, socket, subprocess, sys, time
+import importlib, json, os, signal, socket, subprocess, sys, time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -58,14 +58,14 @@ def child(q, rank):
     if q["ranks"] > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(q["ranks"]), MASTER_ADDR="127.0.0.1",
                           LOCAL_WORLD_SIZE=str(q["ranks"]), MASTER_PORT=str(q["port"]))
-    import configurator, sft, train
+    import configurator
     sys.argv = [q["script"] + ".py", *q["arguments"]]
     exec(q["code"], {"RANK": rank, **sys.modules})
-    configurator.launch({"train": train, "sft": sft}[q["script"]].main)
+    configurator.launch(importlib.import_module(q["script"]).main)
 
 
 def main():
-    import sft, train, torch, torch.utils.data                                    # noqa: F401
+    import eval, sft, train, torch, torch.utils.data                              # noqa: F401
     torch.set_num_threads(1)
     codes = {}
     for line in sys.stdin:
