@@ -172,12 +172,14 @@ def ce(cfg, device, name, trains):
     yield row | dict(peer_error=errors["plain"]) | memory
 
 # ---- train, warmup, vs-hf --------------------------------------------------------------------------------------------
-# name: (ViT, LLM, samples, tiles of each, text tokens of each (from, to))
+# name: (ViT, LLM, samples, tiles of each or what they are drawn from (a mixture as in length_file), text tokens of each:
+# from, to)
 SIZES = {"7m": (VisionConfig(112, dim=192, n_layers=4, n_heads=3, ffn_dim=768),
                 LLMConfig(8192, 256, 4, 4, 2, 64, 768, tie_embeddings=True), 16, 1, (24, 120)),
          "25m": (VisionConfig(112, dim=256, n_layers=6, n_heads=4, ffn_dim=1024),
                  LLMConfig(16384, 384, 8, 6, 2, 64, 1024, tie_embeddings=True), 16, 1, (24, 120)),
-         "toy": (VisionConfig(**VisionConfig.PRESETS["toy"]), LLMConfig(**LLMConfig.PRESETS["toy"]), 12, 2, (16, 64)),
+         "toy": (VisionConfig(**VisionConfig.PRESETS["toy"]), LLMConfig(**LLMConfig.PRESETS["toy"]), 24,
+                 (0, 1, 1, 1, 3, 3, 4, 5), (16, 64)),
          "2b": (VisionConfig(), LLMConfig(), 8, 7, (128, 384)),
          "8b": (VisionConfig(), LLMConfig(**LLMConfig.PRESETS["qwen2.5-7b"]), 8, 7, (128, 384))}
 STAGES = dict(alignment=(0, 1, 0), advance=(1, 1, 0), sft=(1, 1, 1))        # which of ViT, projector, LLM train
@@ -185,13 +187,15 @@ STAGES = dict(alignment=(0, 1, 0), advance=(1, 1, 0), sft=(1, 1, 1))        # wh
 def random_samples(size, seed=0):
     """-> [(tokens, labels), ...] of a size, the second half of each text supervised, and uint8 tiles (N, 3, s, s)."""
     (vision, _, n, tiles, text), g, samples = SIZES[size], torch.Generator().manual_seed(seed), []
-    for length in torch.randint(text[0], text[1] + 1, (n,), generator=g).tolist():
-        image = torch.full((tiles * vision.tokens_per_tile,), image_token_id(TOKENIZER))
+    choices = tiles if isinstance(tiles, tuple) else (tiles,)
+    tiles = [choices[i] for i in torch.randint(len(choices), (n,), generator=g)]
+    for i, length in enumerate(torch.randint(text[0], text[1] + 1, (n,), generator=g).tolist()):
+        image = torch.full((tiles[i] * vision.tokens_per_tile,), image_token_id(TOKENIZER))
         tokens = torch.cat([image, torch.randint(0, 1000, (length,), generator=g)])
         labels = torch.full_like(tokens, IGNORE)
         labels[-(length // 2) - 1:-1] = tokens[-(length // 2):]                                 # already shifted
         samples.append((tokens, labels))
-    return samples, torch.randint(0, 256, (n * tiles, 3, vision.image_size, vision.image_size), generator=g).byte()
+    return samples, torch.randint(0, 256, (sum(tiles), 3, vision.image_size, vision.image_size), generator=g).byte()
 
 def padded(samples):
     """Tokens and labels, right-padded: (S, L) each."""
