@@ -23,10 +23,11 @@ from statistics import median
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-import common, data
+import common, data, vision
 from configurator import configure, launch
 from kernels import attention as A, cross_entropy as C
 from model import IGNORE, LLMConfig, VLM, compile_blocks, generate, train_flops
@@ -385,8 +386,66 @@ def packing(cfg, device, wanted):
                           ratio=(ours_[k] / theirs[k]) ** (1 if k == 0 else -1)) for peer, theirs in results.items()]
     return [row for row in rows if row["row"] in dict(wanted({row["row"]: 0 for row in rows}))]
 
+# ---- image, loader ---------------------------------------------------------------------------------------------------
+def photo(seed, width=1024, height=768):
+    """JPEG bytes of blurred noise, about 0.2 MB as a photo of this size has."""
+    noise = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height // 4, width // 4, 3), dtype=np.uint8))
+    noise.resize((width, height), Image.Resampling.BICUBIC).save(file := io.BytesIO(), "JPEG", quality=90)
+    return file.getvalue()
+
+def image_path(cfg, device, wanted):
+    """1024x768 JPEG -> 6 tiles of 448 and a thumbnail, uint8, on one thread. Pillow: the same with its resize alone.
+    transformers: its GotOcr2 processor, which InternVL's configuration names, from Pillow's picture to fp32 pixels."""
+    torch.set_num_threads(1)
+    def pillow(jpeg):
+        image, s = vision.load_image(jpeg), 448
+        big, small = (np.array(image.resize(size, Image.Resampling.BICUBIC)) for size in ((3 * s, 2 * s), (s, s)))
+        tiles = [big[y:y + s, x:x + s] for y in (0, s) for x in (0, s, 2 * s)] + [small]
+        return torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2).contiguous()
+    jpegs = [photo(i) for i in range(4)]
+    sides = {"ours": lambda jpeg: vision.make_tiles(vision.load_image(jpeg), 1, 6), "Pillow": pillow}
+    with contextlib.suppress(ImportError):
+        from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+        process = GotOcr2ImageProcessorPil(size=dict(height=448, width=448), min_patches=1, max_patches=6,
+                                           crop_to_patches=True, image_mean=list(vision.MEAN), image_std=list(vision.STD))
+        sides["transformers"] = lambda jpeg: process(vision.load_image(jpeg), return_tensors="pt")["pixel_values"]
+    most = max((sides["ours"](jpeg).int() - pillow(jpeg).int()).abs().max().item() for jpeg in jpegs)
+    picture = vision.load_image(jpegs[0])
+    parts = sides | {"decoding alone": vision.load_image, "tiles alone": lambda _: vision.make_tiles(picture, 1, 6)}
+    times = {side: [] for side in parts}
+    for i in range(cfg.rounds * 4):
+        for side, f in parts.items():
+            start = time.process_time()                         # of this process: neighbours do not count
+            f(jpegs[i % 4])
+            times[side].append(time.process_time() - start)
+    mine, *rates = [(side, 1 / median(t)) for side, t in times.items()]
+    return [dict(row="images_per_s_core", value=mine[1], unit="images per CPU s", peer=side, peer_value=rate,
+                 ratio=mine[1] / rate, most_off_pillow=most) for side, rate in rates]
+
+def loader(cfg, device, wanted):
+    """Packs of 8,192 tokens from 64 such photos with a caption each, decoded, tiled and batched by two workers, beside
+    what one H200 takes at 50 % strict MFU in 2B fine-tuning: 15 samples of 2,048 tokens with 7 tiles a second (alignment: 29)."""
+    rows, tokenizer = [], data.Tokenizer(TOKENIZER)
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(64):
+            Path(folder, f"{i:02d}.jpg").write_bytes(photo(i))
+            Path(folder, f"{i:02d}.txt").write_text("a photo of nothing in particular, " * 24)
+        sources = data.open_sources(folder, tokenizer, "sailvl-chat")
+        for name, workers in wanted({"loader_2_workers": 2, "loader_1_worker": 1}):
+            packs = data.Packs(sources, tokenizer, "sailvl-chat", tile_size=448, tokens_per_tile=256, max_tiles=6)
+            batches, rates = iter(data.make_loader(packs, num_workers=workers)), []
+            for _ in range(4 * workers + 1): next(batches)                                      # what was fetched ahead
+            for _ in range(cfg.rounds):
+                start, n = time.perf_counter(), 0
+                while time.perf_counter() - start < 3: n += next(batches)["size"]["samples"]
+                rates.append(n / (time.perf_counter() - start))
+            rows.append(dict(row=name, value=median(rates), unit="images/s", peer="need of one H200", peer_value=15.0,
+                             ratio=median(rates) / 15))
+            del batches
+    return rows
+
 def main():
-    parts = {"pack": packing,
+    parts = {"pack": packing, "image": image_path, "loader": loader,
              "attn": attn, "ce": ce, "train": train, "warmup": warmup, "vs-hf": vs_hf, "decode": decode}
     if len(sys.argv) < 2 or sys.argv[1] not in parts:
         raise ValueError(f"write bench.py {'|'.join(parts)} [--rounds=N --rows=a,b --device=cpu]")
