@@ -8,8 +8,8 @@ alone -> `Packs.__getitem__` in a worker (decode, tile) -> batch. Nothing is cut
 else it is dropped and counted; an unreadable row is quarantined and counted.
 Shapes: T tokens of a pack, S samples in a pack, N tiles of a pack, s tile side in pixels.
 """
-import bisect, collections, contextlib, fcntl, functools, gc, glob, hashlib, itertools, json, os, re, signal, sys
-import tarfile, unicodedata
+import bisect, collections, concurrent.futures, contextlib, fcntl, functools, gc, glob, hashlib, itertools, json
+import multiprocessing, os, re, signal, sys, tarfile, unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -72,7 +72,13 @@ class Tokenizer:
         self.special_ids = set(self.special.values())
         self.n_vocab = max(self.special_ids) + 1
         self.eos_id, self.image_id = self.special["<|im_end|>"], self.special["<IMG_CONTEXT>"]
-        self.hash = sha256([sorted(pieces.items()), self.special])[:12]
+        self.hash, self.fixed = sha256([sorted(pieces.items()), self.special])[:12], {}
+
+    def encode_fixed(self, text):
+        """The same for what every prompt has in it: remembered."""
+        if text not in self.fixed:
+            self.fixed[text] = self.encode(text)
+        return self.fixed[text]
 
     def encode(self, text):
         return self.bpe.encode_ordinary(unicodedata.normalize("NFC", text))
@@ -111,20 +117,28 @@ def _render(tokenizer, template, turns, images, system=None):
         raise ValueError(f"unknown template {template!r}: choose from {', '.join(TEMPLATES)}")
     ids, targets, images, encode = [], [], iter(images), tokenizer.encode
     start, end, img, img_end = ([tokenizer.special[t]] for t in ("<|im_start|>", "<|im_end|>", "<img>", "</img>"))
-    sep = encode(TEMPLATES[template]["sep"])
+    sep, head = tokenizer.encode_fixed(TEMPLATES[template]["sep"]), tokenizer.encode_fixed("assistant\n")
+    intro = (encode if system else tokenizer.encode_fixed)("system\n" + (system or TEMPLATES[template]["system"]))
     def add(new, supervised=False):
         ids.extend(new)
         targets.extend(new if supervised else [IGNORE] * len(new))
-    add(start + encode("system\n" + (system or TEMPLATES[template]["system"])) + end)
+    add(start + intro + end)
     for user, assistant in turns:
         before, *after = ("user\n" + user).split("<image>")
         add(sep + start + encode(before))
         for text in after:
             add(img + next(images) + img_end + encode(text))
-        add(end + sep + start + encode("assistant\n"))
+        add(end + sep + start + head)
         if assistant is not None:
             add(encode(assistant) + end, supervised=True)
     return ids, targets
+
+def _render_row(row, tokenizer, template, n_tiles, tokens_per_tile, image_as):
+    if image_as == "words" and not row.get("cells"):
+        raise ValueError("--image_as=words and --cell_labels need `cells`, which only toy data has")
+    counts = map(len, row["cells"]) if image_as == "words" else (n * tokens_per_tile for n in n_tiles)
+    images, (system, turns) = [[tokenizer.image_id] * n for n in counts], conversation(row)
+    return _render(tokenizer, template, place_images(turns, len(images)), images, system)
 
 def render(row, tokenizer, template, n_tiles, tokens_per_tile, image_as="pixels", cell_labels="none"):
     """Token ids and labels of a record in one pass, so that they cannot disagree.
@@ -132,11 +146,9 @@ def render(row, tokenizer, template, n_tiles, tokens_per_tile, image_as="pixels"
     position t must predict, IGNORE where nothing is supervised: only answers and their <|im_end|> are.
     image_as "words": a visual token for each of the row's `cells`, see cell_words (text-only base models).
     cell_labels "also": the label of each visual token is its cell's first word; "only": nothing else is supervised."""
-    if (image_as == "words" or cell_labels != "none" and n_tiles) and not row.get("cells"):
+    if cell_labels != "none" and n_tiles and not row.get("cells"):
         raise ValueError("--image_as=words and --cell_labels need `cells`, which only toy data has")
-    counts = map(len, row["cells"]) if image_as == "words" else (n * tokens_per_tile for n in n_tiles)
-    images, (system, turns) = [[tokenizer.image_id] * n for n in counts], conversation(row)
-    ids, targets = map(np.array, _render(tokenizer, template, place_images(turns, len(images)), images, system))
+    ids, targets = map(np.array, _render_row(row, tokenizer, template, n_tiles, tokens_per_tile, image_as))
     labels, visual = np.append(targets[1:], IGNORE), ids == tokenizer.image_id
     if cell_labels == "only":
         labels[:] = IGNORE
@@ -193,7 +205,9 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
 @functools.lru_cache(None)
 def mapped(path):
-    return np.load(path, mmap_mode="r")
+    """Rows of an index file, read as they are needed and never copied into this process; () if there are none."""
+    kind = ROW if path.endswith("rows.bin") else IMAGE
+    return np.memmap(path, kind, "r") if os.path.getsize(path) else np.empty(0, kind)
 
 @contextlib.contextmanager
 def open_tar(path):
@@ -208,8 +222,8 @@ class Source:
     visual ones (-1: quarantined, see `meta`), and the sizes of its images. The index is built once, by whichever
     process comes first, and again when the source or the tokenizer changed. Each process maps it into memory for
     itself; only paths travel to workers."""
-    rows = property(lambda self: mapped(f"{self.index}/rows.npy"))
-    images = property(lambda self: mapped(f"{self.index}/images.npy"))
+    rows = property(lambda self: mapped(f"{self.index}/rows.bin"))
+    images = property(lambda self: mapped(f"{self.index}/images.bin"))
 
     def __init__(self, name, path, tokenizer, template, image_as="pixels", root=None, repeat=1.0, max_tiles=0,
                  weight=0.0):
@@ -221,7 +235,7 @@ class Source:
         about = [str(self.path.resolve()), str(self.root), stat.st_size, stat.st_mtime_ns]
         about += [tokenizer.hash, template, image_as]
         beside = self.path.parent if os.access(self.path.parent, os.W_OK) else Path("shards/index")  # read-only data
-        self.index = beside / f".{self.path.name}.index-{sha256([*about, ROW.descr])[:12]}"
+        self.index = beside / f".{self.path.name}.index-{sha256([*about, ROW.descr, 2])[:12]}"
         self.index.mkdir(parents=True, exist_ok=True)
         with open(self.index / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -239,13 +253,15 @@ class Source:
             file.seek(offset)
             return file.read(size)
 
-    def _row(self, offset, size, i):
-        raw = self._read(offset, size)
-        text = self.is_tar and not raw.lstrip().startswith(b"{")       # the .txt beside an image
-        return {"id": f"{self.name}:{i}", **({"caption": raw.decode()} if text else json.loads(raw))}
+    def _row(self, raw, i):
+        text = self.is_tar and not raw.lstrip().startswith((b"{", b"["))   # the .txt beside an image
+        row = {"caption": raw.decode()} if text else json.loads(raw)
+        if not isinstance(row, dict):
+            raise ValueError(f"a row is a JSON object, {{...}}; this is a {type(row).__name__}")
+        return {"id": f"{self.name}:{i}", **row}
 
     def row(self, i):
-        return self._row(*self.rows[i].item()[:2], i)
+        return self._row(self._read(*self.rows[i].item()[:2]), i)
 
     def image(self, i, k, row):
         """Bytes of image k of row i."""
@@ -273,45 +289,93 @@ class Source:
                 if line.strip():
                     yield file.tell() - len(line), len(line), None
 
-    def _measure(self, offset, size, pictures, i, tokenizer, template, image_as):
-        """Tokens apart from visual ones, and (offset, size, width, height) of each image; raises one of UNREADABLE."""
-        row = self._row(offset, size, i)
+    def _measure(self, raw, pictures, i, tokenizer, template, image_as, seen):
+        """Tokens apart from visual ones, and (offset, size, width, height) of each image; raises one of UNREADABLE.
+        seen: {path: size} of pictures looked at before."""
+        row = self._row(raw, i)
         if image_as == "words":
             found = []
         elif pictures is None:
-            found = [(0, 0, *image_size(self.root / name)) for name in image_names(row)]
+            names = image_names(row)
+            for name in names:
+                if name not in seen:
+                    seen[name] = image_size(self.root / name)
+            found = [(0, 0, *seen[name]) for name in names]
         else:                                                          # in the order of the row, if it names them
             names = [os.path.basename(name) for name in image_names(row)]
             places = [pictures[name] for name in names if name in pictures] or pictures.values()
             found = [(*place, *image_size(self._read(*place))) for place in places]
-        ids, _ = render(row, tokenizer, template, [0] * len(found), 0, image_as)
-        return len(ids), found
+        return len(_render_row(row, tokenizer, template, [0] * len(found), 0, image_as)[0]), found
+
+    def _measure_all(self, records, first, *reading):
+        """(rows, images, bad) of some records in order; `first` is the number of the first of them."""
+        rows, images, bad, seen = [], [], [], {}
+        with open(self.lines, "rb") as file:
+            for i, (offset, size, pictures) in enumerate(records, first):
+                try:
+                    raw = os.pread(file.fileno(), size, offset)
+                    tokens, found = self._measure(raw, pictures, i, *reading, seen)
+                    rows.append((offset, size, tokens, len(images), len(found)))
+                    images += found
+                except UNREADABLE as e:
+                    bad.append({"source": self.name, "row": i, "reason": f"{type(e).__name__}: {e}"[:300]})
+                    rows.append((offset, size, -1, len(images), 0))
+        return np.array(rows, ROW), np.array(images, IMAGE), bad
 
     def _mended(self, *reading):
         """Whether a row that was unreadable can be read now: its picture is there. A tar changes only as a whole."""
         for bad in read_json(self.index / "meta.json")["bad"] if not self.is_tar else ():
             with contextlib.suppress(*UNREADABLE):
-                self._measure(*self.rows[bad["row"]].item()[:2], None, bad["row"], *reading)
+                self._measure(self._read(*self.rows[bad["row"]].item()[:2]), None, bad["row"], *reading, {})
                 mapped.cache_clear()
                 return True
 
     def _build(self, *reading):
-        rows, images, bad = [], [], []
-        for offset, size, pictures in tqdm(self._records(), f"index {self.path.name}", leave=False):
-            try:
-                tokens, found = self._measure(offset, size, pictures, len(rows), *reading)
-                rows.append((offset, size, tokens, len(images), len(found)))
-                images += found
-            except UNREADABLE as e:
-                bad.append({"source": self.name, "row": len(rows), "reason": f"{type(e).__name__}: {e}"[:300]})
-                rows.append((offset, size, -1, len(images), 0))
-        rows, images = np.array(rows, ROW), np.array(images, IMAGE)
-        for name, array in (("rows", rows), ("images", images)):       # renamed: a run may have the old ones mapped
-            np.save(self.index / "new.npy", array)
-            os.replace(self.index / "new.npy", self.index / f"{name}.npy")
-        meta = {"bad": bad, "digest": hashlib.sha256(rows.tobytes() + images.tobytes()).hexdigest()}
+        """Write the index, CHUNK records at a time; of a long source on all cores, with the same result."""
+        records, n_rows, n_images, bad, hashes = self._records(), 0, 0, [], [hashlib.sha256(), hashlib.sha256()]
+        bar = tqdm(desc=f"index {self.path.name}", unit=" rows", leave=False)
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(open(self.index / f"new_{name}.bin", "wb")) for name in ("rows", "images")]
+            for rows, images, unreadable in self._measured(records, reading, stack):
+                rows["first_image"] += n_images
+                n_rows, n_images, bad = n_rows + len(rows), n_images + len(images), bad + unreadable
+                for file, digest, array in zip(files, hashes, (rows, images)):
+                    file.write(array.tobytes())
+                    digest.update(array.tobytes())
+                bar.update(len(rows))
+        bar.close()
+        for name in ("rows", "images"):                                # renamed: a run may have the old ones mapped
+            os.replace(self.index / f"new_{name}.bin", self.index / f"{name}.bin")
+        meta = {"bad": bad, "digest": sha256([digest.hexdigest() for digest in hashes])}
         (self.index / "meta.tmp").write_text(json.dumps(meta))
         os.replace(self.index / "meta.tmp", self.index / "meta.json")  # which says that the index is whole
+
+    def _measured(self, records, reading, stack):
+        """Yield what _measure_all gives for each chunk of records, in order."""
+        chunks, first, waiting = iter(lambda: [*itertools.islice(records, CHUNK)], []), 0, collections.deque()
+        pool, cores = None, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        for chunk in chunks:
+            if pool is None and first and cores > 1:                   # it is a long one: fresh processes, no fork
+                context = multiprocessing.get_context("spawn")
+                pool = stack.enter_context(concurrent.futures.ProcessPoolExecutor(cores, context, _reading, (reading,)))
+            if pool is None:
+                yield self._measure_all(chunk, first, *reading)
+            else:
+                waiting.append(pool.submit(_measure_chunk, self, chunk, first))
+            first += len(chunk)
+            if len(waiting) > 2 * cores:
+                yield waiting.popleft().result()
+        yield from (future.result() for future in waiting)
+
+CHUNK = 20_000                                      # records that one process measures at a time, about a second
+
+def _reading(reading):
+    """How a process of the pool reads rows: told once, for a tokenizer is large."""
+    global READING
+    READING = reading
+
+def _measure_chunk(source, chunk, first):
+    return source._measure_all(chunk, first, *READING)
 
 def folder_rows(folder):
     """A row for every picture of a folder, described by the .json or .txt of the same stem."""
