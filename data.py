@@ -1,21 +1,23 @@
 """Data: records of any format -> token ids and labels in one pass -> packs -> batches, in an order that is arithmetic.
 
-    python data.py check FILE...                        # every row validated, line named; exit code 2 if any is bad
+    python data.py check FILE...                        # every row validated: line, field, what to do; exit code 2
     python data.py show FILE --n=8 --tokenizer=DIR      # exactly what the model sees, supervised tokens marked
+    python data.py preview FILE --out=page.html         # tiles and packs as pictures
 
 Source row (json + image bytes) -> `render` (ids, labels) -> pack of documents, planned from lengths and image headers
 alone -> `Packs.__getitem__` in a worker (decode, tile) -> batch. Nothing is cut: what does not fit gets fewer tiles,
 else it is dropped and counted; an unreadable row is quarantined and counted.
 Shapes: T tokens of a pack, S samples in a pack, N tiles of a pack, s tile side in pixels.
 """
-import bisect, collections, concurrent.futures, contextlib, fcntl, functools, gc, glob, hashlib, itertools, json
-import multiprocessing, os, re, signal, sys, tarfile, unicodedata
+import base64, bisect, collections, concurrent.futures, contextlib, fcntl, functools, gc, glob, hashlib, html, io
+import itertools, json, multiprocessing, os, re, signal, sys, tarfile, unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from configurator import configure, launch
@@ -108,7 +110,7 @@ def place_images(turns, n_images):
     if written == 0:
         return [("<image>\n" * n_images + turns[0][0], turns[0][1]), *turns[1:]]
     if written != n_images:
-        raise ValueError(f"{written} <image> placeholders for {n_images} images: write one per image, or none at all")
+        raise ValueError(f"human turns: {written} <image> placeholders for {n_images} images; write one per image, or none")
     return turns
 
 def _render(tokenizer, template, turns, images, system=None):
@@ -167,9 +169,11 @@ def conversation(row):
     if name is None:
         text = row.get("caption", row.get("text"))
         if not isinstance(text, str) or not text.strip():
-            raise ValueError("no conversations, messages, caption or text in this row")
+            raise ValueError("no conversations, messages, caption or text in this row, or an empty one; write it")
         return None, [(CAPTION_PROMPT, text.strip())]
     roles, texts = [], []
+    if not isinstance(row[name], list) or not all(isinstance(turn, dict) for turn in row[name]):
+        raise ValueError(f'{name}: not a list of turns; write [{{"from": "human", "value": "..."}}, ...]')
     for k, turn in enumerate(row[name]):
         role, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
         if isinstance(text, list):                                     # message parts: text and images in place
@@ -177,7 +181,7 @@ def conversation(row):
                 raise ValueError(f"{name}[{k}]: a part of type {strange.pop()!r}; there are text, image and image_url")
             text = "".join(part["text"] if part["type"] == "text" else "<image>\n" for part in text)
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{name}[{k}]: empty {role} turn")
+            raise ValueError(f"{name}[{k}]: empty {role} turn; write its text or remove the turn")
         roles.append({"human": "user", "gpt": "assistant"}.get(role, role))
         texts.append(text)
     system = texts.pop(0) if roles[:1] == ["system"] else None
@@ -226,14 +230,15 @@ class Source:
     images = property(lambda self: mapped(f"{self.index}/images.bin"))
 
     def __init__(self, name, path, tokenizer, template, image_as="pixels", root=None, repeat=1.0, max_tiles=0,
-                 weight=0.0):
+                 weight=0.0, sha256_of_file=""):
         self.name, self.path, self.repeat, self.max_tiles, self.weight = name, Path(path), repeat, max_tiles, weight
+        self.sha256 = sha256_of_file                                   # of the annotation, checked when it is indexed
         if not self.path.exists():
             raise FileNotFoundError(f"data source {path} does not exist")
         self.root = Path(root or (self.path if self.path.is_dir() else self.path.parent))
         self.is_tar, stat = self.path.suffix == ".tar", self.path.stat()
         about = [str(self.path.resolve()), str(self.root), stat.st_size, stat.st_mtime_ns]
-        about += [tokenizer.hash, template, image_as]
+        about += [tokenizer.hash, template, image_as, self.sha256]
         beside = self.path.parent if os.access(self.path.parent, os.W_OK) else Path("shards/index")  # read-only data
         self.index = beside / f".{self.path.name}.index-{sha256([*about, ROW.descr, 2])[:12]}"
         self.index.mkdir(parents=True, exist_ok=True)
@@ -255,9 +260,12 @@ class Source:
 
     def _row(self, raw, i):
         text = self.is_tar and not raw.lstrip().startswith((b"{", b"["))   # the .txt beside an image
-        row = {"caption": raw.decode()} if text else json.loads(raw)
+        try:
+            row = {"caption": raw.decode()} if text else json.loads(raw)
+        except ValueError as e:
+            raise ValueError(f"not valid JSON ({e}); write one object {{...}} per row, in UTF-8") from None
         if not isinstance(row, dict):
-            raise ValueError(f"a row is a JSON object, {{...}}; this is a {type(row).__name__}")
+            raise ValueError(f"a {type(row).__name__}, where a row is one JSON object; write {{...}}")
         return {"id": f"{self.name}:{i}", **row}
 
     def row(self, i):
@@ -299,7 +307,11 @@ class Source:
             names = image_names(row)
             for name in names:
                 if name not in seen:
-                    seen[name] = image_size(self.root / name)
+                    try:
+                        seen[name] = image_size(self.root / name)
+                    except OSError as e:
+                        raise ValueError(f"image {name}: {e.strerror} ({self.root / name}); mend its path or remove "
+                                         "the row") from None
             found = [(0, 0, *seen[name]) for name in names]
         else:                                                          # in the order of the row, if it names them
             names = [os.path.basename(name) for name in image_names(row)]
@@ -318,7 +330,8 @@ class Source:
                     rows.append((offset, size, tokens, len(images), len(found)))
                     images += found
                 except UNREADABLE as e:
-                    bad.append({"source": self.name, "row": i, "reason": f"{type(e).__name__}: {e}"[:300]})
+                    name = "" if type(e) is ValueError else f"{type(e).__name__}: "
+                    bad.append({"source": self.name, "row": i, "reason": f"{name}{e}"[:300]})
                     rows.append((offset, size, -1, len(images), 0))
         return np.array(rows, ROW), np.array(images, IMAGE), bad
 
@@ -332,6 +345,11 @@ class Source:
 
     def _build(self, *reading):
         """Write the index, CHUNK records at a time; of a long source on all cores, with the same result."""
+        if self.sha256:
+            with open(self.path, "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != self.sha256.lower():
+                raise ValueError(f"{self.path} has sha256 {found}, its meta file says {self.sha256}; copy it again")
         records, n_rows, n_images, bad, hashes = self._records(), 0, 0, [], [hashlib.sha256(), hashlib.sha256()]
         bar = tqdm(desc=f"index {self.path.name}", unit=" rows", leave=False)
         with contextlib.ExitStack() as stack:
@@ -388,6 +406,10 @@ def folder_rows(folder):
                 row = {"conversations": [{"from": "human", "value": f"unreadable: {e}"}]}
             yield {"id": path.stem, **row, "image": str(path.relative_to(folder))}
 
+# InternVL's keys of a meta entry (facts of its documentation) and two of ours: weight, share of the samples; sha256
+META = dict(annotation=(str,), root=(str,), repeat_time=(int, float), length=(int,), data_augment=(bool,),
+            max_dynamic_patch=(int,), weight=(int, float), sha256=(str,))
+
 def open_sources(spec, tokenizer, template, image_as="pixels"):
     """Sources of `--data`: comma-separated `path` or `name=path`; a path may be .jsonl, .json (LLaVA array or InternVL
     meta), .tar, a folder of captioned images, or a pattern with `*` or `{000..012}`."""
@@ -407,10 +429,18 @@ def open_sources(spec, tokenizer, template, image_as="pixels"):
                 continue
             for key, item in read_json(path).items():                  # InternVL meta: paths as written, else beside it
                 here = lambda p: p if os.path.exists(p) else path.parent / p
-                if not isinstance(item, dict) or not isinstance(item.get("annotation"), str):
-                    raise ValueError(f"{path}: {key} has no `annotation`, the path of its rows")
-                sources.append(Source(key, here(item["annotation"]), *reading, here(item.get("root") or ""),
-                                      float(item.get("repeat_time", 1)), item.get("max_dynamic_patch", 0)))
+                entry = item if isinstance(item, dict) else {key: item}
+                wrong = [k for k, v in entry.items() if type(v) not in META.get(k, ())] or {"annotation"} - entry.keys()
+                if wrong:
+                    raise ValueError(f"{path}: {key}: {[*wrong][0]} is missing, unknown or of a wrong type; there are "
+                                     f"{', '.join(META)}, annotation being the path of its rows")
+                if item.get("data_augment"):
+                    print(f"{path}: {key}: data_augment is not done here, pictures stay as they are", file=sys.stderr)
+                more = dict(repeat=float(item.get("repeat_time", 1)), max_tiles=item.get("max_dynamic_patch", 0),
+                            weight=item.get("weight", 0), sha256_of_file=item.get("sha256", ""))
+                sources.append(Source(key, here(item["annotation"]), *reading, here(item.get("root") or ""), **more))
+                if item.get("length", n := len(sources[-1].rows)) != n:
+                    print(f"{path}: {key}: length says {item['length']} rows, there are {n}", file=sys.stderr)
     if not sources:
         raise ValueError("no data: give --data=PATH (.jsonl, .json, .tar, a folder, or a pattern)")
     return sources
@@ -704,65 +734,110 @@ def model_inputs(batch, device):
     names = ("tokens", "labels", "positions", "tiles", "weights")
     return {"cu_seqlens": batch["cu_seqlens"]} | {k: batch[k].to(device, non_blocking=True) for k in names}
 
-# ---- command line: check, show ------------------------------------------------------------------------------------
+# ---- command line: check, show, preview ---------------------------------------------------------------------------
 TOY_TOKENIZER = str(Path(__file__).parent / "config" / "toy_tokenizer")   # to validate, any vocabulary does
 
 def check(paths):
-    """Validate every row, decode every image; print line and reason of each bad row. Returns how many are bad."""
+    """Validate every row, decode every image; print line, field and reason of bad rows. Returns how many are bad."""
     total = n_bad = 0
     for source in open_sources(",".join(paths), Tokenizer(TOY_TOKENIZER), "sailvl-chat"):
-        reasons = {bad["row"]: bad["reason"] for bad in source.meta["bad"]}
+        reasons, line, at = {bad["row"]: bad["reason"] for bad in source.meta["bad"]}, 1, 0
         for i in np.flatnonzero(source.rows["n_images"]):
             row = source.row(i)
             try:
                 for k in range(source.rows[i]["n_images"]):
                     load_image(source.image(i, k, row))
             except (ValueError, OSError) as e:
-                reasons[i] = f"id {row['id']}: {type(e).__name__}: {e}"
+                name = image_names(row)[k] if image_names(row) else k
+                reasons[i] = f"image {name}: {e}; mend the file or remove the row"
         for i in sorted(reasons):
-            offset = int(source.rows[i]["offset"])
-            where = f"row {i + 1}" if source.is_tar else f"line {1 + source._read(0, offset).count(bytes([10]))}"
+            where = f"row {i + 1}"
+            if source.path.is_dir():
+                where = json.loads(source._read(*source.rows[i].item()[:2]))["image"]
+            elif source.lines == source.path and not source.is_tar:
+                offset = int(source.rows[i]["offset"])
+                line, at = line + source._read(at, offset - at).count(b"\n"), offset
+                where = f"line {line}"
             print(f"{source.path}: {where}: {reasons[i]}")
         total, n_bad = total + len(source.rows), n_bad + len(reasons)
     print(f"{total} rows, {total - n_bad} good, {n_bad} bad")
     return n_bad
 
-def show(path, n, tokenizer, template, tile_size, tokens_per_tile, max_tiles):
-    """Print the exact string of the first n samples, supervised tokens in [[ ]], runs of visual tokens shortened."""
-    packs = Packs(open_sources(path, tokenizer, template), tokenizer, template, tile_size=tile_size,
-                  tokens_per_tile=tokens_per_tile, max_tiles=max_tiles)
+def spoken(row, tokenizer, template, tiles, tokens_per_tile):
+    """[(text, whether it is supervised)] of what the model sees; runs of visual tokens are shortened."""
+    ids, labels = render(row, tokenizer, template, tiles, tokens_per_tile)
+    supervised, parts = np.roll(labels, 1) != IGNORE, []               # a label is about the token that follows
+    for target, run in itertools.groupby(range(len(ids)), lambda t: supervised[t]):
+        words = tokenizer.decode([ids[t] for t in run], skip_special=False)
+        parts.append((re.sub("(<IMG_CONTEXT>)+", lambda m: f"<IMG_CONTEXT x {len(m[0]) // len(m[1])}>", words), target))
+    return parts, len(ids), supervised.sum()
+
+def show(packs, n):
+    """Print the exact string of the first n samples, supervised tokens in [[ ]]."""
     for (s, k, tiles), tokens, _ in zip(*packs.plan_samples(np.arange(min(n, packs.n)))):
         if tokens < 0:
             why = next(why for why, code in DROPPED.items() if code == tokens)
-            print(f"--- row {k}: {why}; try: python data.py check {path}")
+            print(f"--- row {k}: {why}; try: python data.py check {packs.sources[s].path}")
             continue
         row = packs.sources[s].row(k)
-        ids, labels = render(row, tokenizer, template, tiles, tokens_per_tile)
-        text, supervised = "", np.roll(labels, 1) != IGNORE            # a label is about the token that follows
-        for target, run in itertools.groupby(range(tokens), lambda t: supervised[t]):
-            words = tokenizer.decode([ids[t] for t in run], skip_special=False)
-            text += f"[[{words}]]" if target else words
-        text = re.sub("(<IMG_CONTEXT>)+", lambda m: f"<IMG_CONTEXT x {len(m[0]) // len(m[1])}>", text)
-        print(f"--- {row['id']}: {tokens} tokens, {supervised.sum()} supervised, tiles {[*tiles]}\n{text}")
+        parts, tokens, supervised = spoken(row, packs.tokenizer, packs.template, tiles, packs.tokens_per_tile)
+        print(f"--- {row['id']}: {tokens} tokens, {supervised} supervised, tiles {[*tiles]}")
+        print("".join(f"[[{text}]]" if target else text for text, target in parts))
+
+def preview(packs, n, out):
+    """Write a page that needs nothing beside it: the first n packs as bars of their documents, then their samples:
+    tiles in the order the model gets them, thumbnail last, and the text, supervised tokens marked."""
+    planned, body, shown = packs.plan_window(0, 0)[0][:n], [], []
+    for number, pack in enumerate(planned, 1):
+        parts = []
+        for k, (s, i, tiles) in enumerate(pack.samples):
+            batch = packs[Pack([(s, i, tiles)])]
+            share = 100 * batch["size"]["tokens"] / packs.tokens_per_pack
+            title = html.escape(f"{batch['ids'] or batch['bad']}: {batch['size']['tokens']} tokens, {sum(tiles)} tiles")
+            parts.append(f'<i style="width:{share:.2f}%;background:hsl({47 * k % 360} 60% 70%)" title="{title}"></i>')
+            pictures = []
+            for tile in batch["tiles"]:
+                file = io.BytesIO()
+                Image.fromarray(tile.permute(1, 2, 0).numpy()).resize((112, 112)).save(file, "JPEG")
+                pictures.append(f'<img src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">')
+            text = ""
+            if batch["ids"]:
+                said = spoken(packs.sources[s].row(i), packs.tokenizer, packs.template, tiles, packs.tokens_per_tile)[0]
+                text = "".join(f"<mark>{html.escape(t)}</mark>" if target else html.escape(t) for t, target in said)
+            shown.append(f"<h3>pack {number}: {title}</h3>{''.join(pictures)}<pre>{text}</pre>")
+        body.append(f"<p>pack {number}: {len(pack.samples)} documents, {pack.tokens} of {packs.tokens_per_pack} tokens "
+                    f"({pack.tokens / packs.tokens_per_pack:.1%}), {pack.tiles} of {packs.tiles_per_pack} tiles</p>"
+                    f"<div>{''.join(parts)}</div>")
+    style = ("body{font:14px sans-serif;margin:2em}div{background:#eee;height:20px;display:flex}i{display:block}"
+             "pre{white-space:pre-wrap}mark{background:#bfb}img{margin:1px}")
+    Path(out).write_text(f'<!doctype html><meta charset="utf-8"><title>packs</title><style>{style}</style>'
+                         + "\n".join(body + shown) + "\n", encoding="utf-8")
+    print(f"{out}: {len(planned)} packs, {len(shown)} samples")
 
 @dataclass(slots=True)
 class Config:
-    n: int = 8                       # show: samples to print
-    tokenizer: str = TOY_TOKENIZER   # show: tokenizer folder
-    template: str = "sailvl-chat"    # show: chat template
-    tile_size: int = 448             # show: pixels of a tile
-    tokens_per_tile: int = 256       # show: visual tokens of a tile
-    max_tiles: int = 12              # show: tile limit of a sample
+    n: int = 8                       # show: samples to print; preview: packs to show
+    out: str = "preview.html"        # preview: the page to write
+    tokenizer: str = TOY_TOKENIZER   # tokenizer folder
+    template: str = "sailvl-chat"    # chat template
+    tile_size: int = 448             # pixels of a tile
+    tokens_per_tile: int = 256       # visual tokens of a tile
+    max_tiles: int = 12              # tile limit of an image
+    tokens_per_pack: int = 8192      # tokens of a pack
+    tiles_per_pack: int = 48         # tiles of a pack
 
 def main():
     configure(cfg := Config(), [a for a in sys.argv[1:] if a.startswith("-")])
     command, *paths = [a for a in sys.argv[1:] if not a.startswith("-")] or [""]
-    if command not in ("check", "show") or not paths:
-        raise ValueError("usage: python data.py check FILE... | show FILE --n=8 --tokenizer=DIR")
+    if command not in ("check", "show", "preview") or not paths:
+        raise ValueError("usage: python data.py check FILE... | show FILE --n=8 --tokenizer=DIR | preview FILE --out=A.html")
     if command == "check":
         sys.exit(2 if check(paths) else 0)
-    for path in paths:
-        show(path, cfg.n, Tokenizer(cfg.tokenizer), cfg.template, cfg.tile_size, cfg.tokens_per_tile, cfg.max_tiles)
+    tokenizer = Tokenizer(cfg.tokenizer)
+    names = "tile_size", "tokens_per_tile", "max_tiles", "tokens_per_pack", "tiles_per_pack"
+    packs = Packs(open_sources(",".join(paths), tokenizer, cfg.template), tokenizer, cfg.template,
+                  **{name: getattr(cfg, name) for name in names})
+    show(packs, cfg.n) if command == "show" else preview(packs, cfg.n, cfg.out)
 
 if __name__ == "__main__":
     launch(main)
