@@ -7,6 +7,8 @@
     python bench.py decode        # tokens/s of one answer against transformers' generate, prompts/s of many against one
     python bench.py stages        # alignment and advance beside sft: seconds of a step against its share of the FLOPs
     python bench.py pack          # packs planned from lengths: fill, balance of 8 ranks, time, beside other methods
+    python bench.py image         # JPEG to tiles on one core, beside Pillow and transformers' image processor
+    python bench.py loader        # images/s of whole batches from 2 workers, beside what an H200 needs
     python bench.py warmup        # seconds until the first compiled step is done, graphs compiled for 20 more packs
 
 Rows come as they are measured; at the end, whatever happened, device and versions, a markdown table and, on the last
@@ -14,8 +16,8 @@ line, the same rows as JSON: row, value, unit and, beside a peer, peer, peer_val
 better). A row that fails, or whose sides disagree, is named and left out, and the exit code is 1. `make gpu` runs it
 all where there is a GPU. Data and weights are random. Shape letters: as in kernels/attention.py.
 """
-import contextlib, functools, gc, importlib.metadata, itertools, json, math, re, signal, subprocess, sys, tempfile, time
-import types
+import contextlib, functools, gc, importlib.metadata, io, itertools, json, math, re, signal, subprocess, sys, tempfile
+import time, types
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -23,10 +25,11 @@ from statistics import median
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-import common, data
+import common, data, vision
 from configurator import configure, launch
 from kernels import attention as A, cross_entropy as C
 from model import IGNORE, LLMConfig, VLM, compile_blocks, generate, train_flops
@@ -172,8 +175,7 @@ def ce(cfg, device, name, trains):
     yield row | dict(peer_error=errors["plain"]) | memory
 
 # ---- train, warmup, vs-hf --------------------------------------------------------------------------------------------
-# name: (ViT, LLM, samples, tiles of each or what they are drawn from (a mixture as in length_file), text tokens of each:
-# from, to)
+# name: (ViT, LLM, samples, tiles of each or a mixture to draw them from, text tokens of each (from, to))
 SIZES = {"7m": (VisionConfig(112, dim=192, n_layers=4, n_heads=3, ffn_dim=768),
                 LLMConfig(8192, 256, 4, 4, 2, 64, 768, tie_embeddings=True), 16, 1, (24, 120)),
          "25m": (VisionConfig(112, dim=256, n_layers=6, n_heads=4, ffn_dim=1024),
@@ -407,6 +409,64 @@ def packing(cfg, device, name, T, N):
             yield dict(row=row, value=float(own[k]), unit=unit, peer=peer, peer_value=float(theirs[k]),
                        ratio=float(own[k] / theirs[k]) ** (1 if k == 0 else -1))
 
+# ---- image, loader ---------------------------------------------------------------------------------------------------
+def photo(seed, width=1024, height=768):
+    """JPEG bytes of blurred noise, about 0.2 MB as a photo of this size has."""
+    noise = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height // 4, width // 4, 3), dtype=np.uint8))
+    noise.resize((width, height), Image.Resampling.BICUBIC).save(file := io.BytesIO(), "JPEG", quality=90)
+    return file.getvalue()
+
+def image_path(cfg, device, name):
+    """1024x768 JPEG -> 6 tiles of 448 and a thumbnail, uint8, on one thread. Pillow: the same with its resize alone.
+    transformers: its GotOcr2 processor, which InternVL's configuration names, from Pillow's picture to fp32 pixels."""
+    torch.set_num_threads(1)
+    def pillow(jpeg):
+        image, s = vision.load_image(jpeg), 448
+        big, small = (np.array(image.resize(size, Image.Resampling.BICUBIC)) for size in ((3 * s, 2 * s), (s, s)))
+        tiles = [big[y:y + s, x:x + s] for y in (0, s) for x in (0, s, 2 * s)] + [small]
+        return torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2).contiguous()
+    jpegs = [photo(i) for i in range(4)]
+    sides = {"ours": lambda jpeg: vision.make_tiles(vision.load_image(jpeg), 1, 6), "Pillow": pillow}
+    with contextlib.suppress(ImportError):
+        from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+        process = GotOcr2ImageProcessorPil(size=dict(height=448, width=448), min_patches=1, max_patches=6,
+                                           crop_to_patches=True, image_mean=[*vision.MEAN], image_std=[*vision.STD])
+        sides["transformers"] = lambda jpeg: process(vision.load_image(jpeg), return_tensors="pt")["pixel_values"]
+    most = max((sides["ours"](jpeg).int() - pillow(jpeg).int()).abs().max().item() for jpeg in jpegs)
+    picture = vision.load_image(jpegs[0])
+    parts = sides | {"decoding alone": vision.load_image, "tiles alone": lambda _: vision.make_tiles(picture, 1, 6)}
+    times = {side: [] for side in parts}
+    for i in range(cfg.rounds * 4):
+        for side, f in parts.items():
+            start = time.process_time()                         # of this process: neighbours do not count
+            f(jpegs[i % 4])
+            times[side].append(time.process_time() - start)
+    mine, *rates = [(side, 1 / median(t)) for side, t in times.items()]
+    for side, rate in rates:
+        yield dict(row=name, value=mine[1], unit="images per CPU s", peer=side, peer_value=rate, ratio=mine[1] / rate,
+                   most_off_pillow=most)
+
+def loader(cfg, device, name, workers):
+    """Packs of 8,192 tokens from 64 such photos with a caption each, decoded, tiled and batched by two workers, beside
+    what one H200 takes at 50 % strict MFU in 2B fine-tuning: 15 samples of 2,048 tokens with 7 tiles a second
+    (alignment: 29)."""
+    tokenizer, rates = data.Tokenizer(TOKENIZER), []
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(64):
+            Path(folder, f"{i:02d}.jpg").write_bytes(photo(i))
+            Path(folder, f"{i:02d}.txt").write_text("a photo of nothing in particular, " * 24)
+        sources = data.open_sources(folder, tokenizer, "sailvl-chat")
+        packs = data.Packs(sources, tokenizer, "sailvl-chat", tile_size=448, tokens_per_tile=256, max_tiles=6)
+        batches = iter(data.make_loader(packs, num_workers=workers))
+        for _ in range(4 * workers + 1): next(batches)                                          # what was fetched ahead
+        for _ in range(cfg.rounds):
+            start, n = time.perf_counter(), 0
+            while time.perf_counter() - start < 3: n += next(batches)["size"]["samples"]
+            rates.append(n / (time.perf_counter() - start))
+        del batches
+    yield dict(row=name, value=median(rates), unit="images/s", peer="need of one H200", peer_value=15.0,
+               ratio=median(rates) / 15)
+
 def parts(device):
     """{part: (function, {row: what the function takes after the row's name})}; a function yields its rows."""
     cuda, size, kinds = device.type == "cuda", "2b" if device.type == "cuda" else "toy", dict(
@@ -419,6 +479,8 @@ def parts(device):
                 ("7m", "fp32"), ("7m", "bf16"), ("25m", "bf16")] + [("2b", "bf16")] * cuda}),
             "pack": (packing, {"8k": (8192, 48), "16k": (16384, 64), "8k_28_tiles": (8192, 28),
                                "16k_56_tiles": (16384, 56)}),
+            "image": (image_path, dict(images_per_s_core=[])),
+            "loader": (loader, dict(loader_2_workers=[2], loader_1_worker=[1])),
             "decode": (decode, {f"{row}_{kind}": [kinds[kind]] for row in ("tiny", "batched") for kind in kinds})}
 
 def main():

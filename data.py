@@ -1,21 +1,23 @@
 """Data: records of any format -> token ids and labels in one pass -> packs -> batches, in an order that is arithmetic.
 
-    python data.py check FILE...                        # every row validated, line named; exit code 2 if any is bad
+    python data.py check FILE...                        # every row validated: line, field, what to do; exit code 2
     python data.py show FILE --n=8 --tokenizer=DIR      # exactly what the model sees, supervised tokens marked
+    python data.py preview FILE --out=page.html         # tiles and packs as pictures
 
 Source row (json + image bytes) -> `render` (ids, labels) -> pack of documents, planned from lengths and image headers
 alone -> `Packs.__getitem__` in a worker (decode, tile) -> batch. Nothing is cut: what does not fit gets fewer tiles,
 else it is dropped and counted; an unreadable row is quarantined and counted.
 Shapes: T tokens of a pack, S samples in a pack, N tiles of a pack, s tile side in pixels.
 """
-import bisect, collections, contextlib, fcntl, functools, gc, glob, hashlib, itertools, json, os, re, signal, sys
-import tarfile, unicodedata
+import base64, bisect, collections, concurrent.futures, contextlib, fcntl, functools, gc, glob, hashlib, html, io
+import itertools, json, multiprocessing, os, re, signal, sys, tarfile, unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from configurator import configure, launch
@@ -72,7 +74,13 @@ class Tokenizer:
         self.special_ids = set(self.special.values())
         self.n_vocab = max(self.special_ids) + 1
         self.eos_id, self.image_id = self.special["<|im_end|>"], self.special["<IMG_CONTEXT>"]
-        self.hash = sha256([sorted(pieces.items()), self.special])[:12]
+        self.hash, self.fixed = sha256([sorted(pieces.items()), self.special])[:12], {}
+
+    def encode_fixed(self, text):
+        """The same for what every prompt has in it: remembered."""
+        if text not in self.fixed:
+            self.fixed[text] = self.encode(text)
+        return self.fixed[text]
 
     def encode(self, text):
         return self.bpe.encode_ordinary(unicodedata.normalize("NFC", text))
@@ -102,7 +110,7 @@ def place_images(turns, n_images):
     if written == 0:
         return [("<image>\n" * n_images + turns[0][0], turns[0][1]), *turns[1:]]
     if written != n_images:
-        raise ValueError(f"{written} <image> placeholders for {n_images} images: write one per image, or none at all")
+        raise ValueError(f"human turns: {written} <image> placeholders for {n_images} images; write one per image, or none")
     return turns
 
 def _render(tokenizer, template, turns, images, system=None):
@@ -111,20 +119,28 @@ def _render(tokenizer, template, turns, images, system=None):
         raise ValueError(f"unknown template {template!r}: choose from {', '.join(TEMPLATES)}")
     ids, targets, images, encode = [], [], iter(images), tokenizer.encode
     start, end, img, img_end = ([tokenizer.special[t]] for t in ("<|im_start|>", "<|im_end|>", "<img>", "</img>"))
-    sep = encode(TEMPLATES[template]["sep"])
+    sep, head = tokenizer.encode_fixed(TEMPLATES[template]["sep"]), tokenizer.encode_fixed("assistant\n")
+    intro = (encode if system else tokenizer.encode_fixed)("system\n" + (system or TEMPLATES[template]["system"]))
     def add(new, supervised=False):
         ids.extend(new)
         targets.extend(new if supervised else [IGNORE] * len(new))
-    add(start + encode("system\n" + (system or TEMPLATES[template]["system"])) + end)
+    add(start + intro + end)
     for user, assistant in turns:
         before, *after = ("user\n" + user).split("<image>")
         add(sep + start + encode(before))
         for text in after:
             add(img + next(images) + img_end + encode(text))
-        add(end + sep + start + encode("assistant\n"))
+        add(end + sep + start + head)
         if assistant is not None:
             add(encode(assistant) + end, supervised=True)
     return ids, targets
+
+def _render_row(row, tokenizer, template, n_tiles, tokens_per_tile, image_as):
+    if image_as == "words" and not row.get("cells"):
+        raise ValueError("--image_as=words and --cell_labels need `cells`, which only toy data has")
+    counts = map(len, row["cells"]) if image_as == "words" else (n * tokens_per_tile for n in n_tiles)
+    images, (system, turns) = [[tokenizer.image_id] * n for n in counts], conversation(row)
+    return _render(tokenizer, template, place_images(turns, len(images)), images, system)
 
 def render(row, tokenizer, template, n_tiles, tokens_per_tile, image_as="pixels", cell_labels="none"):
     """Token ids and labels of a record in one pass, so that they cannot disagree.
@@ -132,11 +148,9 @@ def render(row, tokenizer, template, n_tiles, tokens_per_tile, image_as="pixels"
     position t must predict, IGNORE where nothing is supervised: only answers and their <|im_end|> are.
     image_as "words": a visual token for each of the row's `cells`, see cell_words (text-only base models).
     cell_labels "also": the label of each visual token is its cell's first word; "only": nothing else is supervised."""
-    if (image_as == "words" or cell_labels != "none" and n_tiles) and not row.get("cells"):
+    if cell_labels != "none" and n_tiles and not row.get("cells"):
         raise ValueError("--image_as=words and --cell_labels need `cells`, which only toy data has")
-    counts = map(len, row["cells"]) if image_as == "words" else (n * tokens_per_tile for n in n_tiles)
-    images, (system, turns) = [[tokenizer.image_id] * n for n in counts], conversation(row)
-    ids, targets = map(np.array, _render(tokenizer, template, place_images(turns, len(images)), images, system))
+    ids, targets = map(np.array, _render_row(row, tokenizer, template, n_tiles, tokens_per_tile, image_as))
     labels, visual = np.append(targets[1:], IGNORE), ids == tokenizer.image_id
     if cell_labels == "only":
         labels[:] = IGNORE
@@ -155,9 +169,11 @@ def conversation(row):
     if name is None:
         text = row.get("caption", row.get("text"))
         if not isinstance(text, str) or not text.strip():
-            raise ValueError("no conversations, messages, caption or text in this row")
+            raise ValueError("no conversations, messages, caption or text in this row, or an empty one; write it")
         return None, [(CAPTION_PROMPT, text.strip())]
     roles, texts = [], []
+    if not isinstance(row[name], list) or not all(isinstance(turn, dict) for turn in row[name]):
+        raise ValueError(f'{name}: not a list of turns; write [{{"from": "human", "value": "..."}}, ...]')
     for k, turn in enumerate(row[name]):
         role, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
         if isinstance(text, list):                                     # message parts: text and images in place
@@ -165,7 +181,7 @@ def conversation(row):
                 raise ValueError(f"{name}[{k}]: a part of type {strange.pop()!r}; there are text, image and image_url")
             text = "".join(part["text"] if part["type"] == "text" else "<image>\n" for part in text)
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{name}[{k}]: empty {role} turn")
+            raise ValueError(f"{name}[{k}]: empty {role} turn; write its text or remove the turn")
         roles.append({"human": "user", "gpt": "assistant"}.get(role, role))
         texts.append(text)
     system = texts.pop(0) if roles[:1] == ["system"] else None
@@ -193,7 +209,9 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
 @functools.lru_cache(None)
 def mapped(path):
-    return np.load(path, mmap_mode="r")
+    """Rows of an index file, read as they are needed and never copied into this process; () if there are none."""
+    kind = ROW if path.endswith("rows.bin") else IMAGE
+    return np.memmap(path, kind, "r") if os.path.getsize(path) else np.empty(0, kind)
 
 @contextlib.contextmanager
 def open_tar(path):
@@ -208,20 +226,21 @@ class Source:
     visual ones (-1: quarantined, see `meta`), and the sizes of its images. The index is built once, by whichever
     process comes first, and again when the source or the tokenizer changed. Each process maps it into memory for
     itself; only paths travel to workers."""
-    rows = property(lambda self: mapped(f"{self.index}/rows.npy"))
-    images = property(lambda self: mapped(f"{self.index}/images.npy"))
+    rows = property(lambda self: mapped(f"{self.index}/rows.bin"))
+    images = property(lambda self: mapped(f"{self.index}/images.bin"))
 
     def __init__(self, name, path, tokenizer, template, image_as="pixels", root=None, repeat=1.0, max_tiles=0,
-                 weight=0.0):
+                 weight=0.0, sha256_of_file=""):
         self.name, self.path, self.repeat, self.max_tiles, self.weight = name, Path(path), repeat, max_tiles, weight
+        self.sha256 = sha256_of_file                                   # of the annotation, checked when it is indexed
         if not self.path.exists():
             raise FileNotFoundError(f"data source {path} does not exist")
         self.root = Path(root or (self.path if self.path.is_dir() else self.path.parent))
         self.is_tar, stat = self.path.suffix == ".tar", self.path.stat()
         about = [str(self.path.resolve()), str(self.root), stat.st_size, stat.st_mtime_ns]
-        about += [tokenizer.hash, template, image_as]
+        about += [tokenizer.hash, template, image_as, self.sha256]
         beside = self.path.parent if os.access(self.path.parent, os.W_OK) else Path("shards/index")  # read-only data
-        self.index = beside / f".{self.path.name}.index-{sha256([*about, ROW.descr])[:12]}"
+        self.index = beside / f".{self.path.name}.index-{sha256([*about, ROW.descr, 2])[:12]}"
         self.index.mkdir(parents=True, exist_ok=True)
         with open(self.index / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -239,13 +258,18 @@ class Source:
             file.seek(offset)
             return file.read(size)
 
-    def _row(self, offset, size, i):
-        raw = self._read(offset, size)
-        text = self.is_tar and not raw.lstrip().startswith(b"{")       # the .txt beside an image
-        return {"id": f"{self.name}:{i}", **({"caption": raw.decode()} if text else json.loads(raw))}
+    def _row(self, raw, i):
+        text = self.is_tar and not raw.lstrip().startswith((b"{", b"["))   # the .txt beside an image
+        try:
+            row = {"caption": raw.decode()} if text else json.loads(raw)
+        except ValueError as e:
+            raise ValueError(f"not valid JSON ({e}); write one object {{...}} per row, in UTF-8") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"a {type(row).__name__}, where a row is one JSON object; write {{...}}")
+        return {"id": f"{self.name}:{i}", **row}
 
     def row(self, i):
-        return self._row(*self.rows[i].item()[:2], i)
+        return self._row(self._read(*self.rows[i].item()[:2]), i)
 
     def image(self, i, k, row):
         """Bytes of image k of row i."""
@@ -273,45 +297,103 @@ class Source:
                 if line.strip():
                     yield file.tell() - len(line), len(line), None
 
-    def _measure(self, offset, size, pictures, i, tokenizer, template, image_as):
-        """Tokens apart from visual ones, and (offset, size, width, height) of each image; raises one of UNREADABLE."""
-        row = self._row(offset, size, i)
+    def _measure(self, raw, pictures, i, tokenizer, template, image_as, seen):
+        """Tokens apart from visual ones, and (offset, size, width, height) of each image; raises one of UNREADABLE.
+        seen: {path: size} of pictures looked at before."""
+        row = self._row(raw, i)
         if image_as == "words":
             found = []
         elif pictures is None:
-            found = [(0, 0, *image_size(self.root / name)) for name in image_names(row)]
+            names = image_names(row)
+            for name in names:
+                if name not in seen:
+                    try:
+                        seen[name] = image_size(self.root / name)
+                    except OSError as e:
+                        raise ValueError(f"image {name}: {e.strerror} ({self.root / name}); mend its path or remove "
+                                         "the row") from None
+            found = [(0, 0, *seen[name]) for name in names]
         else:                                                          # in the order of the row, if it names them
             names = [os.path.basename(name) for name in image_names(row)]
             places = [pictures[name] for name in names if name in pictures] or pictures.values()
             found = [(*place, *image_size(self._read(*place))) for place in places]
-        ids, _ = render(row, tokenizer, template, [0] * len(found), 0, image_as)
-        return len(ids), found
+        return len(_render_row(row, tokenizer, template, [0] * len(found), 0, image_as)[0]), found
+
+    def _measure_all(self, records, first, *reading):
+        """(rows, images, bad) of some records in order; `first` is the number of the first of them."""
+        rows, images, bad, seen = [], [], [], {}
+        with open(self.lines, "rb") as file:
+            for i, (offset, size, pictures) in enumerate(records, first):
+                try:
+                    raw = os.pread(file.fileno(), size, offset)
+                    tokens, found = self._measure(raw, pictures, i, *reading, seen)
+                    rows.append((offset, size, tokens, len(images), len(found)))
+                    images += found
+                except UNREADABLE as e:
+                    name = "" if type(e) is ValueError else f"{type(e).__name__}: "
+                    bad.append({"source": self.name, "row": i, "reason": f"{name}{e}"[:300]})
+                    rows.append((offset, size, -1, len(images), 0))
+        return np.array(rows, ROW), np.array(images, IMAGE), bad
 
     def _mended(self, *reading):
         """Whether a row that was unreadable can be read now: its picture is there. A tar changes only as a whole."""
         for bad in read_json(self.index / "meta.json")["bad"] if not self.is_tar else ():
             with contextlib.suppress(*UNREADABLE):
-                self._measure(*self.rows[bad["row"]].item()[:2], None, bad["row"], *reading)
+                self._measure(self._read(*self.rows[bad["row"]].item()[:2]), None, bad["row"], *reading, {})
                 mapped.cache_clear()
                 return True
 
     def _build(self, *reading):
-        rows, images, bad = [], [], []
-        for offset, size, pictures in tqdm(self._records(), f"index {self.path.name}", leave=False):
-            try:
-                tokens, found = self._measure(offset, size, pictures, len(rows), *reading)
-                rows.append((offset, size, tokens, len(images), len(found)))
-                images += found
-            except UNREADABLE as e:
-                bad.append({"source": self.name, "row": len(rows), "reason": f"{type(e).__name__}: {e}"[:300]})
-                rows.append((offset, size, -1, len(images), 0))
-        rows, images = np.array(rows, ROW), np.array(images, IMAGE)
-        for name, array in (("rows", rows), ("images", images)):       # renamed: a run may have the old ones mapped
-            np.save(self.index / "new.npy", array)
-            os.replace(self.index / "new.npy", self.index / f"{name}.npy")
-        meta = {"bad": bad, "digest": hashlib.sha256(rows.tobytes() + images.tobytes()).hexdigest()}
+        """Write the index, CHUNK records at a time; of a long source on all cores, with the same result."""
+        if self.sha256:
+            with open(self.path, "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != self.sha256.lower():
+                raise ValueError(f"{self.path} has sha256 {found}, its meta file says {self.sha256}; copy it again")
+        records, n_rows, n_images, bad, hashes = self._records(), 0, 0, [], [hashlib.sha256(), hashlib.sha256()]
+        bar = tqdm(desc=f"index {self.path.name}", unit=" rows", leave=False)
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(open(self.index / f"new_{name}.bin", "wb")) for name in ("rows", "images")]
+            for rows, images, unreadable in self._measured(records, reading, stack):
+                rows["first_image"] += n_images
+                n_rows, n_images, bad = n_rows + len(rows), n_images + len(images), bad + unreadable
+                for file, digest, array in zip(files, hashes, (rows, images)):
+                    file.write(array.tobytes())
+                    digest.update(array.tobytes())
+                bar.update(len(rows))
+        bar.close()
+        for name in ("rows", "images"):                                # renamed: a run may have the old ones mapped
+            os.replace(self.index / f"new_{name}.bin", self.index / f"{name}.bin")
+        meta = {"bad": bad, "digest": sha256([digest.hexdigest() for digest in hashes])}
         (self.index / "meta.tmp").write_text(json.dumps(meta))
         os.replace(self.index / "meta.tmp", self.index / "meta.json")  # which says that the index is whole
+
+    def _measured(self, records, reading, stack):
+        """Yield what _measure_all gives for each chunk of records, in order."""
+        chunks, first, waiting = iter(lambda: [*itertools.islice(records, CHUNK)], []), 0, collections.deque()
+        pool, cores = None, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        for chunk in chunks:
+            if pool is None and first and cores > 1:                   # it is a long one: fresh processes, no fork
+                context = multiprocessing.get_context("spawn")
+                pool = stack.enter_context(concurrent.futures.ProcessPoolExecutor(cores, context, _reading, (reading,)))
+            if pool is None:
+                yield self._measure_all(chunk, first, *reading)
+            else:
+                waiting.append(pool.submit(_measure_chunk, self, chunk, first))
+            first += len(chunk)
+            if len(waiting) > 2 * cores:
+                yield waiting.popleft().result()
+        yield from (future.result() for future in waiting)
+
+CHUNK = 20_000                                      # records that one process measures at a time, about a second
+
+def _reading(reading):
+    """How a process of the pool reads rows: told once, for a tokenizer is large."""
+    global READING
+    READING = reading
+
+def _measure_chunk(source, chunk, first):
+    return source._measure_all(chunk, first, *READING)
 
 def folder_rows(folder):
     """A row for every picture of a folder, described by the .json or .txt of the same stem."""
@@ -323,6 +405,10 @@ def folder_rows(folder):
             except ValueError as e:                                    # quarantined when the row is read
                 row = {"conversations": [{"from": "human", "value": f"unreadable: {e}"}]}
             yield {"id": path.stem, **row, "image": str(path.relative_to(folder))}
+
+# InternVL's keys of a meta entry (facts of its documentation) and two of ours: weight, share of the samples; sha256
+META = dict(annotation=(str,), root=(str,), repeat_time=(int, float), length=(int,), data_augment=(bool,),
+            max_dynamic_patch=(int,), weight=(int, float), sha256=(str,))
 
 def open_sources(spec, tokenizer, template, image_as="pixels"):
     """Sources of `--data`: comma-separated `path` or `name=path`; a path may be .jsonl, .json (LLaVA array or InternVL
@@ -343,10 +429,18 @@ def open_sources(spec, tokenizer, template, image_as="pixels"):
                 continue
             for key, item in read_json(path).items():                  # InternVL meta: paths as written, else beside it
                 here = lambda p: p if os.path.exists(p) else path.parent / p
-                if not isinstance(item, dict) or not isinstance(item.get("annotation"), str):
-                    raise ValueError(f"{path}: {key} has no `annotation`, the path of its rows")
-                sources.append(Source(key, here(item["annotation"]), *reading, here(item.get("root") or ""),
-                                      float(item.get("repeat_time", 1)), item.get("max_dynamic_patch", 0)))
+                entry = item if isinstance(item, dict) else {key: item}
+                wrong = [k for k, v in entry.items() if type(v) not in META.get(k, ())] or {"annotation"} - entry.keys()
+                if wrong:
+                    raise ValueError(f"{path}: {key}: {[*wrong][0]} is missing, unknown or of a wrong type; there are "
+                                     f"{', '.join(META)}, annotation being the path of its rows")
+                if item.get("data_augment"):
+                    print(f"{path}: {key}: data_augment is not done here, pictures stay as they are", file=sys.stderr)
+                more = dict(repeat=float(item.get("repeat_time", 1)), max_tiles=item.get("max_dynamic_patch", 0),
+                            weight=item.get("weight", 0), sha256_of_file=item.get("sha256", ""))
+                sources.append(Source(key, here(item["annotation"]), *reading, here(item.get("root") or ""), **more))
+                if item.get("length", n := len(sources[-1].rows)) != n:
+                    print(f"{path}: {key}: length says {item['length']} rows, there are {n}", file=sys.stderr)
     if not sources:
         raise ValueError("no data: give --data=PATH (.jsonl, .json, .tar, a folder, or a pattern)")
     return sources
@@ -640,65 +734,110 @@ def model_inputs(batch, device):
     names = ("tokens", "labels", "positions", "tiles", "weights")
     return {"cu_seqlens": batch["cu_seqlens"]} | {k: batch[k].to(device, non_blocking=True) for k in names}
 
-# ---- command line: check, show ------------------------------------------------------------------------------------
+# ---- command line: check, show, preview ---------------------------------------------------------------------------
 TOY_TOKENIZER = str(Path(__file__).parent / "config" / "toy_tokenizer")   # to validate, any vocabulary does
 
 def check(paths):
-    """Validate every row, decode every image; print line and reason of each bad row. Returns how many are bad."""
+    """Validate every row, decode every image; print line, field and reason of bad rows. Returns how many are bad."""
     total = n_bad = 0
     for source in open_sources(",".join(paths), Tokenizer(TOY_TOKENIZER), "sailvl-chat"):
-        reasons = {bad["row"]: bad["reason"] for bad in source.meta["bad"]}
+        reasons, line, at = {bad["row"]: bad["reason"] for bad in source.meta["bad"]}, 1, 0
         for i in np.flatnonzero(source.rows["n_images"]):
             row = source.row(i)
             try:
                 for k in range(source.rows[i]["n_images"]):
                     load_image(source.image(i, k, row))
             except (ValueError, OSError) as e:
-                reasons[i] = f"id {row['id']}: {type(e).__name__}: {e}"
+                name = image_names(row)[k] if image_names(row) else k
+                reasons[i] = f"image {name}: {e}; mend the file or remove the row"
         for i in sorted(reasons):
-            offset = int(source.rows[i]["offset"])
-            where = f"row {i + 1}" if source.is_tar else f"line {1 + source._read(0, offset).count(bytes([10]))}"
+            where = f"row {i + 1}"
+            if source.path.is_dir():
+                where = json.loads(source._read(*source.rows[i].item()[:2]))["image"]
+            elif source.lines == source.path and not source.is_tar:
+                offset = int(source.rows[i]["offset"])
+                line, at = line + source._read(at, offset - at).count(b"\n"), offset
+                where = f"line {line}"
             print(f"{source.path}: {where}: {reasons[i]}")
         total, n_bad = total + len(source.rows), n_bad + len(reasons)
     print(f"{total} rows, {total - n_bad} good, {n_bad} bad")
     return n_bad
 
-def show(path, n, tokenizer, template, tile_size, tokens_per_tile, max_tiles):
-    """Print the exact string of the first n samples, supervised tokens in [[ ]], runs of visual tokens shortened."""
-    packs = Packs(open_sources(path, tokenizer, template), tokenizer, template, tile_size=tile_size,
-                  tokens_per_tile=tokens_per_tile, max_tiles=max_tiles)
+def spoken(row, tokenizer, template, tiles, tokens_per_tile):
+    """[(text, whether it is supervised)] of what the model sees; runs of visual tokens are shortened."""
+    ids, labels = render(row, tokenizer, template, tiles, tokens_per_tile)
+    supervised, parts = np.roll(labels, 1) != IGNORE, []               # a label is about the token that follows
+    for target, run in itertools.groupby(range(len(ids)), lambda t: supervised[t]):
+        words = tokenizer.decode([ids[t] for t in run], skip_special=False)
+        parts.append((re.sub("(<IMG_CONTEXT>)+", lambda m: f"<IMG_CONTEXT x {len(m[0]) // len(m[1])}>", words), target))
+    return parts, len(ids), supervised.sum()
+
+def show(packs, n):
+    """Print the exact string of the first n samples, supervised tokens in [[ ]]."""
     for (s, k, tiles), tokens, _ in zip(*packs.plan_samples(np.arange(min(n, packs.n)))):
         if tokens < 0:
             why = next(why for why, code in DROPPED.items() if code == tokens)
-            print(f"--- row {k}: {why}; try: python data.py check {path}")
+            print(f"--- row {k}: {why}; try: python data.py check {packs.sources[s].path}")
             continue
         row = packs.sources[s].row(k)
-        ids, labels = render(row, tokenizer, template, tiles, tokens_per_tile)
-        text, supervised = "", np.roll(labels, 1) != IGNORE            # a label is about the token that follows
-        for target, run in itertools.groupby(range(tokens), lambda t: supervised[t]):
-            words = tokenizer.decode([ids[t] for t in run], skip_special=False)
-            text += f"[[{words}]]" if target else words
-        text = re.sub("(<IMG_CONTEXT>)+", lambda m: f"<IMG_CONTEXT x {len(m[0]) // len(m[1])}>", text)
-        print(f"--- {row['id']}: {tokens} tokens, {supervised.sum()} supervised, tiles {[*tiles]}\n{text}")
+        parts, tokens, supervised = spoken(row, packs.tokenizer, packs.template, tiles, packs.tokens_per_tile)
+        print(f"--- {row['id']}: {tokens} tokens, {supervised} supervised, tiles {[*tiles]}")
+        print("".join(f"[[{text}]]" if target else text for text, target in parts))
+
+def preview(packs, n, out):
+    """Write a page that needs nothing beside it: the first n packs as bars of their documents, then their samples:
+    tiles in the order the model gets them, thumbnail last, and the text, supervised tokens marked."""
+    planned, body, shown = packs.plan_window(0, 0)[0][:n], [], []
+    for number, pack in enumerate(planned, 1):
+        parts = []
+        for k, (s, i, tiles) in enumerate(pack.samples):
+            batch = packs[Pack([(s, i, tiles)])]
+            share = 100 * batch["size"]["tokens"] / packs.tokens_per_pack
+            title = html.escape(f"{batch['ids'] or batch['bad']}: {batch['size']['tokens']} tokens, {sum(tiles)} tiles")
+            parts.append(f'<i style="width:{share:.2f}%;background:hsl({47 * k % 360} 60% 70%)" title="{title}"></i>')
+            pictures = []
+            for tile in batch["tiles"]:
+                file = io.BytesIO()
+                Image.fromarray(tile.permute(1, 2, 0).numpy()).resize((112, 112)).save(file, "JPEG")
+                pictures.append(f'<img src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">')
+            text = ""
+            if batch["ids"]:
+                said = spoken(packs.sources[s].row(i), packs.tokenizer, packs.template, tiles, packs.tokens_per_tile)[0]
+                text = "".join(f"<mark>{html.escape(t)}</mark>" if target else html.escape(t) for t, target in said)
+            shown.append(f"<h3>pack {number}: {title}</h3>{''.join(pictures)}<pre>{text}</pre>")
+        body.append(f"<p>pack {number}: {len(pack.samples)} documents, {pack.tokens} of {packs.tokens_per_pack} tokens "
+                    f"({pack.tokens / packs.tokens_per_pack:.1%}), {pack.tiles} of {packs.tiles_per_pack} tiles</p>"
+                    f"<div>{''.join(parts)}</div>")
+    style = ("body{font:14px sans-serif;margin:2em}div{background:#eee;height:20px;display:flex}i{display:block}"
+             "pre{white-space:pre-wrap}mark{background:#bfb}img{margin:1px}")
+    Path(out).write_text(f'<!doctype html><meta charset="utf-8"><title>packs</title><style>{style}</style>'
+                         + "\n".join(body + shown) + "\n", encoding="utf-8")
+    print(f"{out}: {len(planned)} packs, {len(shown)} samples")
 
 @dataclass(slots=True)
 class Config:
-    n: int = 8                       # show: samples to print
-    tokenizer: str = TOY_TOKENIZER   # show: tokenizer folder
-    template: str = "sailvl-chat"    # show: chat template
-    tile_size: int = 448             # show: pixels of a tile
-    tokens_per_tile: int = 256       # show: visual tokens of a tile
-    max_tiles: int = 12              # show: tile limit of a sample
+    n: int = 8                       # show: samples to print; preview: packs to show
+    out: str = "preview.html"        # preview: the page to write
+    tokenizer: str = TOY_TOKENIZER   # tokenizer folder
+    template: str = "sailvl-chat"    # chat template
+    tile_size: int = 448             # pixels of a tile
+    tokens_per_tile: int = 256       # visual tokens of a tile
+    max_tiles: int = 12              # tile limit of an image
+    tokens_per_pack: int = 8192      # tokens of a pack
+    tiles_per_pack: int = 48         # tiles of a pack
 
 def main():
     configure(cfg := Config(), [a for a in sys.argv[1:] if a.startswith("-")])
     command, *paths = [a for a in sys.argv[1:] if not a.startswith("-")] or [""]
-    if command not in ("check", "show") or not paths:
-        raise ValueError("usage: python data.py check FILE... | show FILE --n=8 --tokenizer=DIR")
+    if command not in ("check", "show", "preview") or not paths:
+        raise ValueError("usage: python data.py check FILE... | show FILE --n=8 --tokenizer=DIR | preview FILE --out=A.html")
     if command == "check":
         sys.exit(2 if check(paths) else 0)
-    for path in paths:
-        show(path, cfg.n, Tokenizer(cfg.tokenizer), cfg.template, cfg.tile_size, cfg.tokens_per_tile, cfg.max_tiles)
+    tokenizer = Tokenizer(cfg.tokenizer)
+    names = "tile_size", "tokens_per_tile", "max_tiles", "tokens_per_pack", "tiles_per_pack"
+    packs = Packs(open_sources(",".join(paths), tokenizer, cfg.template), tokenizer, cfg.template,
+                  **{name: getattr(cfg, name) for name in names})
+    show(packs, cfg.n) if command == "show" else preview(packs, cfg.n, cfg.out)
 
 if __name__ == "__main__":
     launch(main)

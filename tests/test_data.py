@@ -353,6 +353,6 @@ def test_check_names_the_line_and_show_prints_what_the_model_sees(tmp_path, caps
     spec = write_rows(tmp_path, rows)
     assert data.check([spec]) == 1
     assert "line 2" in capsys.readouterr().out
-    data.show(spec, 1, TOY, "sailvl-chat", 84, 9, 4)
+    data.show(Packs(open_sources(spec, TOY, "sailvl-chat"), TOY, "sailvl-chat", **KW), 1)
     seen = "<img><IMG_CONTEXT x 9></img>\nWhat?<|im_end|><|im_start|>assistant\n[[Red.<|im_end|>]]"
     assert seen in capsys.readouterr().out

