@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+(?:['’-][^\W_]+)*")
-SCRIPTS = {"latin": r"[A-Za-z\u00c0-\u024f]", "cjk": r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]",
-           "cyrillic": r"[\u0400-\u04ff]", "arabic": r"[\u0600-\u06ff]", "devanagari": r"[\u0900-\u097f]"}
+CJK = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
+WORD = re.compile(rf"[{CJK}]|[^\W_{CJK}]+(?:['’-][^\W_{CJK}]+)*")
+SCRIPTS = {"latin": r"[A-Za-z\u00c0-\u024f]", "cjk": f"[{CJK}]", "cyrillic": r"[\u0400-\u04ff]",
+           "arabic": r"[\u0600-\u06ff]", "devanagari": r"[\u0900-\u097f]"}
 TAGS = {"nouns": "NN", "verbs": "VB", "adjectives": "JJ"}              # the first two letters of Penn Treebank tags
 
 def words(text):
@@ -17,7 +18,7 @@ def words(text):
     return WORD.findall(text.lower())
 
 def ngram_keys(lists, n, ids):
-    """A 64-bit key of every n-gram of lists of words, and the list each is in: two arrays. ids: {word: number}, grows."""
+    """A 64-bit key of every n-gram of lists of words, and the list each is in: two arrays. ids: {word: number}."""
     flat = np.fromiter((ids.setdefault(w, len(ids) + 1) for words in lists for w in words), np.uint64)
     owner = np.repeat(np.arange(len(lists)), [*map(len, lists)])
     m, keys = max(0, len(flat) - n + 1), np.zeros(max(0, len(flat) - n + 1), np.uint64)
@@ -65,7 +66,7 @@ def statistics(texts, tag=None):
 def agreement(texts, references, tag=None):
     """Mean precision, recall and F1 (0 to 1) of the words of captions against those of their references, each as often
     as it is there; with a tagger also of sets of nouns and of adjectives: the objects and attributes of CAPTURE (arXiv
-    2405.19092) as far as tags go; its relations, synonyms and soft matches need a scene-graph parser and are left out."""
+    2405.19092) as far as tags go. Its relations, synonyms, soft matches need a scene-graph parser and are left out."""
     def overlap(have, want):
         hits = sum((have & want).values())
         p, r = hits / max(1, have.total()), hits / max(1, want.total())
@@ -74,15 +75,17 @@ def agreement(texts, references, tag=None):
     for name in ("nouns", "adjectives") if tag else ():
         readings[name] = lambda text, kind=TAGS[name]: collections.Counter(
             {word for word, found in tag(words(text)) if found[:2] == kind})
-    return {name: dict(zip(("precision", "recall", "f1"), np.mean([overlap(read(a), read(b)) for a, b in zip(
-        texts, references)], 0).round(4).tolist())) for name, read in readings.items()} if texts else {}
+    return {name: dict(zip(("precision", "recall", "f1"), np.mean(
+        [overlap(read(a), read(b)) for a, b in zip(texts, references)], 0).round(4).tolist()))
+        for name, read in readings.items()} if texts else {}
 
 def page(sets, tables, shown, note):
-    """A self-contained page: tables of numbers, {title: {row: {column: value}}}, then pictures with the captions of each
-    set side by side. sets: {name: {id: caption}}; shown: {id: Pillow picture}. All text is escaped."""
+    """A self-contained page: tables of numbers, {title: {row: {column: value}}}, then pictures with the captions of
+    each set side by side. sets: {name: {id: caption}}; shown: {id: Pillow picture}. All text is escaped."""
     style = re.search("<style>.*?</style>", Path(__file__).with_name("report_page.html").read_text("utf-8"), re.S)[0]
     cell = lambda tag, value: f"<{tag}>{html.escape(str(value))}</{tag}>"
-    out = [f"<!doctype html><html lang=en><meta charset=utf-8><title>Captions</title>{style}<h1>Captions</h1>{cell('p', note)}"]
+    out = [f"<!doctype html><html lang=en><meta charset=utf-8><title>Captions</title>{style}<h1>Captions</h1>"]
+    out.append(cell("p", note))
     for title, rows in tables.items():
         columns = [*dict.fromkeys(c for row in rows.values() for c in row)]
         out.append(cell("h2", title) + "<table><tr>" + "".join(cell("th", c) for c in ["", *columns]) + "</tr>")
@@ -94,7 +97,8 @@ def page(sets, tables, shown, note):
         picture.thumbnail((224, 224))
         picture.save(file := io.BytesIO(), "JPEG", quality=75)
         uri = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
-        said = "".join(f"<div><span class=soft>{html.escape(name)}</span> {html.escape(captions.get(key, '(none)'))}</div>"
-                       for name, captions in sets.items())
-        out.append(f'<div class="card free"><div class=shot><img src="{uri}" alt=""></div><div class=text>{said}</div></div>')
+        said = "".join(f"<div><span class=soft>{html.escape(name)}</span> {html.escape(texts.get(key, '(none)'))}</div>"
+                       for name, texts in sets.items())
+        out.append(f'<div class="card free"><div class=shot><img src="{uri}" alt=""></div>'
+                   f"<div class=text>{said}</div></div>")
     return "\n".join([*out, "</div></html>"])

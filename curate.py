@@ -1,24 +1,26 @@
 """From raw pictures to a scored, deduplicated caption set: stages that read shards and write shards (SAIL-Caption).
 
-    python curate.py collect     --in=web=laion/*.tar,photos.jsonl --out=shards/collected
-    python curate.py dedup       --in=shards/collected --out=shards/unique
-    python curate.py select      --in=shards/unique --out=shards/picked --n=100000
-    python curate.py annotate    --in=shards/picked --out=shards/reference --endpoint=http://HOST/v1 --endpoint_model=NAME
+    python curate.py collect   --in=web=laion/*.tar,photos.jsonl --out=shards/collected
+    python curate.py dedup     --in=shards/collected --out=shards/unique
+    python curate.py select    --in=shards/unique --out=shards/picked --n=100000
+    python curate.py annotate  --in=shards/picked --out=shards/reference --endpoint=http://HOST/v1 --endpoint_model=NAME
     python sft.py config/captioner.py --init_from=MODEL_FOLDER --data=shards/reference/*.tar
-    torchrun --nproc_per_node=8 curate.py recaption --in=shards/unique --out=shards/captions --model=out/captioner/instruction
-    python curate.py score       --in=shards/captions --out=shards/scored --endpoint=... --endpoint_model=...
-    python curate.py filter      --in=shards/scored --out=shards/final --min_richness=3 --min_alignment=3
-    python curate.py report      --in=before=shards/unique,after=shards/final --out=out/captions
-    python curate.py sft-quality --in=train.jsonl --out=shards/rated ; quick | composition | incremental: see the end
+    torchrun --nproc_per_node=8 curate.py recaption --in=shards/unique --out=shards/captions --model=out/captioner/...
+    python curate.py score     --in=shards/captions --out=shards/scored --endpoint=http://HOST/v1 --endpoint_model=NAME
+    python curate.py filter    --in=shards/scored --out=shards/final --min_richness=3 --min_alignment=3
+    python curate.py report    --in=before=shards/unique,after=shards/final --out=out/captions
+    python curate.py sft-quality --in=train.jsonl ...      # as score; quick | composition | incremental: see `tiers`
 
-A shard of the input becomes one of the output: KEY.jpg as it came and KEY.json with id, alt_text, caption, scores, ...,
-which data.py reads as training data. What is dropped is a line with its reason in OUT/dropped/. A shard is there whole or
-not at all; start a command again and it goes on; several processes, on any machines that see the folder, share the work.
+A shard of the input becomes one of the output: KEY.jpg as it came and KEY.json with id, alt_text, caption, scores and
+more, which data.py reads as training data. What is dropped is a line with its reason in OUT/dropped/. A shard is there
+whole or not at all; start a command again and it goes on; several processes, on any machines that see the folder, share
+the work.
 Shapes: n rows of all shards, C width of a feature.
 """
-import collections, contextlib, fcntl, functools, hashlib, io, itertools, json, os, re, shlex, subprocess, sys, tarfile, time
+import collections, contextlib, fcntl, functools, hashlib, io, itertools, json, os, re, shlex, subprocess, sys, tarfile
+import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -36,18 +38,18 @@ from vision import load_image, make_tiles, normalize
 
 @dataclass(slots=True)
 class Config:
-    input: str = ""               # written --in: shards, folders of them, .jsonl, .json, folders of pictures; name=path,...
+    input: str = ""               # --in: shards, folders of them or of pictures, .jsonl, .json; name=path,...
     out: str = ""                 # folder to write
     seed: int = 0                 # of everything that is drawn
     workers: int = 4              # threads that decode pictures
     shard_size: int = 1000        # rows of a shard, where the input is no shard
     min_side: int = 64            # collect: pixels of the shorter side, at least
     max_aspect: float = 8.0       # collect: longer side over shorter side, at most
-    by: Literal["image", "text", "both"] = "image"    # dedup: near-duplicates of pictures, of captions, of either
+    by: Literal["image", "text", "both"] = "image"    # dedup: near-duplicate pictures, captions, or either
     distance: int = 3             # dedup: bits of 64 in which perceptual hashes of near-duplicates differ, at most
     jaccard: float = 0.8          # dedup: share of common word 3-grams of captions that are near-duplicates, at least
     n: int = 1000                 # select: rows to take; quick, composition, incremental: samples of a mix (0: all)
-    clusters: int = 64            # select: k-means clusters of features: of --model's ViT, else of the perceptual hashes
+    clusters: int = 64            # select: clusters of features, of --model's ViT, else of the hashes
     endpoint: str = ""            # OpenAI-compatible, http://.../v1, or several, with commas; key: JUDGE_API_KEY
     endpoint_model: str = ""      # the model's name there
     model: str = ""               # or a model folder of ours
@@ -117,7 +119,8 @@ def read_unit(unit, pictures=True):
                 row = unit.source.row(i)
                 names = row.get("image", row.get("images")) or ["image"] * int(unit.source.rows[i]["n_images"])
                 names = [names] if isinstance(names, str) else names
-                yield row, {f"{k}/{name}": unit.source.image(i, k, row) for k, name in enumerate(names) if pictures}, None
+                found = {f"{k}/{name}": unit.source.image(i, k, row) for k, name in enumerate(names) if pictures}
+                yield row, found, None
             except UNREADABLE as e:
                 yield row, {}, "no_such_file" if isinstance(e, OSError) else "bad_row"
         return
@@ -158,7 +161,7 @@ def add(tar, row, pictures, number):
 def write_shard(out, unit, work):
     """Everything `work` yields for a unit, kept or dropped: then fsync, then rename, the shard itself last."""
     counts, began = collections.Counter({"in": 0, "out": 0}), time.time()
-    tmp, bad = out / f".{unit.name}.tar.tmp", out / "dropped" / f".{unit.name}.tmp"
+    tmp, bad = out / ".shards" / f"{unit.name}.tar", out / "dropped" / f"{unit.name}.tmp"
     with open(tmp, "wb") as file, open(bad, "w", encoding="utf-8", errors="replace") as dropped:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for row, pictures, reason in work(unit, counts):
@@ -169,7 +172,7 @@ def write_shard(out, unit, work):
             f.flush()
             os.fsync(f.fileno())
     os.replace(bad, out / "dropped" / f"{unit.name}.jsonl")
-    facts = {**counts, "seconds": time.time() - began, "input_bytes": unit.path.stat().st_size}
+    facts = {**counts, "seconds": time.time() - began, "input": state_of(unit)}
     common.write_atomic(out / ".shards" / f"{unit.name}.json", json.dumps(facts))
     os.replace(tmp, out / f"{unit.name}.tar")
 
@@ -183,54 +186,65 @@ def run_stage(cfg, stage, work, alone=False, **settings):
         raise ValueError(f"--out={out} holds the input; write into another folder")
     for folder in (".shards", "dropped", "replies"): (out / folder).mkdir(parents=True, exist_ok=True)
     settings, made = json.loads(json.dumps({"stage": stage, **settings})), out / "stage.json"
-    if made.exists() and (old := read_json(made, dict)) != settings:
-        changed = ", ".join(k for k in {**old, **settings} if old.get(k) != settings.get(k))
-        raise ValueError(f"{out} was made with another {changed}: write into another folder, or remove this one")
-    common.write_atomic(made, json.dumps(settings, indent=1) + "\n")
-    with contextlib.ExitStack() as stack:
-        def mine(name):                                                # a lock goes with its process, however that ends
-            lock = stack.enter_context(open(out / ".shards" / f"{name}.lock", "w"))
-            with contextlib.suppress(BlockingIOError): return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB) or True
-        if alone and not mine("stage"): raise ValueError(f"another process is at {out}; {stage} is the work of one")
+    with taken(out / ".shards" / "settings"):
+        if made.exists() and (old := read_json(made, dict)) != settings:
+            changed = ", ".join(k for k in {**old, **settings} if old.get(k) != settings.get(k))
+            raise ValueError(f"{out} was made with another {changed}: write into another folder, or remove this one")
+        common.write_atomic(made, json.dumps(settings, indent=1) + "\n")
+    with taken(out / ".shards" / "stage", True) if alone else contextlib.nullcontext(True) as mine:
+        if not mine: raise ValueError(f"another process is at {out}; {stage} is the work of one")
         for unit in tqdm(units, desc=stage, unit="shard", disable=None):
             if finished(out, unit): continue
-            with contextlib.ExitStack() as stack:
-                if not mine(unit.name) or finished(out, unit):
-                    busy += not finished(out, unit)
+            with taken(out / ".shards" / unit.name, True) as mine:
+                if not mine or finished(out, unit):
+                    busy += not mine
                     continue
                 try:
                     write_shard(out, unit, work)
                     fresh += 1
                 except Damaged as e:
                     broken[unit.name] = str(e)
-                    (out / f".{unit.name}.tar.tmp").unlink()
     report = stage_report(cfg, out, stage, units)
-    common.write_atomic(out / "report.json", json.dumps(report | {"damaged": broken}, indent=1) + "\n")
-    print(f"{stage}: {report['done']} of {len(units)} shards" + ("" if fresh else ", nothing new to do") +
-          f"; in {report['in']}, out {report['out']}, dropped {report['dropped'] or 'none'}")
-    print(f"{report['rows_per_s']} rows/s a process" + (f", {busy} shards at work elsewhere" if busy else "") +
-          "".join(f", {k} {v}" for k, v in report.items() if k in ("replies", "calls", "retries", "spend", "means", "eta_s")))
-    if broken: raise ValueError(f"damaged and left out: {'; '.join(broken.values())}; {report['done']} shards are whole")
+    with taken(out / ".shards" / "settings"):
+        common.write_atomic(out / "report.json", json.dumps(report | {"damaged": broken}, indent=1) + "\n")
+    print(f"{stage}: {report['done']} of {len(units)} shards{'' if fresh else ', nothing new to do'}; "
+          f"in {report['in']}, out {report['out']}, dropped {report['dropped'] or 'none'}; " + ", ".join(
+              f"{v} {k}" for k, v in report.items() if k not in ("stage", "shards", "done", "in", "out", "dropped"))
+          + f", {busy} shards at work elsewhere" * bool(busy))
+    if broken: raise ValueError(f"left out: {'; '.join(broken.values())}; {report['done']} shards are whole")
+
+@contextlib.contextmanager
+def taken(path, once=False):
+    """A lock that goes with its process, however that ends; yields True, with once=True False where another has it."""
+    with open(f"{path}.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB * once)
+            mine = True
+        except BlockingIOError:
+            mine = False
+        yield mine
+
+def state_of(unit): return [unit.path.stat().st_size, unit.path.stat().st_mtime_ns]
+def state_of_all(cfg): return key_of("inputs", [[unit.name, *state_of(unit)] for unit in find_units(cfg)], None)
 
 def finished(out, unit):
     """Whether the shard is there and its input is still the one it was made of."""
     facts = out / ".shards" / f"{unit.name}.json"
-    return (out / f"{unit.name}.tar").exists() and facts.exists() and (
-        read_json(facts, dict)["input_bytes"] == unit.path.stat().st_size)
+    return (out / f"{unit.name}.tar").exists() and facts.exists() and read_json(facts, dict)["input"] == state_of(unit)
 
 def stage_report(cfg, out, stage, units):
     """What all finished shards come to: rows in, out and dropped by reason, rates, tokens, spend, time to go."""
     done = [read_json(out / ".shards" / f"{u.name}.json", dict) for u in units if finished(out, u)]
     total = collections.Counter()
-    for facts in done: total.update({k: v for k, v in facts.items() if k != "input_bytes"})
+    for facts in done: total.update({k: v for k, v in facts.items() if k != "input"})
     seconds, dropped = total.pop("seconds", 0), {k[8:]: v for k, v in sorted(total.items()) if k.startswith("dropped ")}
     means = {k[4:]: round(v / total["out"], 3) for k, v in total.items() if k.startswith("sum ") and total["out"]}
     spend = (total["prompt_tokens"] * cfg.price_in + total["completion_tokens"] * cfg.price_out) / 1e6
+    shown = {k: total[k] for k in ("replies", "calls", "retries", "prompt_tokens", "completion_tokens") if total[k]}
     return {"stage": stage, "shards": len(units), "done": len(done), "in": total["in"], "out": total["out"],
-            "dropped": dropped, "seconds": round(seconds, 2), "rows_per_s": round(total["in"] / max(seconds, 1e-9), 1),
-            "eta_s": round(seconds / max(1, len(done)) * (len(units) - len(done))), **({"means": means} if means else {}),
-            **{k: v for k, v in total.items() if k in ("replies", "calls", "retries", "prompt_tokens", "completion_tokens")},
-            **({"spend": round(spend, 4)} if spend else {})}
+            "dropped": dropped, "seconds": round(seconds, 2), "rows/s": round(total["in"] / max(seconds, 1e-9), 1),
+            "seconds to go": round(seconds / max(1, len(done)) * (len(units) - len(done))), **shown,
+            **({"dollars": round(spend, 4)} if spend else {}), **({"means": means} if means else {})}
 
 # ---- collect --------------------------------------------------------------------------------------------------------
 def perceptual(image):
@@ -287,8 +301,8 @@ def collect(cfg):
 
 # ---- dedup ----------------------------------------------------------------------------------------------------------
 MINHASHES, BANDS, REACH, MAX_TONE = 32, 8, 256, 12
-INDEX = np.dtype([("id", "S20"), ("source", "u4"), ("hash", "u8"), ("tone", "u1", 48), ("pixels", "i8"), ("words", "i4"),
-                  ("minhash", "u4", MINHASHES)])
+INDEX = np.dtype([("id", "S20"), ("source", "u4"), ("hash", "u8"), ("tone", "u1", 48), ("pixels", "i8"),
+                  ("words", "i4"), ("minhash", "u4", MINHASHES)])
 
 def minhash(text):
     """(MINHASHES,) uint32: the smallest value of each of so many hash functions over the word 3-grams of a text."""
@@ -299,7 +313,8 @@ def minhash(text):
 
 class HashedWords(dict):
     """{word: number} in which a word's number depends on nothing but the word."""
-    def setdefault(self, word, _): return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
+    def setdefault(self, word, _):
+        return int.from_bytes(hashlib.blake2b(word.encode("utf-8", "replace"), digest_size=8).digest(), "little")
 
 def make_index(cfg, units):
     """What dedup and select know of each row, on disk beside the shards: INDEX array (n,), mapped into memory."""
@@ -324,7 +339,7 @@ def make_index(cfg, units):
     return index, starts
 
 def near_pairs(keys, same):
-    """Yield arrays (i, j) of pairs of equal key (n,) for which same(i, j). Each is compared with the REACH that follow it
+    """Yield arrays (i, j) of pairs of equal key (n,) for which same(i, j). Each is compared with the REACH that follow
     among those of its key, sorted alike: bounded work where thousands are equal, which chain up all the same."""
     order = np.argsort(keys, kind="stable")
     keys, at = keys[order], np.arange(len(keys))
@@ -336,24 +351,23 @@ def near_pairs(keys, same):
         yield i[good := same(i, j)], j[good]
 
 def join(root, i, j):
-    """Union-find on an int array: root (n,), in place, names the smallest member of everybody's cluster."""
-    while (differ := root[i] != root[j]).any():
-        i, j = root[i[differ]], root[j[differ]]
+    """Union-find on an int array: root (n,) names the smallest member of everybody's cluster; changed in place."""
+    while len(i):
+        i, j = root[i], root[j]
         np.minimum.at(root, np.maximum(i, j), np.minimum(i, j))
-        while (root[i] != root[root[i]]).any() or (root[j] != root[root[j]]).any():
-            i, j = root[i], root[j]
-        members = root[root]
-        while (members != root).any(): root[:], members = members, root[members]
+        while ((up := root[root]) != root).any(): root[:] = up
+        differ = root[i] != root[j]
+        i, j = i[differ], j[differ]
 
 def near_duplicates(hash, tone, distance):
-    """hash (n,) uint64, tone (n, 48) uint8 -> root (n,) int64 of each row's cluster. Hashes that differ in at most d bits
-    agree in k of d + k blocks of bits (pigeonhole; Manku et al., WWW 2007): sorted once for each choice of k blocks."""
+    """hash (n,) uint64, tone (n, 48) uint8 -> root (n,) int64 of each row's cluster. Hashes that differ in at most d
+    bits agree in k of d + k blocks of bits (pigeonhole; Manku et al., WWW 2007): sorted once for each choice of k."""
     order = np.argsort(hash, kind="stable")
     hash, root, k = hash[order], np.arange(len(hash)), 2 if distance <= 4 else 3
     edges = np.linspace(0, 64, distance + k + 1).astype(int).tolist()
     blocks = [(1 << b) - (1 << a) for a, b in itertools.pairwise(edges)]
     def same(i, j):
-        near = np.bitwise_count(hash[i] ^ hash[j]) <= distance
+        near = (np.bitwise_count(hash[i] ^ hash[j]) <= distance) & (root[i] != root[j])
         a, b = tone[order[i[near]]].astype(np.int16), tone[order[j[near]]]
         near[near] = (np.abs(a - b) <= MAX_TONE).all(1)                # equal shapes in other colours are no duplicates
         return near
@@ -369,8 +383,10 @@ def near_texts(signatures, jaccard, root):
         keys = np.zeros(len(root), np.uint64)
         for k in band: keys = (keys ^ signatures[:, k]) * np.uint64(0x9E3779B97F4A7C15)
         spoken = np.flatnonzero(signatures.any(1))                     # too short for a 3-gram: nobody's duplicate
-        for i, j in near_pairs(keys[spoken], lambda i, j: (signatures[spoken[i]] == signatures[spoken[j]]).mean(1) >= jaccard):
-            join(root, spoken[i], spoken[j])
+        def same(i, j):
+            i, j = spoken[i], spoken[j]
+            return ((signatures[i] == signatures[j]).mean(1) >= jaccard) & (root[i] != root[j])
+        for i, j in near_pairs(keys[spoken], same): join(root, spoken[i], spoken[j])
     return root
 
 def dedup(cfg):
@@ -391,7 +407,8 @@ def dedup(cfg):
         for i, (row, pictures, reason) in enumerate(read_unit(unit), starts[unit.name]):
             copy = {} if best[i] == i else {"duplicate_of": ids[best[i]].decode()}
             yield {**row, **copy}, pictures, reason or ("near_duplicate" if copy else None)
-    run_stage(cfg, "dedup", work, alone=True, by=cfg.by, distance=cfg.distance, jaccard=cfg.jaccard)
+    run_stage(cfg, "dedup", work, alone=True, by=cfg.by, distance=cfg.distance, jaccard=cfg.jaccard,
+              inputs=state_of_all(cfg))
 
 # ---- select ---------------------------------------------------------------------------------------------------------
 def kmeans(x, k, seed, steps=10, sample=100_000):
@@ -440,7 +457,8 @@ def select(cfg):
         if cfg.model:
             assistant = load_model(cfg)
             x = np.concatenate([vit_features(assistant, unit) for unit in units])
-        cells = np.unique(np.stack([index["source"], kmeans(x, cfg.clusters, cfg.seed)]), axis=1, return_inverse=True)[1]
+        pairs = np.stack([index["source"], kmeans(x, cfg.clusters, cfg.seed)])                 # (2, n)
+        cells = np.unique(pairs, axis=1, return_inverse=True)[1]
         order = np.lexsort(([lot(cfg.seed, i.decode()) for i in index["id"]], cells))
         sizes = np.bincount(cells)
         rank = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)              # inside its cell
@@ -450,14 +468,16 @@ def select(cfg):
         keep, cells, starts = chosen()
         for i, (row, pictures, reason) in enumerate(read_unit(unit), starts[unit.name]):
             yield {**row, "cluster": int(cells[i])}, pictures, reason or (None if keep[i] else "not_selected")
-    run_stage(cfg, "select", work, alone=True, n=cfg.n, clusters=cfg.clusters, seed=cfg.seed,
+    run_stage(cfg, "select", work, alone=True, n=cfg.n, clusters=cfg.clusters, seed=cfg.seed, inputs=state_of_all(cfg),
               model=model_hash(cfg.model) if cfg.model else "hashes")
 
 # ---- asking: annotate, recaption, score, sft-quality ----------------------------------------------------------------
-REFUSAL = re.compile(r"^\W*(i'?m|i am) (sorry|unable|not able)|^\W*(sorry|i (can'?t|cannot|can not|won'?t)\b)|^\W*(很?抱歉|对不起)", re.I)
+REFUSAL = re.compile(r"\W*((i['’]?m|i am) (sorry|unable|not able)|sorry|i (can['’]?t|cannot|won['’]?t)\b|很?抱歉|对不起)",
+                     re.I)
+
 def load_model(cfg):
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else None) if (
-        torch.cuda.is_available()) else torch.device("cpu")
+    """The Assistant of --model on this process' GPU, or the CPU; processes share nothing but the folder they write."""
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     return Assistant(cfg.model, device, common.compute_dtype(cfg.dtype, device), max_tiles=cfg.max_tiles)
 
 def model_hash(folder):
@@ -469,13 +489,14 @@ def model_hash(folder):
 class Local:
     """A model folder that is asked like judge.Judge: the same jobs, the same log, batches instead of threads."""
     def __init__(self, cfg, assistant, name, cache):
-        self.cfg, self.assistant, self.name, self.replies, self.counts = cfg, assistant, name, Replies(cache), collections.Counter()
+        self.cfg, self.assistant, self.name = cfg, assistant, name
+        self.replies, self.counts = Replies(cache), collections.Counter()
 
     def each(self, jobs):
         left = dict(enumerate(jobs))
         for temperature in ATTEMPTS:
             keys = {i: key_of(self.name, prompt, temperature, pictures) for i, (prompt, _, pictures) in left.items()}
-            asked, answered = [], []
+            asked = []
             def prompts():                                             # made when a place among the rows is free
                 for i in left:
                     if keys[i] in self.replies.known: continue
@@ -483,47 +504,55 @@ class Local:
                     tiles = [self.assistant.tiles(content) for content in pictures]
                     asked.append(i)
                     yield self.assistant.prompt([("<image>\n" * len(tiles) + prompt, None)], tiles)
-            settings = dict(batch_size=self.cfg.batch_size, max_new_tokens=self.cfg.max_new_tokens, temperature=temperature)
-            for number, ids in self.assistant.ids_each(prompts(), **settings):
+            for number, ids in self.assistant.ids_each(
+                    prompts(), batch_size=self.cfg.batch_size, temperature=temperature,
+                    max_new_tokens=self.cfg.max_new_tokens):
                 self.counts["calls"] += 1
-                self.replies.add(keys[i := asked[number]], reply=self.assistant.tokenizer.decode(ids).strip(), usage={
-                    "completion_tokens": len(ids)}, finish="length" if len(ids) >= self.cfg.max_new_tokens else "stop")
-                answered.append(i)
+                cut = len(ids) >= self.cfg.max_new_tokens
+                self.replies.add(keys[asked[number]], reply=self.assistant.tokenizer.decode(ids).strip(),
+                                 usage={"completion_tokens": len(ids)}, finish="length" if cut else "stop")
             for i in [i for i in left if left[i][1](self.replies.known[keys[i]]["reply"])]:
                 left.pop(i)
                 yield i, self.replies.known[keys[i]]
         yield from ((i, None) for i in left)
 
+def read_prompts(cfg, names): return {n: (Path(cfg.prompts) / f"{n}.txt").read_text("utf-8").strip() for n in names}
+
 def ask_rows(cfg, stage, question, valid, take, names):
     """question(row, prompts) -> (name of the prompt, text); take(row, entry, name) puts a valid reply into the row and
     returns a reason to drop it, or None. names: of the prompts in --prompts."""
-    texts = {name: (Path(cfg.prompts) / f"{name}.txt").read_text("utf-8").strip() for name in names}
+    texts = read_prompts(cfg, names)
     hashes = {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
     if bool(cfg.model) == bool(cfg.endpoint):
-        raise ValueError(f"{stage} asks a model: give --model=FOLDER, or --endpoint=http://.../v1 and --endpoint_model=NAME")
+        raise ValueError(f"{stage} asks a model: give --model=FOLDER, or --endpoint=URL and --endpoint_model=NAME")
     name = model_hash(cfg.model) if cfg.model else cfg.endpoint_model
     assistant, replies = functools.cache(lambda: load_model(cfg)), Path(cfg.out) / "replies"
     def work(unit, counts):
         records, cache = [*read_unit(unit)], replies / f"{unit.name}.jsonl"
         backend = Local(cfg, assistant(), name, cache) if cfg.model else Judge(
             cfg.endpoint, name, cache, cfg.threads, cfg.max_new_tokens)
-        good = [i for i, (_, _, reason) in enumerate(records) if not reason]
-        asked = [question(records[i][0], texts) for i in good]
-        jobs = [(text, valid, [*records[i][1].values()]) for i, (_, text) in zip(good, asked)]
-        with tqdm(total=len(jobs), desc=unit.name, leave=False, disable=None) as bar:
-            for k, entry in backend.each(jobs):
-                row, pictures, _ = records[good[k]]
+        jobs, same, kinds = [], collections.defaultdict(list), {}
+        for i, (row, pictures, reason) in enumerate(records):
+            if reason: continue
+            kinds[i], text = question(row, texts)
+            alike = same[key_of(name, text, 0, pictures.values())]     # equal questions are asked once
+            alike.append(i)
+            if len(alike) == 1: jobs.append((text, valid, [*pictures.values()]))
+        same = [*same.values()]
+        with tqdm(total=len(kinds), desc=unit.name, leave=False, disable=None) as bar:
+            for i, entry in ((i, entry) for k, entry in backend.each(jobs) for i in same[k]):
+                row, pictures, _ = records[i]
                 finish = "" if not entry else str(entry["finish"])
                 if not entry: reason = "no_valid_reply"
                 elif finish.startswith("http_"): reason = finish
                 elif finish == "content_filter" or REFUSAL.match(entry["reply"]): reason = "refused"
                 elif finish == "length": reason = "cut_off"
-                else: reason = take(row, entry["reply"], asked[k][0])
-                row["by"], row["prompt_sha256"] = {**row.get("by", {}), stage: name}, hashes[asked[k][0]]
-                records[good[k]] = row, pictures, reason
+                else: reason = take(row, entry["reply"], kinds[i])
+                row["by"], row["prompt_sha256"] = {**row.get("by", {}), stage: name}, hashes[kinds[i]]
+                records[i] = row, pictures, reason
                 counts["http"] += reason is not None and reason.startswith("http_")
-                if counts["http"] > max(20, len(jobs) // 2):
-                    raise ValueError(f"{cfg.endpoint} refuses most pictures ({reason}); see what its log says, then run again")
+                if counts["http"] > max(20, len(kinds) // 2):
+                    raise ValueError(f"{cfg.endpoint} refuses most pictures ({reason}): see its log, then run again")
                 bar.set_postfix(backend.counts, refresh=False)
                 bar.update()
         del counts["http"]
@@ -548,15 +577,15 @@ def caption(cfg, stage):
         row["caption"], row["mode"] = reply.strip(), name
         for stale in ("scores", "conversations"): row.pop(stale, None)
         if stage == "annotate":
-            asked = question(row, {name: (Path(cfg.prompts) / f"{name}.txt").read_text("utf-8").strip()})[1]
-            row["conversations"] = [{"from": "human", "value": "<image>\n" + asked}, {"from": "gpt", "value": reply.strip()}]
+            asked = {"from": "human", "value": "<image>\n" + question(row, read_prompts(cfg, [name]))[1]}
+            row["conversations"] = [asked, {"from": "gpt", "value": row["caption"]}]
     ask_rows(cfg, stage, question, lambda reply: bool(reply.strip()), take, ("caption", "recaption"))
 
 SCORES = {"score": ("richness", "alignment"), "sft_quality": ("difficulty", "complexity", "relevance")}
 
 def read_scores(text, names):
     """{name: 1 to 5} of a reply that is one line `name: N` for each name and nothing else; None for any other."""
-    lines = [re.fullmatch(r"(\w+): ([1-5])", line.strip().lower()) for line in text.strip().splitlines() if line.strip()]
+    lines = [re.fullmatch(r"(\w+): ([1-5])", line.strip().lower()) for line in text.strip().splitlines()]
     found = [(line[1], int(line[2])) for line in lines if line]
     return dict(found) if len(found) == len(lines) and sorted(n for n, _ in found) == sorted(names) else None
 
@@ -583,11 +612,11 @@ def fault(cfg, row):
 
 def filter_rows(cfg):
     """Thresholds; then, against homogenisation, captions with a very common 4-gram are thinned out by lot."""
-    mask = 2 ** 22 - 1                                                 # counters; few collide where n-grams are common
-    grams = lambda row: np.unique(captions.ngram_keys([captions.words(row["caption"])], 4, HashedWords())[0] & np.uint64(mask))
+    mask = np.uint64(2 ** 22 - 1)                                      # counters; few collide where n-grams are common
+    grams = lambda row: np.unique(captions.ngram_keys([captions.words(row["caption"])], 4, HashedWords())[0] & mask)
     @functools.cache
     def common_grams():
-        counts, n = np.zeros(mask + 1, np.int64), 0
+        counts, n = np.zeros(int(mask) + 1, np.int64), 0
         for unit in find_units(cfg):
             for row, _, reason in read_unit(unit, pictures=False):
                 if not reason and not fault(cfg, row):
@@ -601,13 +630,14 @@ def filter_rows(cfg):
                 most = common_grams()[grams(row)].max(initial=0)
                 if lot(cfg.seed, row["id"]) * most > cfg.max_ngram_share: reason = "homogeneous"
             yield row, pictures, reason
-    names = [f.name for f in fields(cfg) if f.name.startswith(("min_", "max_")) or f.name in ("script", "seed")]
-    run_stage(cfg, "filter", work, **{k: getattr(cfg, k) for k in names if k not in (
-        "min_side", "max_aspect", "max_tiles", "max_new_tokens")})
+    names = """min_richness min_alignment min_words max_words max_repetition script min_script max_ngram_share
+        seed""".split()
+    run_stage(cfg, "filter", work, alone=bool(cfg.max_ngram_share), **{k: getattr(cfg, k) for k in names},
+              inputs=state_of_all(cfg) if cfg.max_ngram_share else None)
 
 # ---- report ---------------------------------------------------------------------------------------------------------
 def report(cfg):
-    """Sets of captions side by side, name=shards,...: diversity, scores, agreement with references; page and numbers."""
+    """Sets of captions side by side, name=shards,...: diversity, scores, agreement with references; page, numbers."""
     sets, scores, shown, (tag, note) = collections.defaultdict(dict), {}, {}, captions.tagger()
     right = {row["id"]: row["caption"] for unit in find_units(cfg, cfg.references) for row, _, _ in read_unit(
         unit, pictures=False)} if cfg.references else {}
@@ -636,9 +666,10 @@ def report(cfg):
 
 # ---- three tiers of choosing fine-tuning data -----------------------------------------------------------------------
 def tiers(cfg, tier):
-    """SAIL-VL's evaluation of data, --in=name=source,...: quick ranks the sources as candidates, each cut to --n samples;
-    composition halves one at a time of all together; incremental adds one at a time and keeps it when the score does not
-    fall. Writes InternVL meta files, prints the commands of training and evaluation, with --run=True runs them."""
+    """SAIL-VL's evaluation of data, --in=name=source,...: quick ranks the sources as candidates, each cut to --n rows;
+    composition halves one at a time of all together; incremental adds one at a time and keeps it when the score does
+    not fall. Writes InternVL meta files, prints the commands of training and evaluation, runs them with --run=True. A
+    share is the first part of a source, so shuffle it once."""
     out, groups, results = Path(cfg.out or f"out/{tier}"), collections.defaultdict(list), {}
     for source in open_sources(cfg.input, Tokenizer(TOY_TOKENIZER), "sailvl-chat"): groups[source.name].append(source)
     size = {name: sum(len(s.rows) for s in sources) for name, sources in groups.items()}
@@ -646,17 +677,19 @@ def tiers(cfg, tier):
         """overall score of the shares {group: 0 to 1}, cut to --n samples in all; None if nothing is run."""
         total = sum(size[g] * share for g, share in shares.items())
         cut = min(1.0, cfg.n / total) if cfg.n else 1.0
-        meta = {f"{g}-{k}": {"root": str(s.root.resolve()), "annotation": str(s.path.resolve()), "repeat_time": share * cut,
-                             "length": len(s.rows)} for g, share in shares.items() for k, s in enumerate(groups[g])}
+        meta = {f"{g}-{k}": {"root": f"{s.root.resolve()}", "annotation": f"{s.path.resolve()}",
+                             "length": len(s.rows), "repeat_time": share * cut}
+                for g, share in shares.items() for k, s in enumerate(groups[g])}
         (folder := out / mix).mkdir(parents=True, exist_ok=True)
         common.write_atomic(folder / "mix.json", json.dumps(meta, indent=1) + "\n")
         train = ["sft.py", *shlex.split(cfg.sft), f"--stages={cfg.stage}", f"--{cfg.stage}.data={folder / 'mix.json'}",
                  f"--out_dir={folder / 'sft'}"]
-        test = ["eval.py", f"--model={folder / 'sft' / cfg.stage}", f"--out_dir={folder / 'eval'}", *shlex.split(cfg.eval)]
+        test = ["eval.py", *shlex.split(cfg.eval), f"--model={folder}/sft/{cfg.stage}", f"--out_dir={folder / 'eval'}"]
         for command in (train, test):
             print("python " + shlex.join(command), flush=True)
             if cfg.run and not (folder / "eval" / "results.json").exists():
-                if subprocess.run([sys.executable, *command]).returncode: raise ValueError(f"{mix}: {command[0]} failed, see above")
+                if subprocess.run([sys.executable, *command]).returncode:
+                    raise ValueError(f"{mix}: {command[0]} failed, see above; run again to go on")
         results[mix] = read_json(folder / "eval" / "results.json", dict)["overall"] if cfg.run else None
         return results[mix]
     if tier == "quick":
@@ -670,7 +703,7 @@ def tiers(cfg, tier):
         for g in others:                                               # printed only: as if every one were kept
             now = measure("+".join([*kept, g]), dict.fromkeys([*kept, g], 1.0))
             if now is None or now >= best: kept, best = [*kept, g], now
-        print(f"kept: {', '.join(kept)}" if cfg.run else "with --run=True each set is kept only when the score does not fall")
+        print(f"kept: {', '.join(kept)}" if cfg.run else "with --run=True a set stays only if the score does not fall")
     ranked = sorted(results.items(), key=lambda item: -(item[1] or 0))
     common.write_atomic(out / "ranking.json", json.dumps(ranked, indent=1) + "\n")
     for mix, value in ranked if cfg.run else (): print(f"{value:8.2f}  {mix}")

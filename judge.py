@@ -47,7 +47,7 @@ class Judge:
         self.replies, self.counts = Replies(cache), collections.Counter()   # counts: calls, retries
 
     def request(self, prompt, temperature, images):
-        """(url, headers, body) of one call; each goes to the next endpoint."""
+        """The HTTP request of one call; each goes to the next endpoint."""
         content = [{"type": "text", "text": prompt}]
         for image in images:
             uri = f"data:image/{KINDS.get(image[:2], 'jpeg')};base64,{base64.b64encode(image).decode()}"
@@ -57,18 +57,18 @@ class Judge:
         url = self.urls[next(self.turn) % len(self.urls)]
         openai = urllib.parse.urlsplit(url).hostname == "api.openai.com"
         secret = os.environ.get("JUDGE_API_KEY") or openai and os.environ.get("OPENAI_API_KEY")
-        return url, {"Content-Type": "application/json", **({"Authorization": f"Bearer {secret}"} if secret else {})}, body
+        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {secret}"} if secret else {})}
+        return urllib.request.Request(url, json.dumps(body).encode(), headers)
 
     def entry(self, prompt, temperature, images=()):
-        """One reply from the log or an endpoint, {"reply", "finish", "usage"}; finish "http_400" and the like where this
+        """One reply from the log or an endpoint, {"reply", "finish", "usage"}; finish is "http_400" or the like where a
         picture was refused. ValueError when the endpoint refuses everything or stays away."""
         key = key_of(self.model, prompt, temperature, images)
         if key in self.replies.known: return self.replies.known[key]
         for wait in [WAIT_S * 2 ** i for i in range(TRIES)]:
-            url, headers, body = self.request(prompt, temperature, images)
+            call = self.request(prompt, temperature, images)
+            with self.replies.lock: self.counts["calls"] += 1
             try:
-                with self.replies.lock: self.counts["calls"] += 1
-                call = urllib.request.Request(url, json.dumps(body).encode(), headers)
                 with urllib.request.urlopen(call, timeout=TIMEOUT_S) as answer:
                     whole = json.load(answer)
                     choice, usage = whole["choices"][0], whole.get("usage") or {}
@@ -81,10 +81,10 @@ class Judge:
             except (OSError, ValueError, LookupError, TypeError, AttributeError, http.client.HTTPException) as e:
                 problem = f"{type(e).__name__}: {e}"
             if not wait or wait == WAIT_S * 2 ** (TRIES - 1):
-                raise ValueError(f"judge {url}: {problem}; replies so far are kept, run again to go on")
+                raise ValueError(f"judge {call.full_url}: {problem}; replies so far are kept, run again to go on")
             with self.replies.lock: self.counts["retries"] += 1
             time.sleep(wait)
-        shown = {} if images else {"prompt": prompt}                   # of rows with pictures the stage keeps the prompt
+        shown = {} if images else {"prompt": prompt}                   # about pictures, prompts are files
         return self.replies.add(key, model=self.model, reply=text, finish=finish,
                                 usage={k: v for k, v in usage.items() if isinstance(v, int)}, **shown)
 
@@ -95,7 +95,8 @@ class Judge:
             if good(entry["reply"]) or str(entry["finish"]).startswith("http_"): return entry
 
     def each(self, jobs):
-        """[(prompt, test of the reply, pictures), ...] -> yield (number, entry or None), each as soon as it is there."""
+        """[(prompt, test of the reply, pictures), ...] -> yield (number, entry or None), each as soon as it is there.
+        ValueError as in `entry`."""
         self.replies.path.parent.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(self.threads) as pool:
             waiting = {pool.submit(self.first_valid, *job): number for number, job in enumerate(jobs)}

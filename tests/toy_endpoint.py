@@ -4,8 +4,8 @@
     python tests/toy_endpoint.py facts shards/web/*.truth.jsonl -- alt=shards/unique recaption=shards/captions ...
 
 As a captioner it says the truth. As a judge it finds richness from the recall and alignment from the precision of the
-facts in the caption. Which replies are malformed depends on question, picture and temperature alone; which requests fail
-does not, for they are asked again.
+facts in the caption. Which replies are malformed depends on question, picture and temperature alone; which
+requests fail does not, for they are asked again.
 """
 import base64, collections, hashlib, http.server, json, re, sys, tarfile, threading, time
 from pathlib import Path
@@ -25,7 +25,7 @@ def facts(caption):
     found.update(f"number {n}" for n in re.findall(r"\b(\d+) shape", caption))
     found.update(f"a {kind}" for kind in KIND.findall(caption))
     found.update(f"reads {part}" for part in re.findall(r"\b[A-Z]+\d*\b", caption.partition(":")[2]))
-    found.update(f"value {color} {n}" for color, n in re.findall(r"(red|green|blue|yellow|purple|black) (\d+)", caption))
+    found.update(f"value {color} {n}" for color, n in re.findall(r"([a-z]+) (\d+)\b", caption.partition("chart:")[2]))
     return found
 
 
@@ -39,7 +39,8 @@ def precision_recall(pairs):
 
 
 def read_truth(paths):
-    return {row["sha256"]: row["caption"] for path in paths for row in map(json.loads, Path(path).read_text().splitlines())}
+    rows = (json.loads(line) for path in paths for line in Path(path).read_text().splitlines())
+    return {row["sha256"]: row["caption"] for row in rows}
 
 
 def read_shards(folder):
@@ -71,7 +72,7 @@ class Endpoint:
                 content, finish = endpoint.reply(sha, prompt, body["temperature"])
                 data = json.dumps({"choices": [{"message": {"content": content}, "finish_reason": finish}], "usage": {
                     "prompt_tokens": 100 + len(prompt.split()), "completion_tokens": len(content.split())}}).encode()
-                self.send_response(500 if broken else 200)
+                self.send_response(500 if broken else endpoint.status(sha))
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 self.wfile.write(data)
@@ -84,11 +85,13 @@ class Endpoint:
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
+    def status(self, sha): return 200
+
     def reply(self, sha, prompt, temperature):
         draw = int(hashlib.sha256(f"{sha}/{prompt}/{temperature}".encode()).hexdigest()[:8], 16)
-        bad, which, true = draw / 2 ** 32 < self.malformed, draw % 4, self.truth[sha]
+        bad, which, true = draw / 2 ** 32 < self.malformed, draw % 4, self.truth.get(sha)
         if "richness" not in prompt.lower():
-            return (["", "   ", "\n", ""][which], "stop") if bad else (true, "stop")
+            return (["", "   ", "\n", ""][which], "stop") if bad else (true, "length" if true.endswith(" and") else "stop")
         said = re.search(r"Caption: (.*)", prompt)[1]
         precision, recall = precision_recall([(said, true)])
         good = f"richness: {1 + round(recall / 25)}\nalignment: {1 + round(precision / 25)}"
