@@ -32,7 +32,8 @@ from tqdm import tqdm
 import captions, common
 from assistant import Assistant
 from configurator import configure, launch
-from data import IMAGE_SUFFIXES, TOY_TOKENIZER, UNREADABLE, Tokenizer, conversation, open_sources, open_tar, read_json
+from data import IMAGE_SUFFIXES, TOY_TOKENIZER, UNREADABLE, Tokenizer, conversation, image_names, open_sources, open_tar
+from data import read_json
 from judge import ATTEMPTS, Judge, Replies, key_of
 from vision import load_image, make_tiles, normalize
 
@@ -117,10 +118,8 @@ def read_unit(unit, pictures=True):
             row = {"id": f"{unit.source.name}:{i}"}
             try:
                 row = unit.source.row(i)
-                names = row.get("image", row.get("images")) or ["image"] * int(unit.source.rows[i]["n_images"])
-                names = [names] if isinstance(names, str) else names
-                found = {f"{k}/{name}": unit.source.image(i, k, row) for k, name in enumerate(names) if pictures}
-                yield row, found, None
+                names = enumerate(image_names(row) if pictures else ())
+                yield row, {f"{k}/{name}": unit.source.image(i, k, row) for k, name in names}, None
             except UNREADABLE as e:
                 yield row, {}, "no_such_file" if isinstance(e, OSError) else "bad_row"
         return
@@ -146,9 +145,10 @@ def read_unit(unit, pictures=True):
         raise Damaged(f"{unit.path}: {e}") from None
 
 # ---- shards: writing ------------------------------------------------------------------------------------------------
-def add(tar, row, pictures, number):
-    """One record; its key is its id, where that can be a name, else its number in the shard."""
-    key = str(row["id"]) if re.fullmatch(r"[\w-]{1,80}", str(row["id"]), re.ASCII) else f"row-{number:06d}"
+def add(tar, row, pictures, keys):
+    """One record; its key is its id, where that can be a name and is new among the `keys` so far, else its number."""
+    fits = re.fullmatch(r"[\w-]{1,80}", str(row["id"]), re.ASCII) and str(row["id"]) not in keys
+    keys.add(key := str(row["id"]) if fits else f"row-{len(keys):06d}")
     suffixes = [os.path.splitext(name)[1].lower() for name in pictures]
     names = [f"{key}.{k}{s}" for k, s in enumerate(suffixes)] if len(suffixes) > 1 else [f"{key}{s}" for s in suffixes]
     row = {**row, **({"image": names} if len(names) > 1 else {"image": names[0]} if names else {})}
@@ -160,13 +160,13 @@ def add(tar, row, pictures, number):
 
 def write_shard(out, unit, work):
     """Everything `work` yields for a unit, kept or dropped: then fsync, then rename, the shard itself last."""
-    counts, began = collections.Counter({"in": 0, "out": 0}), time.time()
+    counts, began, keys = collections.Counter({"in": 0, "out": 0}), time.time(), set()
     tmp, bad = out / ".shards" / f"{unit.name}.tar", out / "dropped" / f"{unit.name}.tmp"
     with open(tmp, "wb") as file, open(bad, "w", encoding="utf-8", errors="replace") as dropped:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for row, pictures, reason in work(unit, counts):
                 if reason: dropped.write(json.dumps({**row, "reason": reason}, ensure_ascii=False) + "\n")
-                else: add(tar, row, pictures, counts["in"])
+                else: add(tar, row, pictures, keys)
                 counts.update(["in", f"dropped {reason}" if reason else "out"])
         for f in (file, dropped):
             f.flush()
@@ -181,7 +181,7 @@ def run_stage(cfg, stage, work, alone=False, **settings):
     there stay; one that another process is at is passed over. alone: one process for the whole stage. Prints and writes
     report.json. settings: whatever decides what comes out; a folder made with others is refused."""
     if not cfg.out: raise ValueError("give a folder to write, --out=DIR")
-    out, units, fresh, broken, busy = Path(cfg.out), find_units(cfg), 0, {}, 0
+    out, units, fresh, broken = Path(cfg.out), find_units(cfg), 0, {}
     if out.resolve() in {u.path.parent.resolve() for u in units}:
         raise ValueError(f"--out={out} holds the input; write into another folder")
     for folder in (".shards", "dropped", "replies"): (out / folder).mkdir(parents=True, exist_ok=True)
@@ -196,9 +196,7 @@ def run_stage(cfg, stage, work, alone=False, **settings):
         for unit in tqdm(units, desc=stage, unit="shard", disable=None):
             if finished(out, unit): continue
             with taken(out / ".shards" / unit.name, True) as mine:
-                if not mine or finished(out, unit):
-                    busy += not mine
-                    continue
+                if not mine or finished(out, unit): continue
                 try:
                     write_shard(out, unit, work)
                     fresh += 1
@@ -210,18 +208,15 @@ def run_stage(cfg, stage, work, alone=False, **settings):
     print(f"{stage}: {report['done']} of {len(units)} shards{'' if fresh else ', nothing new to do'}; "
           f"in {report['in']}, out {report['out']}, dropped {report['dropped'] or 'none'}; " + ", ".join(
               f"{v} {k}" for k, v in report.items() if k not in ("stage", "shards", "done", "in", "out", "dropped"))
-          + f", {busy} shards at work elsewhere" * bool(busy))
+          + ", others are at work elsewhere" * (report["done"] + len(broken) < len(units)))
     if broken: raise ValueError(f"left out: {'; '.join(broken.values())}; {report['done']} shards are whole")
 
 @contextlib.contextmanager
 def taken(path, once=False):
     """A lock that goes with its process, however that ends; yields True, with once=True False where another has it."""
     with open(f"{path}.lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB * once)
-            mine = True
-        except BlockingIOError:
-            mine = False
+        mine = False
+        with contextlib.suppress(BlockingIOError): mine = not fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB * once)
         yield mine
 
 def state_of(unit): return [unit.path.stat().st_size, unit.path.stat().st_mtime_ns]
@@ -232,6 +227,10 @@ def finished(out, unit):
     facts = out / ".shards" / f"{unit.name}.json"
     return (out / f"{unit.name}.tar").exists() and facts.exists() and read_json(facts, dict)["input"] == state_of(unit)
 
+def dollars(cfg, usage):
+    """What tokens cost: usage {"prompt_tokens", "completion_tokens"} -> dollars."""
+    return (usage.get("prompt_tokens", 0) * cfg.price_in + usage.get("completion_tokens", 0) * cfg.price_out) / 1e6
+
 def stage_report(cfg, out, stage, units):
     """What all finished shards come to: rows in, out and dropped by reason, rates, tokens, spend, time to go."""
     done = [read_json(out / ".shards" / f"{u.name}.json", dict) for u in units if finished(out, u)]
@@ -239,12 +238,11 @@ def stage_report(cfg, out, stage, units):
     for facts in done: total.update({k: v for k, v in facts.items() if k != "input"})
     seconds, dropped = total.pop("seconds", 0), {k[8:]: v for k, v in sorted(total.items()) if k.startswith("dropped ")}
     means = {k[4:]: round(v / total["out"], 3) for k, v in total.items() if k.startswith("sum ") and total["out"]}
-    spend = (total["prompt_tokens"] * cfg.price_in + total["completion_tokens"] * cfg.price_out) / 1e6
     shown = {k: total[k] for k in ("replies", "calls", "retries", "prompt_tokens", "completion_tokens") if total[k]}
     return {"stage": stage, "shards": len(units), "done": len(done), "in": total["in"], "out": total["out"],
             "dropped": dropped, "seconds": round(seconds, 2), "rows/s": round(total["in"] / max(seconds, 1e-9), 1),
             "seconds to go": round(seconds / max(1, len(done)) * (len(units) - len(done))), **shown,
-            **({"dollars": round(spend, 4)} if spend else {}), **({"means": means} if means else {})}
+            **({"dollars": round(spend, 4)} if (spend := dollars(cfg, total)) else {}), **({"means": means} if means else {})}
 
 # ---- collect --------------------------------------------------------------------------------------------------------
 def perceptual(image):
@@ -493,28 +491,35 @@ class Local:
         self.replies, self.counts = Replies(cache), collections.Counter()
 
     def each(self, jobs):
-        left = dict(enumerate(jobs))
+        left, known = dict(enumerate(jobs)), self.replies.known
         for temperature in ATTEMPTS:
             keys = {i: key_of(self.name, prompt, temperature, pictures) for i, (prompt, _, pictures) in left.items()}
-            asked = []
-            def prompts():                                             # made when a place among the rows is free
-                for i in left:
-                    if keys[i] in self.replies.known: continue
-                    prompt, _, pictures = left[i]
-                    tiles = [self.assistant.tiles(content) for content in pictures]
-                    asked.append(i)
-                    yield self.assistant.prompt([("<image>\n" * len(tiles) + prompt, None)], tiles)
-            for number, ids in self.assistant.ids_each(
-                    prompts(), batch_size=self.cfg.batch_size, temperature=temperature,
-                    max_new_tokens=self.cfg.max_new_tokens):
-                self.counts["calls"] += 1
-                cut = len(ids) >= self.cfg.max_new_tokens
-                self.replies.add(keys[asked[number]], reply=self.assistant.tokenizer.decode(ids).strip(),
-                                 usage={"completion_tokens": len(ids)}, finish="length" if cut else "stop")
-            for i in [i for i in left if left[i][1](self.replies.known[keys[i]]["reply"])]:
+            todo = [i for i in left if keys[i] not in known]
+            # drawn answers come one by one, each from a seed of its own: the same whatever was killed before
+            for some in [todo] if temperature == 0 else [[i] for i in todo]: self.answer(left, some, keys, temperature)
+            for i in [i for i in left if left[i][1](known[keys[i]]["reply"])]:
                 left.pop(i)
-                yield i, self.replies.known[keys[i]]
+                yield i, known[keys[i]]
         yield from ((i, None) for i in left)
+
+    def answer(self, jobs, some, keys, temperature):
+        """Answer these jobs together and write the replies down as they come."""
+        asked, most = [], self.cfg.max_new_tokens
+        def prompts():                                                 # made when a place among the rows is free
+            for i in some:
+                try:
+                    tiles = [self.assistant.tiles(content) for content in jobs[i][2]]
+                except (ValueError, OSError):
+                    self.replies.add(keys[i], reply="", finish="unreadable", usage={})
+                    continue
+                asked.append(i)
+                yield self.assistant.prompt([("<image>\n" * len(tiles) + jobs[i][0], None)], tiles)
+        seed = int(keys[some[0]][:8], 16) if some else 0
+        for number, ids in self.assistant.ids_each(prompts(), batch_size=self.cfg.batch_size, max_new_tokens=most,
+                                                   temperature=temperature, seed=seed):
+            self.counts["calls"] += 1
+            self.replies.add(keys[asked[number]], reply=self.assistant.tokenizer.decode(ids).strip(),
+                             finish="length" if len(ids) >= most else "stop", usage={"completion_tokens": len(ids)})
 
 def read_prompts(cfg, names): return {n: (Path(cfg.prompts) / f"{n}.txt").read_text("utf-8").strip() for n in names}
 
@@ -538,7 +543,7 @@ def ask_rows(cfg, stage, question, valid, take, names):
             alike = same[key_of(name, text, 0, pictures.values())]     # equal questions are asked once
             alike.append(i)
             if len(alike) == 1: jobs.append((text, valid, [*pictures.values()]))
-        same = [*same.values()]
+        same, spent = [*same.values()], 0.0
         with tqdm(total=len(kinds), desc=unit.name, leave=False, disable=None) as bar:
             for i, entry in ((i, entry) for k, entry in backend.each(jobs) for i in same[k]):
                 row, pictures, _ = records[i]
@@ -553,7 +558,8 @@ def ask_rows(cfg, stage, question, valid, take, names):
                 counts["http"] += reason is not None and reason.startswith("http_")
                 if counts["http"] > max(20, len(kinds) // 2):
                     raise ValueError(f"{cfg.endpoint} refuses most pictures ({reason}): see its log, then run again")
-                bar.set_postfix(backend.counts, refresh=False)
+                spent += dollars(cfg, entry["usage"]) if entry else 0
+                bar.set_postfix({**backend.counts, "dollars": round(spent, 2)}, refresh=False)
                 bar.update()
         del counts["http"]
         entries = backend.replies.known.values()                       # also those that a killed process has paid for

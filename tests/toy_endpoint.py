@@ -1,7 +1,7 @@
 """A local OpenAI-compatible endpoint that knows the exact truth of toy pictures, and facts of captions against it.
 
     python tests/toy_endpoint.py serve PORT_FILE shards/web/*.truth.jsonl       # fails 5 %, answers malformed 5 %
-    python tests/toy_endpoint.py facts shards/web/*.truth.jsonl -- alt=shards/unique recaption=shards/captions ...
+    python tests/toy_endpoint.py facts shards/web/*.truth.jsonl -- alt=shards/unique new=shards/captions:shards/reference
 
 As a captioner it says the truth. As a judge it finds richness from the recall and alignment from the precision of the
 facts in the caption. Which replies are malformed depends on question, picture and temperature alone; which
@@ -108,7 +108,9 @@ def main():
     cut = args.index("--")
     truth = read_truth(args[:cut])
     for name, folder in (arg.split("=") for arg in args[cut + 1:]):
-        pairs = [(row["caption"], truth[row["sha256"]]) for row in read_shards(folder)]
+        folder, _, without = folder.partition(":")
+        left_out = {row["id"] for row in read_shards(without)} if without else ()
+        pairs = [(row["caption"], truth[row["sha256"]]) for row in read_shards(folder) if row["id"] not in left_out]
         p, r = precision_recall(pairs)
         print(f"{name}: {len(pairs)} captions, precision {p:.1f} %, recall {r:.1f} % of the facts")
 
