@@ -171,6 +171,7 @@ def write_shard(out, unit, work):
         for f in (file, dropped):
             f.flush()
             os.fsync(f.fileno())
+    (out / f"{unit.name}.tar").unlink(missing_ok=True)                 # of an input that is no longer so
     os.replace(bad, out / "dropped" / f"{unit.name}.jsonl")
     facts = {**counts, "seconds": time.time() - began, "input": state_of(unit)}
     common.write_atomic(out / ".shards" / f"{unit.name}.json", json.dumps(facts))
