@@ -262,7 +262,7 @@ def examine(cfg, unit, row, pictures, reason):
         image = load_image(content)
     except (ValueError, OSError):
         return row, pictures, "unreadable_picture"
-    text = row.get("alt_text")
+    text = row["alt_text"] if isinstance(row.get("alt_text"), str) else None
     with contextlib.suppress(*UNREADABLE): text = text or conversation(row)[1][0][1]
     sha, (bits, tone) = hashlib.sha256(content).hexdigest(), perceptual(image)
     rest = {k: v for k, v in row.items() if isinstance(v, (str, int, float)) and k not in (
