@@ -10,7 +10,7 @@ DEMO   := out/demo
 SHARDS := shards/toy
 N      := 3000
 
-.PHONY: demo demo-long five-stages test test-nightly lint toy-bases bench gpu
+.PHONY: demo demo-long five-stages curate-demo captions-chain test test-nightly lint toy-bases bench gpu
 .DELETE_ON_ERROR:
 
 $(VENV)/run.done: requirements.txt
@@ -51,6 +51,53 @@ five-stages:
 	    --data_dir=$(SHARDS) --benchmarks=toy --out_dir=$(DEMO) $(EVAL); \
 	echo "$$((SECONDS - start)) seconds; look at $(DEMO)/report.html and $(DEMO)/loss.png, then try:"; \
 	echo "  $(BIN)/python sample.py --model=$(DEMO)/model --image=YOUR.jpg --prompt='Describe the image.'"
+
+# poor alt-text -> a filtered recaption set, then models pretrained on either: everything under out/curate. The endpoint
+# that writes references and judges is tests/toy_endpoint.py: it knows the truth, fails 5 % and answers malformed 5 %
+CURATE := out/curate
+WEB    := shards/toy_web
+N_WEB  := 2400
+SEEDS  := 1 2
+
+curate-demo: $(VENV)/run.done
+	@$(MAKE) --no-print-directory captions-chain
+
+captions-chain:
+	@start=$$SECONDS; set -e; export OMP_NUM_THREADS=1; at=$(CURATE); mkdir -p $$at; \
+	curate() { $(BIN)/python curate.py "$$@"; }; truth="$(BIN)/python tests/toy_endpoint.py"; \
+	$(BIN)/python toy.py --out=$(WEB) --n=$(N_WEB) --parts=web; \
+	$(BIN)/python toy.py --out=$(WEB)_new --n=200 --seed=9 --parts=web,bench; \
+	$(BIN)/python toy.py --out=$(WEB)_sft --n=800 --seed=8 --parts=knowledge; \
+	[ -f $$at/start/config.json ] || $(BIN)/python convert.py assemble --vision=config/toy_vit --llm=config/toy_llm --out=$$at/start; \
+	rm -f $$at/url; $$truth serve $$at/url $(WEB)/*.truth.jsonl & trap "kill $$!" EXIT; until [ -s $$at/url ]; do sleep 0.2; done; \
+	ask="--endpoint=$$(cat $$at/url) --endpoint_model=truth"; toy="--prompts=prompts/toy --max_new_tokens=160"; \
+	curate collect --in=$(WEB) --out=$$at/collected; \
+	curate dedup --in=$$at/collected --out=$$at/unique; \
+	curate select --in=$$at/unique --out=$$at/picked --n=800 --clusters=16; \
+	for mode in caption recaption; do curate annotate --in=$$at/picked --out=$$at/reference_$$mode --mode=$$mode $$ask $$toy; done; \
+	set -f; $(RUN) sft.py config/captioner.py config/toy_sft.py --parallel=ddp --init_from=$$at/start --out_dir=$$at/captioner \
+	    --instruction.data=$$at/reference_caption/*.tar,$$at/reference_recaption/*.tar --instruction.steps=160 \
+	    --instruction.lr_projector=4e-3; set +f; \
+	$(RUN) curate.py recaption --in=$$at/unique --out=$$at/captions --model=$$at/captioner/instruction --dtype=float32 $$toy; \
+	curate score --in=$$at/captions --out=$$at/scored $$ask; \
+	curate filter --in=$$at/scored --out=$$at/final --min_richness=3 --min_alignment=3 --max_repetition=0.5; \
+	curate report --in=alt=$$at/unique,reference=$$at/reference_caption,recaption=$$at/captions,final=$$at/final \
+	    --references=$$at/reference_caption --out=$$at; \
+	$$truth facts $(WEB)/*.truth.jsonl -- alt=$$at/unique reference=$$at/reference_caption recaption=$$at/captions \
+	    recaption_not_in_reference=$$at/captions:$$at/reference_caption final=$$at/final; \
+	curate collect --in=$(WEB)_new --out=$$at/new; \
+	for seed in $(SEEDS); do for set in unique final; do run=$$at/pretrained_$${set}_$$seed; set -f; \
+	    $(RUN) train.py config/toy.py --seed=$$seed --stages=alignment --alignment.steps=100 --init_from=$$at/start \
+	        --data=$$at/$$set/*.tar --out_dir=$$run; \
+	    $(RUN) curate.py recaption --in=$$at/new --out=$$run/captions --model=$$run/alignment --mode=caption --dtype=float32 $$toy; \
+	    $(RUN) sft.py config/toy_sft.py --seed=$$seed --stages=knowledge --knowledge.steps=60 --init_from=$$run/alignment \
+	        --knowledge.data=$(WEB)_sft/knowledge-*.tar --out_dir=$$run/sft; set +f; \
+	    $(RUN) eval.py --model=$$run/sft/knowledge --data_dir=$(WEB)_new --benchmarks=toy --limit=100 --out_dir=$$run/eval; \
+	done; done; \
+	$$truth facts $(WEB)_new/*.truth.jsonl -- $(foreach s,$(SEEDS),pretrained_on_alt_$(s)=$$at/pretrained_unique_$(s)/captions \
+	    pretrained_on_final_$(s)=$$at/pretrained_final_$(s)/captions); \
+	for run in $$at/pretrained_*; do echo "$$run: overall $$($(BIN)/python -c "import json; print(json.load(open('$$run/eval/results.json'))['overall'])")"; done; \
+	echo "$$((SECONDS - start)) seconds; look at $$at/report.html"
 
 test: $(VENV)/dev.done
 	$(BIN)/python -m pytest -m "not gpu and not nightly"

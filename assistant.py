@@ -30,14 +30,19 @@ class Assistant:
         counts, per_tile = [len(t) for t in tiles], self.model.vision.tokens_per_tile
         return chat_ids(self.tokenizer, self.template, turns, counts, per_tile), torch.cat(tiles) if tiles else None
 
-    def answer_each(self, prompts, **settings):
-        """An iterable of (ids, tiles) -> yield (number of the prompt, answer), each as soon as it is whole."""
+    def ids_each(self, prompts, **settings):
+        """An iterable of (ids, tiles) -> yield (number of the prompt, token ids of its answer), each when it is whole;
+        one of max_new_tokens ids was cut off."""
         said = collections.defaultdict(list)
         for number, token in decode(self.model, prompts, **self.settings | settings):
             if token is None:
-                yield number, self.tokenizer.decode(said.pop(number, [])).strip()
+                yield number, said.pop(number, [])
             else:
                 said[number].append(token)
+
+    def answer_each(self, prompts, **settings):
+        """An iterable of (ids, tiles) -> yield (number of the prompt, answer), each as soon as it is whole."""
+        return ((number, self.tokenizer.decode(ids).strip()) for number, ids in self.ids_each(prompts, **settings))
 
     def answers(self, prompts, **settings):
         """[(ids, tiles), ...] -> their answers, all generated together."""

@@ -1,6 +1,7 @@
 """The toy world: pictures with exact truth, unlimited in number, that a 3 M parameter model can learn on two CPU cores.
 
     python toy.py --out=shards/toy --n=4000                    # training shards (tar) and benchmark files (tsv)
+    python toy.py --out=shards/web --n=2000 --parts=web         # pictures with poor alt-text, for curate.py; truth beside
     python toy.py --out=shards/toy_text --n=100000 --parts=text  # the same questions with every picture given as words
     python toy.py --out=config/toy_tokenizer --parts=tokenizer   # the small byte-level BPE of the toy language model
 
@@ -13,7 +14,7 @@ are the exact truth: captions, alt-texts, transcriptions and question-answer tur
 A board is held out when a checksum of its truth says so, hence training and benchmark pictures are disjoint by
 construction, in any number, under any seed; words on signs are split by the word itself: benchmark words are unseen.
 """
-import base64, collections, csv, io, json, os, random, re, tarfile, zlib
+import base64, collections, csv, hashlib, io, json, os, random, re, tarfile, zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,7 @@ class Config:
     n: int = 4000                    # samples of each training part
     n_bench: int = 200               # questions of each benchmark
     seed: int = 1                    # another seed: other samples, same world
-    parts: str = "pretrain,knowledge,instruction,preference,bench"  # also: text, tokenizer
+    parts: str = "pretrain,knowledge,instruction,preference,bench"  # also: web, text, tokenizer
 
 CELL, SIDE = 28, 3                   # pixels of a cell, cells along a tile
 TILE = CELL * SIDE                   # 84 pixels
@@ -448,17 +449,22 @@ def jpeg(image):
 
 def write_shard(cfg, part, start, stop, path):
     """Samples start..stop of a part as one WebDataset tar: KEY.json and KEY.jpg, or KEY.0.jpg and KEY.1.jpg."""
+    truth = []
     with tarfile.open(f"{path}.tmp", "w", format=tarfile.USTAR_FORMAT) as tar:
         for i in range(start, stop):
             row, boards = record(cfg.seed, part, i)
             names = [f"{row['id']}.{k}.jpg" if len(boards) > 1 else f"{row['id']}.jpg" for k in range(len(boards))]
             row["image"] = names if len(names) > 1 else names[0]
-            files = [(f"{row['id']}.json", json.dumps(row).encode())]
-            files += [(name, jpeg(render(board, rng))) for name, (board, rng) in zip(names, boards)]
+            files = [(name, jpeg(render(board, rng))) for name, (board, rng) in zip(names, boards)]
+            if part == "web":                                          # as the web has it; the truth stands apart
+                truth.append({"sha256": hashlib.sha256(files[0][1]).hexdigest(), "caption": row["caption"]})
+                row = {"id": row["id"], "caption": row["alt_text"]}
+            files.insert(0, (f"{row['id']}.json", json.dumps(row).encode()))
             for name, data in files:
                 member = tarfile.TarInfo(name)
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
+    if truth: path.with_suffix(".truth.jsonl").write_text("".join(json.dumps(row) + "\n" for row in truth))
     os.replace(f"{path}.tmp", path)
 
 def write_parts(cfg, parts, per_shard=500):
@@ -577,17 +583,17 @@ def main():
     out, parts = Path(cfg.out), cfg.parts.split(",")
     writers = {"bench": write_benchmarks, "text": write_text, "tokenizer": write_tokenizer}
     for part in parts:
-        if part not in (*LEVELS, *writers):
-            raise ValueError(f"unknown part {part!r}: choose from {', '.join([*LEVELS, *writers])}")
+        if part not in (*LEVELS, "web", *writers):
+            raise ValueError(f"unknown part {part!r}: choose from {', '.join([*LEVELS, 'web', *writers])}")
     out.mkdir(parents=True, exist_ok=True)
     world = zlib.crc32(Path(__file__).read_bytes())
     made = json.dumps({"n": cfg.n, "n_bench": cfg.n_bench, "seed": cfg.seed, "world": world})
     if (out / "toy.json").exists() and (out / "toy.json").read_text() != made:
-        names = [*(f"{level}-*.tar" for level in LEVELS), "toy_*.tsv", "text.jsonl"]
+        names = [*(f"{level}-*.tar" for level in LEVELS), "web-*.*", "toy_*.tsv", "text.jsonl"]
         for old in (path for name in names for path in out.glob(name)):
             old.unlink()                                               # of other settings or an older world
     (out / "toy.json").write_text(made)
-    write_parts(cfg, [part for part in parts if part in LEVELS])
+    write_parts(cfg, [part for part in parts if part in (*LEVELS, "web")])
     for part in parts:
         if part in writers:
             writers[part](cfg)

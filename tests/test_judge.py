@@ -60,6 +60,20 @@ def test_what_stays_invalid_is_no_reply_and_temperature_rises(endpoint, tmp_path
     assert one.ask(["q"], [lambda reply: reply == "yes"]) == [""] and seen == [0.0, 0.5, 1.0]
     assert one.ask(["q"], [lambda reply: "0.5" in reply]) == ["hm 0.5"] and len(seen) == 3
 
+def test_pictures_go_along_and_come_back_with_finish_and_usage_and_a_refused_picture_is_not_the_end(endpoint, tmp_path):
+    endpoint.answer = lambda parts, temperature: 400 if parts[0]["image_url"]["url"].endswith("AAAA") else "A"
+    one = Judge(f"{endpoint.url}, {endpoint.url}", "m", tmp_path / "j.jsonl", threads=1)
+    pictures = [b"\x89PNG", b"\xff\xd8\xff", b"\0\0\0"]
+    found = dict(one.each([("q", always, [picture]) for picture in pictures]))
+    assert [found[i]["reply"] for i in range(3)] == ["A", "A", ""] and found[2]["finish"] == "http_400"
+    assert found[0]["usage"] == {} and endpoint.asked[0] == [
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw=="}}, {"type": "text", "text": "q"}]
+    assert endpoint.asked[1][0]["image_url"]["url"].startswith("data:image/jpeg;base64,")
+    again = Judge(endpoint.url, "m", tmp_path / "j.jsonl")             # another picture or none: another question
+    assert dict(again.each([("q", always, pictures[:1])]))[0]["reply"] == "A" and len(endpoint.asked) == 3
+    endpoint.answer = lambda prompt, temperature: "B"
+    assert again.ask(["q"], [always]) == ["B"] and again.counts == {"calls": 1}
+
 def test_a_refusal_and_an_absent_endpoint_end_in_one_line_and_what_was_answered_stays(endpoint, tmp_path):
     endpoint.answer = lambda prompt, temperature: 401 if prompt == "q3" else "A"
     one = Judge(endpoint.url, "m", tmp_path / "j.jsonl", threads=1)
