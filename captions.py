@@ -101,4 +101,4 @@ def page(sets, tables, shown, note):
                        for name, texts in sets.items())
         out.append(f'<div class="card free"><div class=shot><img src="{uri}" alt=""></div>'
                    f"<div class=text>{said}</div></div>")
-    return "\n".join([*out, "</div></html>"])
+    return "\n".join([*out, "</div></html>"]).encode("utf-8", "replace").decode()

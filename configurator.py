@@ -21,7 +21,7 @@ def leaves(cfg, prefix=""):
     assert not hasattr(cfg, "__dict__"), f"{type(cfg).__name__}: use @dataclass(slots=True), or typing errors go unseen"
     for f in dataclasses.fields(cfg):
         nested = dataclasses.is_dataclass(value := getattr(cfg, f.name))
-        yield prefix + f.name, cfg, f.name, None if nested else f.type
+        yield prefix + f.name.rstrip("_"), cfg, f.name, None if nested else f.type    # in_ is --in
         if nested: yield from leaves(value, f"{prefix}{f.name}.")
 
 def resolved(cfg):
@@ -100,7 +100,7 @@ def configure(cfg, argv=None):
 
 # no number may be negative; these may not be 0 either
 AT_LEAST_ONE = set("""tokens_per_pack max_tiles_per_pack min_tiles shuffle_window grad_accum_steps save_every val_every
-    val_packs print_every keep timeout_s rounds batch_size batch_tokens llm.n_heads llm.n_kv_heads llm.dim llm.head_dim
+    val_packs print_every keep timeout_s rounds shard_size clusters workers batch_size batch_tokens llm.n_heads llm.n_kv_heads llm.dim llm.head_dim
     vision.image_size vision.patch_size vision.dim vision.n_heads vision.downsample""".split())
 
 class View:

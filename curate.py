@@ -32,14 +32,14 @@ from tqdm import tqdm
 import captions, common
 from assistant import Assistant
 from configurator import configure, launch
-from data import IMAGE_SUFFIXES, TOY_TOKENIZER, UNREADABLE, Tokenizer, conversation, image_names, open_sources, open_tar
-from data import read_json
-from judge import ATTEMPTS, Judge, Replies, key_of
+from data import IMAGE_SUFFIXES, MAX_BYTES, TOY_TOKENIZER, UNREADABLE, Tokenizer, conversation, expand, image_names
+from data import open_sources, open_tar, read_json
+from judge import ATTEMPTS, KINDS, Judge, Replies, key_of
 from vision import load_image, make_tiles, normalize
 
 @dataclass(slots=True)
 class Config:
-    input: str = ""               # --in: shards, folders of them or of pictures, .jsonl, .json; name=path,...
+    in_: str = ""                 # shards (tars), folders of them or of pictures, .jsonl, .json; name=path,...
     out: str = ""                 # folder to write
     seed: int = 0                 # of everything that is drawn
     workers: int = 4              # threads that decode pictures
@@ -70,7 +70,7 @@ class Config:
     max_repetition: float = 0.3   # filter: share of word 3-grams that were there before, at most
     script: Literal["latin", "cjk", "cyrillic", "arabic", "devanagari"] = "latin"   # filter: writing that is wanted
     min_script: float = 0.5       # filter: its share of the letters, at least
-    max_ngram_share: float = 0.0  # filter: captions with a 4-gram more common than this are thinned out to it; 0: never
+    max_ngram_share: float = 0.0  # filter: a 4-gram that more captions have is left to this share of them; 0: to all
     references: str = ""          # report: shards whose captions are taken for right
     pictures: int = 60            # report: pictures on the page
     stage: str = "instruction"    # quick, composition, incremental: the stage of sft.py that is trained
@@ -79,7 +79,7 @@ class Config:
     run: bool = False             # and whether to run the commands or only to print them
 
 # ---- shards: reading ------------------------------------------------------------------------------------------------
-MAX_BYTES = 64 * 2 ** 20                                               # of one file in a shard
+MAX_TEXT = 4 * 2 ** 20             # bytes of the .json of a record, of which Python makes up to 25 times as many
 class Damaged(ValueError): """An input that cannot be read to its end; the other shards go on."""
 @dataclass(slots=True)
 class Unit:
@@ -94,16 +94,14 @@ class Unit:
 def find_units(cfg, spec=None):
     """Everything that --in names, in order. ValueError if that is nothing or two shards would get one name."""
     units, tokenizer = [], functools.cache(lambda: Tokenizer(TOY_TOKENIZER))
-    for entry in filter(None, map(str.strip, (spec or cfg.input).split(","))):
-        name, path = entry.split("=", 1) if "=" in entry and not os.path.exists(entry) else ("", entry)
-        found = sorted(Path(path).glob("*.tar")) if Path(path).is_dir() else [Path(path)] if os.path.exists(path) else (
-            sorted(Path(path).parent.glob(Path(path).name)))
-        if found and found[0].suffix == ".tar":
-            units += [Unit(f"{name}-{p.stem}" if name else p.stem, p, name or p.parent.name) for p in found]
-            continue
-        for s in open_sources(entry, tokenizer(), "sailvl-chat"):
-            units += [Unit(f"{s.name}-{k:06d}", s.path, s.name, s, start, min(start + cfg.shard_size, len(s.rows)))
-                      for k, start in enumerate(range(0, len(s.rows), cfg.shard_size))]
+    for name, path in expand(spec or cfg.in_):
+        tars = sorted(path.glob("*.tar")) if path.is_dir() else [path] * (path.suffix == ".tar" and path.exists())
+        units += [Unit(f"{name}-{p.stem}" if name else p.stem, p, name or p.parent.name) for p in tars]
+        for s in () if tars else open_sources(f"{name}={path}" if name else str(path), tokenizer(), "sailvl-chat"):
+            units += [Unit(s.name, s.path, s.name)] if s.is_tar else [
+                Unit(f"{s.name}-{k:06d}", s.path, s.name, s, start, min(start + cfg.shard_size, len(s.rows)))
+                for k, start in enumerate(range(0, len(s.rows), cfg.shard_size))]
+    for unit in units: unit.name = unit.name.replace("/", "_")
     twice = [name for name, k in collections.Counter(u.name for u in units).items() if k > 1]
     if twice or not units:
         raise ValueError(f"two inputs are called {twice[0]}: write --in=NAME=path,OTHER=path" if twice else
@@ -126,15 +124,18 @@ def read_unit(unit, pictures=True):
     key = lambda m: re.match(r"(?:.*/)?[^./]*", m.name)[0]             # path up to the first dot, as WebDataset has it
     try:
         with open_tar(unit.path) as tar:
-            for name, members in itertools.groupby((m for m in tar if not m.isdir()), key):
-                row, found, texts, reason = {"id": os.path.basename(name)}, {}, {}, None
+            for name, members in itertools.groupby((m for m in iter(tar.next, None) if not m.isdir()), key):
+                row, found, texts, reason, size = {"id": os.path.basename(name)}, {}, {}, None, 0
                 for m in members:
+                    tar.members, size = [], size + m.size              # tarfile would remember all it has seen
                     if not m.isreg(): reason = "link_or_device"
                     elif m.name.startswith("/") or ".." in m.name.split("/"): reason = "unsafe_name"
-                    elif m.size > MAX_BYTES: reason = "too_big"
+                    elif size > MAX_BYTES: reason = "too_big"
                     elif m.name.lower().endswith(IMAGE_SUFFIXES):
                         found[m.name] = tar.extractfile(m).read() if pictures else b""
-                    elif m.name.endswith((".json", ".txt")): texts[m.name[-4:]] = tar.extractfile(m).read()
+                    elif m.name.endswith((".json", ".txt")):
+                        if m.size > MAX_TEXT: reason = "too_big"
+                        else: texts[m.name[-4:]] = tar.extractfile(m).read()
                 try:
                     if ".txt" in texts: row["caption"] = texts[".txt"].decode()
                     if "json" in texts: row |= json.loads(texts["json"])
@@ -142,14 +143,15 @@ def read_unit(unit, pictures=True):
                     reason = reason or "bad_row"
                 yield row, {} if reason else found, reason
     except (ValueError, OSError, EOFError) as e:
-        raise Damaged(f"{unit.path}: {e}") from None
+        raise Damaged(f"{unit.path}: {e}" if str(unit.path) not in str(e) else str(e)) from None
 
 # ---- shards: writing ------------------------------------------------------------------------------------------------
 def add(tar, row, pictures, keys):
     """One record; its key is its id, where that can be a name and is new among the `keys` so far, else its number."""
-    fits = re.fullmatch(r"[\w-]{1,80}", str(row["id"]), re.ASCII) and str(row["id"]) not in keys
+    fits = re.fullmatch(r"(?!row-)[\w-]{1,80}", str(row["id"]), re.ASCII) and str(row["id"]) not in keys
     keys.add(key := str(row["id"]) if fits else f"row-{len(keys):06d}")
-    suffixes = [os.path.splitext(name)[1].lower() for name in pictures]
+    suffixes = [s if (s := os.path.splitext(name)[1].lower()) in IMAGE_SUFFIXES else f".{KINDS.get(content[:2], 'jpeg')}"
+                for name, content in pictures.items()]              # else no stage would see that it is a picture
     names = [f"{key}.{k}{s}" for k, s in enumerate(suffixes)] if len(suffixes) > 1 else [f"{key}{s}" for s in suffixes]
     row = {**row, **({"image": names} if len(names) > 1 else {"image": names[0]} if names else {})}
     text = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace")
@@ -183,7 +185,7 @@ def run_stage(cfg, stage, work, alone=False, **settings):
     report.json. settings: whatever decides what comes out; a folder made with others is refused."""
     if not cfg.out: raise ValueError("give a folder to write, --out=DIR")
     out, units, fresh, broken = Path(cfg.out), find_units(cfg), 0, {}
-    if out.resolve() in {u.path.parent.resolve() for u in units}:
+    if out.resolve() in {path.resolve() for u in units for path in (u.path, u.path.parent)}:
         raise ValueError(f"--out={out} holds the input; write into another folder")
     for folder in (".shards", "dropped", "replies"): (out / folder).mkdir(parents=True, exist_ok=True)
     settings, made = json.loads(json.dumps({"stage": stage, **settings})), out / "stage.json"
@@ -202,9 +204,10 @@ def run_stage(cfg, stage, work, alone=False, **settings):
                     write_shard(out, unit, work)
                     fresh += 1
                 except Damaged as e:
+                    if str(unit.path) not in str(e): raise             # another shard, without which nothing can be done
                     broken[unit.name] = str(e)
-    report = stage_report(cfg, out, stage, units)
-    with taken(out / ".shards" / "settings"):
+    with taken(out / ".shards" / "settings"):                          # so that the last one has the last word
+        report = stage_report(cfg, out, stage, units)
         common.write_atomic(out / "report.json", json.dumps(report | {"damaged": broken}, indent=1) + "\n")
     print(f"{stage}: {report['done']} of {len(units)} shards{'' if fresh else ', nothing new to do'}; "
           f"in {report['in']}, out {report['out']}, dropped {report['dropped'] or 'none'}; " + ", ".join(
@@ -282,8 +285,9 @@ def collect(cfg):
     def seen(hash):
         at = [(level, int(np.searchsorted(level, hash))) for level in levels]
         return any(i < len(level) and level[i] == hash for level, i in at)
+    again = {unit.name for unit in find_units(cfg) if not finished(folder.parent, unit)}   # its own files are not known yet
     for path in sorted(folder.glob("*.npy")):
-        if (folder.parent / f"{path.stem}.tar").exists(): remember(np.load(path))
+        if path.stem not in again and (folder.parent / f"{path.stem}.tar").exists(): remember(np.load(path))
     def work(unit, counts):
         records, new = read_unit(unit), set()
         with ThreadPoolExecutor(cfg.workers) as pool:
@@ -291,8 +295,8 @@ def collect(cfg):
                 for row, pictures, reason in pool.map(lambda record: examine(cfg, unit, *record), some):
                     if not reason:
                         hash = np.uint64(int(row["sha256"][:16], 16))
-                        reason = "same_file" if hash in new or seen(hash) else None
-                        new.add(hash)
+                        if hash in new or seen(hash): reason = "same_file"
+                        else: new.add(hash)
                     yield row, pictures, reason
         np.save(folder / f"{unit.name}.npy", hashes := np.array([*new], np.uint64))
         remember(hashes)
@@ -331,11 +335,11 @@ def make_index(cfg, units):
             if cfg.by != "image": at["minhash"] = minhash(row["caption"])
         np.save(folder / "new.npy", table)
         os.replace(folder / "new.npy", path)
-    parts = [np.load(folder / f"{unit.name}.rows.npy", mmap_mode="r") for unit in units]
-    starts = dict(zip((u.name for u in units), itertools.accumulate(map(len, parts), initial=0)))
-    index = np.lib.format.open_memmap(folder / "index.npy", "w+", INDEX, (sum(map(len, parts)),))
-    for unit, part in zip(units, parts): index[starts[unit.name]:starts[unit.name] + len(part)] = part
-    return index, starts
+    part = lambda unit: np.load(folder / f"{unit.name}.rows.npy", mmap_mode="r")           # one at a time: Linux maps 65,530
+    *starts, n = itertools.accumulate((len(part(unit)) for unit in units), initial=0)
+    index = np.lib.format.open_memmap(folder / "index.npy", "w+", INDEX, (n,))
+    for unit, start, stop in zip(units, starts, [*starts[1:], n]): index[start:stop] = part(unit)
+    return index, dict(zip((unit.name for unit in units), starts))
 
 def near_pairs(keys, same):
     """Yield arrays (i, j) of pairs of equal key (n,) for which same(i, j). Each is compared with the REACH that follow
@@ -377,11 +381,12 @@ def near_duplicates(hash, tone, distance):
     return out
 
 def near_texts(signatures, jaccard, root):
-    """Join in root (n,) the rows whose MinHash signatures (n, MINHASHES) agree in this share, found band by band."""
+    """Join in root (n,) the rows whose MinHash signatures (n, MINHASHES) agree in this share. A pair is looked at if one
+    of the bands agrees: 98 % of the pairs that have 0.8 in common, 89 % at 0.7, 67 % at 0.6 (1 - (1 - s^4)^8)."""
+    spoken = np.flatnonzero(signatures.any(1))                         # too short for a 3-gram: nobody's duplicate
     for band in np.split(np.arange(MINHASHES), BANDS):
         keys = np.zeros(len(root), np.uint64)
         for k in band: keys = (keys ^ signatures[:, k]) * np.uint64(0x9E3779B97F4A7C15)
-        spoken = np.flatnonzero(signatures.any(1))                     # too short for a 3-gram: nobody's duplicate
         def same(i, j):
             i, j = spoken[i], spoken[j]
             return ((signatures[i] == signatures[j]).mean(1) >= jaccard) & (root[i] != root[j])
@@ -390,6 +395,7 @@ def near_texts(signatures, jaccard, root):
 
 def dedup(cfg):
     """Of each cluster of near-duplicates the best stays: most pixels, then most words, then the first."""
+    if cfg.distance > 8: raise ValueError(f"--distance={cfg.distance} of 64 bits: pictures that differ; give 0 to 8")
     @functools.cache
     def clusters():
         index, starts = make_index(cfg, find_units(cfg))
@@ -433,7 +439,7 @@ def fair_shares(sizes, n):
 
 def lot(seed, name):
     """A number in [0, 1) that depends on seed and name alone."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "little") / 2 ** 56
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode("utf-8", "replace")).digest()[:7], "little") / 2 ** 56
 
 @torch.inference_mode()
 def vit_features(assistant, unit):
@@ -539,8 +545,13 @@ def ask_rows(cfg, stage, question, valid, take, names):
             cfg.endpoint, name, cache, cfg.threads, cfg.max_new_tokens)
         jobs, same, kinds = [], collections.defaultdict(list), {}
         for i, (row, pictures, reason) in enumerate(records):
+            if not (reason or pictures or stage == "sft-quality"): reason = "no_picture"
+            try:
+                if not reason: kinds[i], text = question(row, texts)
+            except UNREADABLE:                                         # no dialogue, a caption that is a number
+                reason = "bad_row"
+            records[i] = row, pictures, reason
             if reason: continue
-            kinds[i], text = question(row, texts)
             alike = same[key_of(name, text, 0, pictures.values())]     # equal questions are asked once
             alike.append(i)
             if len(alike) == 1: jobs.append((text, valid, [*pictures.values()]))
@@ -607,9 +618,14 @@ def score(cfg, stage, name):
     ask_rows(cfg, stage, question, lambda reply: read_scores(reply, SCORES[name]) is not None, take, (name,))
 
 # ---- filter ---------------------------------------------------------------------------------------------------------
+def told(row):
+    """(caption, scores) of a row, whoever wrote it; "" and {} where they are of another type."""
+    text, scores = row.get("caption"), row.get("scores")
+    return text if isinstance(text, str) else "", scores if isinstance(scores, dict) else {}
+
 def fault(cfg, row):
     """The first reason against a caption, or None."""
-    text, scores = row.get("caption") or "", row.get("scores", {})
+    text, scores = told(row)
     for name, least in (("richness", cfg.min_richness), ("alignment", cfg.min_alignment)):
         if least and scores.get(name, 0) < least: return f"low_{name}" if name in scores else "not_scored"
     if not cfg.min_words <= len(captions.words(text)) <= cfg.max_words:
@@ -618,9 +634,10 @@ def fault(cfg, row):
     return "other_script" if captions.script_share(text, cfg.script) < cfg.min_script else None
 
 def filter_rows(cfg):
-    """Thresholds; then, against homogenisation, captions with a very common 4-gram are thinned out by lot."""
+    """Thresholds; then, against homogenisation, captions with a very common 4-gram are thinned out by lot. The lot is not
+    that of `select`, which has kept low ones."""
     mask = np.uint64(2 ** 22 - 1)                                      # counters; few collide where n-grams are common
-    grams = lambda row: np.unique(captions.ngram_keys([captions.words(row["caption"])], 4, HashedWords())[0] & mask)
+    grams = lambda row: np.unique(captions.ngram_keys([captions.words(told(row)[0])], 4, HashedWords())[0] & mask)
     @functools.cache
     def common_grams():
         counts, n = np.zeros(int(mask) + 1, np.int64), 0
@@ -635,7 +652,7 @@ def filter_rows(cfg):
             reason = reason or fault(cfg, row)
             if not reason and cfg.max_ngram_share:
                 most = common_grams()[grams(row)].max(initial=0)
-                if lot(cfg.seed, row["id"]) * most > cfg.max_ngram_share: reason = "homogeneous"
+                if lot(f"filter {cfg.seed}", row["id"]) * most > cfg.max_ngram_share: reason = "homogeneous"
             yield row, pictures, reason
     names = """min_richness min_alignment min_words max_words max_repetition script min_script max_ngram_share
         seed""".split()
@@ -646,17 +663,19 @@ def filter_rows(cfg):
 def report(cfg):
     """Sets of captions side by side, name=shards,...: diversity, scores, agreement with references; page, numbers."""
     sets, scores, shown, (tag, note) = collections.defaultdict(dict), {}, {}, captions.tagger()
-    right = {row["id"]: row["caption"] for unit in find_units(cfg, cfg.references) for row, _, _ in read_unit(
+    right = {row["id"]: told(row)[0] for unit in find_units(cfg, cfg.references) for row, _, _ in read_unit(
         unit, pictures=False)} if cfg.references else {}
     units = find_units(cfg)
     for unit in tqdm(units, desc="report", unit="shard", disable=None):
         for row, pictures, reason in read_unit(unit):
             if reason: continue
-            sets[unit.origin][row["id"]] = row.get("caption") or ""
-            for name, value in row.get("scores", {}).items():
+            if (key := row["id"]) in sets[unit.origin]: key = f"{unit.name}/{row['id']}"        # of a set that is not ours
+            sets[unit.origin][key], judged = told(row)
+            for name, value in judged.items():
+                if value not in range(1, 6): continue
                 scores.setdefault(f"{unit.origin}, {name}", dict.fromkeys(range(1, 6), 0))[value] += 1
             if len(shown) < cfg.pictures and pictures and unit.origin == units[0].origin:
-                shown[row["id"]] = load_image(next(iter(pictures.values())))
+                with contextlib.suppress(ValueError): shown[key] = load_image(next(iter(pictures.values())))
     numbers = {name: captions.statistics([*texts.values()], tag) for name, texts in sets.items()}
     common_ids = {name: [i for i in texts if i in right] for name, texts in sets.items()}
     agree = {f"{name}, {what}": {"captions": len(common_ids[name]), **values} for name, texts in sets.items() if right
@@ -669,6 +688,7 @@ def report(cfg):
     common.write_atomic(out / "report.json", json.dumps({"note": note, **tables}, indent=1) + "\n")
     for title, rows in tables.items():
         for name, row in rows.items(): print(f"{title} {name}: " + ", ".join(f"{k} {v}" for k, v in row.items()))
+    if right and not any(common_ids.values()): note += "; no caption has an id of the references"
     print(f"{note}\nwrote {out / 'report.html'} and {out / 'report.json'}")
 
 # ---- three tiers of choosing fine-tuning data -----------------------------------------------------------------------
@@ -678,7 +698,7 @@ def tiers(cfg, tier):
     not fall. Writes InternVL meta files, prints the commands of training and evaluation, runs them with --run=True. A
     share is the first part of a source, so shuffle it once."""
     out, groups, results = Path(cfg.out or f"out/{tier}"), collections.defaultdict(list), {}
-    for source in open_sources(cfg.input, Tokenizer(TOY_TOKENIZER), "sailvl-chat"): groups[source.name].append(source)
+    for source in open_sources(cfg.in_, Tokenizer(TOY_TOKENIZER), "sailvl-chat"): groups[source.name].append(source)
     size = {name: sum(len(s.rows) for s in sources) for name, sources in groups.items()}
     def measure(mix, shares):
         """overall score of the shares {group: 0 to 1}, cut to --n samples in all; None if nothing is run."""
@@ -688,10 +708,14 @@ def tiers(cfg, tier):
                              "length": len(s.rows), "repeat_time": share * cut}
                 for g, share in shares.items() for k, s in enumerate(groups[g])}
         (folder := out / mix).mkdir(parents=True, exist_ok=True)
-        common.write_atomic(folder / "mix.json", json.dumps(meta, indent=1) + "\n")
         train = ["sft.py", *shlex.split(cfg.sft), f"--stages={cfg.stage}", f"--{cfg.stage}.data={folder / 'mix.json'}",
                  f"--out_dir={folder / 'sft'}"]
         test = ["eval.py", *shlex.split(cfg.eval), f"--model={folder}/sft/{cfg.stage}", f"--out_dir={folder / 'eval'}"]
+        made, plan = folder / "plan.json", json.dumps([meta, train, test])
+        if cfg.run and made.exists() and made.read_text() != plan:
+            raise ValueError(f"{folder} was run with other data or flags: remove it, or give another --out=DIR")
+        common.write_atomic(folder / "mix.json", json.dumps(meta, indent=1) + "\n")
+        if cfg.run: common.write_atomic(made, plan)
         for command in (train, test):
             print("python " + shlex.join(command), flush=True)
             if cfg.run and not (folder / "eval" / "results.json").exists():
@@ -724,7 +748,7 @@ def main():
     stage, *flags = sys.argv[1:] or [""]
     if stage not in STAGES and stage not in ("-h", "--help"):
         raise ValueError(f"usage: python curate.py {'|'.join(STAGES)} --in=... --out=...; --help lists all settings")
-    configure(cfg := Config(), [re.sub("^--in=", "--input=", flag) for flag in flags] or ["--help"])
+    configure(cfg := Config(), flags or ["--help"])
     STAGES[stage](cfg)
 
 if __name__ == "__main__":

@@ -205,6 +205,7 @@ def image_names(row):
 ROW = np.dtype([("offset", "i8"), ("size", "i4"), ("tokens", "i4"), ("first_image", "i8"), ("n_images", "i4")])
 IMAGE = np.dtype([("offset", "i8"), ("size", "i4"), ("width", "i4"), ("height", "i4")])    # offset, size: in a tar
 UNREADABLE = (ValueError, OSError, KeyError, TypeError, AttributeError, RecursionError)     # what a bad row raises
+MAX_BYTES = 64 * 2 ** 20                                               # of one picture or member of a tar
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
 @functools.lru_cache(None)
@@ -213,11 +214,18 @@ def mapped(path):
     kind = ROW if path.endswith("rows.bin") else IMAGE
     return np.memmap(path, kind, "r") if os.path.getsize(path) else np.empty(0, kind)
 
+class Sparing(io.BufferedReader):
+    """A file of which nothing reads more than MAX_BYTES at once, whatever length a header of a tar claims to have."""
+    def read(self, size=-1):
+        if not 0 <= size <= MAX_BYTES: raise tarfile.ReadError(f"a header or member of {size} bytes")
+        return super().read(size)
+
 @contextlib.contextmanager
 def open_tar(path):
     try:
-        with tarfile.open(path) as tar:
+        with Sparing(io.FileIO(path)) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             yield tar
+            if tar.offset + tarfile.BLOCKSIZE > os.path.getsize(path): raise tarfile.ReadError("it ends too early")
     except tarfile.TarError as e:
         raise ValueError(f"{path} is no whole tar file ({e}); copy it again or leave it out") from None
 
@@ -275,7 +283,10 @@ class Source:
         """Bytes of image k of row i."""
         if self.is_tar:
             return self._read(*self.images[self.rows[i]["first_image"] + k].item()[:2])
-        return (self.root / image_names(row)[k]).read_bytes()
+        path = self.root / image_names(row)[k]
+        if path.exists() and not (path.is_file() and path.stat().st_size <= MAX_BYTES):    # /dev/zero has no end
+            raise ValueError(f"{path}: no file, or larger than {MAX_BYTES} bytes")
+        return path.read_bytes()
 
     def _records(self):
         """Yield (offset, size) of every record and, of a tar, {name: (offset, size)} of its pictures."""
@@ -410,12 +421,8 @@ def folder_rows(folder):
 META = dict(annotation=(str,), root=(str,), repeat_time=(int, float), length=(int,), data_augment=(bool,),
             max_dynamic_patch=(int,), weight=(int, float), sha256=(str,))
 
-def open_sources(spec, tokenizer, template, image_as="pixels"):
-    """Sources of `--data`: comma-separated `path` or `name=path`; a path may be .jsonl, .json (LLaVA array or InternVL
-    meta), .tar, a folder of captioned images, or a pattern with `*` or `{000..012}`."""
-    if template not in TEMPLATES:
-        raise ValueError(f"--template={template}: unknown, choose from {', '.join(TEMPLATES)}")
-    sources, reading = [], (tokenizer, template, image_as)
+def expand(spec):
+    """Yield (name or "", path) for comma-separated `path` or `name=path`, patterns with `*` or `{000..012}` filled in."""
     for entry in filter(None, map(str.strip, spec.split(","))):
         name, path = entry.split("=", 1) if "=" in entry and not os.path.exists(entry) else ("", entry)
         if braces := re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", path):
@@ -423,24 +430,32 @@ def open_sources(spec, tokenizer, template, image_as="pixels"):
             paths = [f"{before}{i:0{len(first)}d}{after}" for i in range(int(first), int(last) + 1)]
         else:
             paths = sorted(glob.glob(path)) or [path]
-        for path in map(Path, paths):
-            if path.suffix != ".json" or not path.is_file() or open(path).read(99).lstrip()[:1] != "{":
-                sources.append(Source(name or path.stem, path, *reading))
-                continue
-            for key, item in read_json(path).items():                  # InternVL meta: paths as written, else beside it
-                here = lambda p: p if os.path.exists(p) else path.parent / p
-                entry = item if isinstance(item, dict) else {key: item}
-                wrong = [k for k, v in entry.items() if type(v) not in META.get(k, ())] or {"annotation"} - entry.keys()
-                if wrong:
-                    raise ValueError(f"{path}: {key}: {[*wrong][0]} is missing, unknown or of a wrong type; there are "
-                                     f"{', '.join(META)}, annotation being the path of its rows")
-                if item.get("data_augment"):
-                    print(f"{path}: {key}: data_augment is not done here, pictures stay as they are", file=sys.stderr)
-                more = dict(repeat=float(item.get("repeat_time", 1)), max_tiles=item.get("max_dynamic_patch", 0),
-                            weight=item.get("weight", 0), sha256_of_file=item.get("sha256", ""))
-                sources.append(Source(key, here(item["annotation"]), *reading, here(item.get("root") or ""), **more))
-                if item.get("length", n := len(sources[-1].rows)) != n:
-                    print(f"{path}: {key}: length says {item['length']} rows, there are {n}", file=sys.stderr)
+        yield from ((name, Path(path)) for path in paths)
+
+def open_sources(spec, tokenizer, template, image_as="pixels"):
+    """Sources of `--data`: comma-separated `path` or `name=path`; a path may be .jsonl, .json (LLaVA array or InternVL
+    meta), .tar, a folder of captioned images, or a pattern with `*` or `{000..012}`."""
+    if template not in TEMPLATES:
+        raise ValueError(f"--template={template}: unknown, choose from {', '.join(TEMPLATES)}")
+    sources, reading = [], (tokenizer, template, image_as)
+    for name, path in expand(spec):
+        if path.suffix != ".json" or not path.is_file() or open(path).read(99).lstrip()[:1] != "{":
+            sources.append(Source(name or path.stem, path, *reading))
+            continue
+        for key, item in read_json(path).items():                      # InternVL meta: paths as written, else beside it
+            here = lambda p: p if os.path.exists(p) else path.parent / p
+            entry = item if isinstance(item, dict) else {key: item}
+            wrong = [k for k, v in entry.items() if type(v) not in META.get(k, ())] or {"annotation"} - entry.keys()
+            if wrong:
+                raise ValueError(f"{path}: {key}: {[*wrong][0]} is missing, unknown or of a wrong type; there are "
+                                 f"{', '.join(META)}, annotation being the path of its rows")
+            if item.get("data_augment"):
+                print(f"{path}: {key}: data_augment is not done here, pictures stay as they are", file=sys.stderr)
+            more = dict(repeat=float(item.get("repeat_time", 1)), max_tiles=item.get("max_dynamic_patch", 0),
+                        weight=item.get("weight", 0), sha256_of_file=item.get("sha256", ""))
+            sources.append(Source(key, here(item["annotation"]), *reading, here(item.get("root") or ""), **more))
+            if item.get("length", n := len(sources[-1].rows)) != n:
+                print(f"{path}: {key}: length says {item['length']} rows, there are {n}", file=sys.stderr)
     if not sources:
         raise ValueError("no data: give --data=PATH (.jsonl, .json, .tar, a folder, or a pattern)")
     return sources

@@ -41,7 +41,7 @@ class Judge:
     def __init__(self, url, model, cache, threads=8, max_tokens=128):
         self.urls = [part.strip() for part in url.split(",") if part.strip()]
         if not self.urls or not model or not all(u.startswith(("http://", "https://")) for u in self.urls):
-            raise ValueError("a judge needs both --judge=http://.../v1 and --judge_model=NAME")
+            raise ValueError("give http://.../v1 and the name of its model: --judge and --judge_model=NAME (curate.py: --endpoint...)")
         self.urls = [u.rstrip("/").removesuffix("/chat/completions") + "/chat/completions" for u in self.urls]
         self.model, self.threads, self.max_tokens, self.turn = model, threads, max_tokens, itertools.count()
         self.replies, self.counts = Replies(cache), collections.Counter()   # counts: calls, retries
@@ -75,7 +75,7 @@ class Judge:
                     text, finish = choice["message"]["content"] or "", choice.get("finish_reason")
                 break
             except urllib.error.HTTPError as e:
-                problem = f"HTTP {e.code} {e.reason}"
+                problem = f"HTTP {e.code} {e.reason}" + "; set JUDGE_API_KEY=..." * (e.code in (401, 403))
                 if images and e.code in REFUSED: return {"reply": "", "finish": f"http_{e.code}", "usage": {}}
                 if e.code < 500 and e.code not in (408, 409, 429): wait = 0        # asking again does not help
             except (OSError, ValueError, LookupError, TypeError, AttributeError, http.client.HTTPException) as e:

@@ -170,8 +170,8 @@ def test_r23_hostile_tars_are_refused_and_what_is_good_in_them_is_kept(tmp_path)
     (tmp_path / "in" / "b.tar").write_bytes(huge.tobuf() + bytes(2048))
     with open(tmp_path / "in" / "c.tar", "wb") as file:                # 10 GB declared, and there, as a hole
         file.write(huge.tobuf())
-        file.seek(10 ** 10 + 511 + 1024)
-        file.write(b"\0")
+        file.seek(10 ** 10, 1)
+        file.write(bytes(1024))
     away = {path: path.exists() for path in map(Path, ("/tmp/out.txt", "/tmp/out.png", "/out.txt", "/out.png"))}
     start = time.process_time()
     code, text = run("collect", f"--in={tmp_path}/in", f"--out={tmp_path}/c")
@@ -305,6 +305,7 @@ def test_report_numbers_are_those_counted_by_hand_and_the_page_escapes_text(tmp_
         good("collect", f"--in={name}={tmp_path}/{name}", f"--out={tmp_path}/{name}_c")
     sets = f"--in=one={tmp_path}/one_c,two={tmp_path}/two_c"
     good("report", sets, f"--references={tmp_path}/one_c", f"--out={tmp_path}/r")
+    assert "no caption has an id" in run("report", sets, f"--references={tmp_path}/one", f"--out={tmp_path}/r1")[1]
     told = json.loads((tmp_path / "r" / "report.json").read_text())
     one = told["Diversity"]["one"]
     # words: a red cat | a red cat | a b blue b dog a red cat
@@ -322,6 +323,54 @@ def test_report_numbers_are_those_counted_by_hand_and_the_page_escapes_text(tmp_
     good("report", sets, f"--out={tmp_path}/r2")
     numbers = json.loads((tmp_path / "r2" / "report.json").read_text())["Diversity"]["one"]
     assert [numbers[f"unique_{k}"] for k in ("nouns", "verbs", "adjectives")] == [2, 0, 2]
+
+
+def test_an_input_that_is_touched_or_grows_is_collected_again_and_loses_nothing(tmp_path):
+    members = lambda n: [m for i in range(n) for m in ((f"{i}.png", png((i, 0, 0), (70, 70))), (f"{i}.txt", b"a red cat"))]
+    for k in (1, 2): write_tar(tmp_path / "in" / f"{k:03d}.tar", members(3 * k))
+    argv = ["collect", f"--in={tmp_path}/in/{{001..002}}.tar", f"--out={tmp_path}/c"]
+    assert good(*argv)["dropped"] == {"same_file": 3}
+    before = files(tmp_path / "c")
+    os.utime(tmp_path / "in" / "001.tar", (1, 1))
+    assert good(*argv)["out"] == 6 and files(tmp_path / "c") == before
+    write_tar(tmp_path / "in" / "001.tar", members(4))
+    assert good(*argv)["in"] == 10 and {row["source_id"] for row in read_shards(tmp_path / "c")} >= {*"0123"}
+
+
+def test_a_shard_that_ends_too_early_is_named_in_one_line_and_no_stage_takes_it_for_whole(small, tmp_path):
+    for path in (small[0] / "c").glob("*.tar"): (tmp_path / path.name).write_bytes(path.read_bytes())
+    with tarfile.open(last := sorted(tmp_path.glob("*.tar"))[-1]) as tar: end = tar.getmembers()[4].offset
+    os.truncate(last, end)                                             # between two members: nothing else gives it away
+    for stage in ("collect", "dedup", "select", "filter"):
+        code, text = run(stage, f"--in={tmp_path}", f"--out={tmp_path}/{stage}", *["--max_ngram_share=0.5", "--min_words=0"] * (stage == "filter"))
+        assert code == 2 and text.splitlines()[-1].count(str(last)) == 1, text
+        assert len([*(tmp_path / stage).glob("*.tar")]) == (2 if stage == "collect" else 0)
+
+
+def test_what_a_record_may_hold_is_bounded_and_what_it_is_called_loses_no_row(tmp_path):
+    def head(name, size, kind=tarfile.REGTYPE):
+        (member := tarfile.TarInfo(name)).size, member.type = size, kind
+        return member.tobuf(tarfile.GNU_FORMAT)
+    for name, blocks in (("pax", [("x", 3 * 10 ** 9, tarfile.XHDTYPE)]), ("many", [(f"a.{k}.jpg", 60 * 2 ** 20) for k in range(9)]),
+                         ("json", [("a.json", 50 * 2 ** 20)])):
+        with open(tmp_path / f"{name}.tar", "wb") as file:
+            for block in blocks:
+                file.write(head(*block))
+                file.seek(block[1], 1)
+            file.write(bytes(1024))
+    with pytest.raises(curate.Damaged, match="3000000000 bytes"): [*curate.read_unit(curate.Unit("", tmp_path / "pax.tar"))]
+    for name in ("many", "json"):
+        assert [*curate.read_unit(curate.Unit("", tmp_path / f"{name}.tar"))] == [({"id": "a"}, {}, "too_big")]
+    write_tar(tmp_path / "in" / "0.tar", [("row-000001.txt", b"a red cat"), ("b c.txt", b"a red dog")])
+    good("filter", f"--in={tmp_path}/in", f"--out={tmp_path}/f")
+    assert [reason for *_, reason in curate.read_unit(curate.Unit("", tmp_path / "f" / "0.tar"))] == [None, None]
+    for name in ("plain", "x.jfif"): (tmp_path / name).write_bytes(png((len(name), 0, 0), (70, 70)))
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps({"id": n, "image": n, "caption": "a red cat"}) + "\n" for n in (
+        "plain", "x.jfif", "/dev/zero")))
+    assert good("collect", f"--in=a/b={tmp_path}/r.jsonl", f"--out={tmp_path}/c")["dropped"] == {"bad_row": 1}
+    assert good("dedup", f"--in={tmp_path}/c", f"--out={tmp_path}/d", "--by=text")["in"] == 2
+    source, = open_sources(f"{tmp_path}/c/*.tar", Tokenizer(ROOT / "config" / "toy_tokenizer"), "sailvl-chat")
+    assert source.rows["n_images"].tolist() == [1, 1]
 
 
 def test_collect_takes_folders_jsonl_and_tars_counts_what_it_drops_and_data_reads_what_it_writes(tmp_path):
@@ -407,7 +456,7 @@ def test_what_only_a_picture_is_to_blame_for_drops_the_picture_and_the_rest_stop
         endpoint.status = lambda sha: status if sha == some else 200
         flags = [f"--in={folder}/c", f"--out={tmp_path}/{status}", f"--endpoint={endpoint.url}", "--endpoint_model=m"]
         code, text = run("annotate", *flags)
-        assert code == ends and ("http_400" in text if not ends else "HTTP 401" in text and text.count("\n") == 1), text
+        assert code == ends and ("http_400" in text if not ends else "HTTP 401 Unauthorized; set JUDGE_API_KEY" in text and text.count("\n") == 1), text
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -418,7 +467,8 @@ def test_what_only_a_picture_is_to_blame_for_drops_the_picture_and_the_rest_stop
     (["annotate", "--in={f}/c", "--out={t}/x", "--endpoint=localhost", "--endpoint_model=m"], "http://"),
     (["collect", "--in={f}/web,{f}/web", "--out={t}/x"], "two inputs are called"),
     (["collect", "--in={f}/web", "--out={f}/c", "--min_side=9"], "another min_side"),
-    (["recaption", "--in={f}/c", "--out={t}/x", "--model={f}/c"], "no *.safetensors")])
+    (["recaption", "--in={f}/c", "--out={t}/x", "--model={f}/c"], "no *.safetensors"),
+    (["dedup", "--in={f}/c", "--out={t}/x", "--distance=9"], "give 0 to 8"), (["select", "--in={f}/c", "--clusters=0"], "at least 1")])
 def test_a_mistake_gets_one_line_that_says_what_to_do(small, tmp_path, argv, words):
     code, text = run(*[a.format(f=small[0], t=tmp_path) for a in argv])
     assert code == 2 and text.startswith("error: ") and text.count("\n") == 1 and words in text, text
@@ -429,12 +479,14 @@ def test_sft_quality_scores_dialogues_of_any_source(small, tmp_path):
     (tmp_path / "a.png").write_bytes(png((1, 2, 3)))
     talk = [{"from": "human", "value": "<image>\n<image>\nWhat differs?"}, {"from": "gpt", "value": "Nothing."}]
     rows = [{"id": f"r/{i}", "image": ["a.png", "a.png"], "conversations": talk} for i in range(3)]
+    rows.append({"id": "empty", "image": "a.png", "conversations": [{"from": "human", "value": ""}, talk[1]]})
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     endpoint = Endpoint(truth, 0, 0)
     endpoint.reply = lambda sha, prompt, t: ("difficulty: 2\ncomplexity: 3\nrelevance: 5" if "< image >" in prompt and (
         "Question: " in prompt) else "?", "stop")
     report = good("sft-quality", f"--in={tmp_path}/rows.jsonl", f"--out={tmp_path}/q", f"--endpoint={endpoint.url}", "--endpoint_model=m")
     assert report["means"] == {"difficulty": 2.0, "complexity": 3.0, "relevance": 5.0} and report["calls"] == 1  # all three are alike
+    assert report["dropped"] == {"bad_row": 1}
     row = next(iter(read_shards(tmp_path / "q")))
     assert row["conversations"] == talk and row["image"] == ["row-000000.0.png", "row-000000.1.png"]
     source, = open_sources(f"{tmp_path}/q/*.tar", Tokenizer(ROOT / "config" / "toy_tokenizer"), "sailvl-chat")
@@ -461,6 +513,8 @@ def test_three_tiers_write_mixes_and_commands_and_rank_what_was_run(tmp_path, mo
     assert code == 0 and [line.split()[1] for line in text.splitlines()[-4:]] == ["half_a", "all", "half_c", "half_b"]
     mix = json.loads((tmp_path / "m" / "half_b" / "mix.json").read_text())
     assert {k: v["repeat_time"] for k, v in mix.items()} == {"a-0": 1.0, "b-0": 0.5, "c-0": 1.0}
+    code, text = run("composition", spec, f"--out={tmp_path}/m", "--n=7", "--run=True")
+    assert code == 2 and "was run with other data or flags" in text   # no score of another mix
     code, text = run("incremental", spec, f"--out={tmp_path}/i", "--n=0", "--run=True")
     assert code == 0 and "kept: a, c" in text
 
