@@ -100,7 +100,8 @@ def configure(cfg, argv=None):
 
 # no number may be negative; these may not be 0 either
 AT_LEAST_ONE = set("""tokens_per_pack max_tiles_per_pack min_tiles shuffle_window grad_accum_steps save_every val_every
-    val_packs print_every keep timeout_s rounds shard_size clusters workers batch_size batch_tokens llm.n_heads llm.n_kv_heads llm.dim llm.head_dim
+    val_packs print_every keep timeout_s rounds batch_size batch_tokens llm.n_heads llm.n_kv_heads llm.dim llm.head_dim
+    shard_size clusters workers
     vision.image_size vision.patch_size vision.dim vision.n_heads vision.downsample""".split())
 
 class View:

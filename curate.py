@@ -150,8 +150,8 @@ def add(tar, row, pictures, keys):
     """One record; its key is its id, where that can be a name and is new among the `keys` so far, else its number."""
     fits = re.fullmatch(r"(?!row-)[\w-]{1,80}", str(row["id"]), re.ASCII) and str(row["id"]) not in keys
     keys.add(key := str(row["id"]) if fits else f"row-{len(keys):06d}")
-    suffixes = [s if (s := os.path.splitext(name)[1].lower()) in IMAGE_SUFFIXES else f".{KINDS.get(content[:2], 'jpeg')}"
-                for name, content in pictures.items()]              # else no stage would see that it is a picture
+    suffixes = [s if (s := os.path.splitext(name)[1].lower()) in IMAGE_SUFFIXES else f".{KINDS.get(data[:2], 'jpeg')}"
+                for name, data in pictures.items()]                    # else no stage would see that it is a picture
     names = [f"{key}.{k}{s}" for k, s in enumerate(suffixes)] if len(suffixes) > 1 else [f"{key}{s}" for s in suffixes]
     row = {**row, **({"image": names} if len(names) > 1 else {"image": names[0]} if names else {})}
     text = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace")
@@ -204,7 +204,7 @@ def run_stage(cfg, stage, work, alone=False, **settings):
                     write_shard(out, unit, work)
                     fresh += 1
                 except Damaged as e:
-                    if str(unit.path) not in str(e): raise             # another shard, without which nothing can be done
+                    if str(unit.path) not in str(e): raise             # another shard, without which nothing works
                     broken[unit.name] = str(e)
     with taken(out / ".shards" / "settings"):                          # so that the last one has the last word
         report = stage_report(cfg, out, stage, units)
@@ -246,7 +246,8 @@ def stage_report(cfg, out, stage, units):
     return {"stage": stage, "shards": len(units), "done": len(done), "in": total["in"], "out": total["out"],
             "dropped": dropped, "seconds": round(seconds, 2), "rows/s": round(total["in"] / max(seconds, 1e-9), 1),
             "seconds to go": round(seconds / max(1, len(done)) * (len(units) - len(done))), **shown,
-            **({"dollars": round(spend, 4)} if (spend := dollars(cfg, total)) else {}), **({"means": means} if means else {})}
+            **({"dollars": round(spend, 4)} if (spend := dollars(cfg, total)) else {}),
+            **({"means": means} if means else {})}
 
 # ---- collect --------------------------------------------------------------------------------------------------------
 def perceptual(image):
@@ -285,7 +286,7 @@ def collect(cfg):
     def seen(hash):
         at = [(level, int(np.searchsorted(level, hash))) for level in levels]
         return any(i < len(level) and level[i] == hash for level, i in at)
-    again = {unit.name for unit in find_units(cfg) if not finished(folder.parent, unit)}   # its own files are not known yet
+    again = {unit.name for unit in find_units(cfg) if not finished(folder.parent, unit)}   # their files are new
     for path in sorted(folder.glob("*.npy")):
         if path.stem not in again and (folder.parent / f"{path.stem}.tar").exists(): remember(np.load(path))
     def work(unit, counts):
@@ -325,17 +326,16 @@ def make_index(cfg, units):
     for unit in tqdm(units, desc="index", unit="shard", disable=None):
         if (path := folder / f"{unit.name}.rows.npy").exists(): continue
         rows = [row for row, _, _ in read_unit(unit, pictures=False)]
-        if absent := [row["id"] for row in rows if "dhash" not in row]:
-            raise ValueError(f"{unit.path}: {absent[0]} has no dhash: run `curate.py collect` first")
         table = np.zeros(len(rows), INDEX)
         for at, row in zip(table, rows):
+            if "dhash" not in row: raise ValueError(f"{unit.path} has no dhash: run `curate.py collect` first")
             at["id"], at["source"] = row["sha256"][:20], int(hashlib.sha256(row["source"].encode()).hexdigest()[:8], 16)
             at["hash"], at["tone"] = int(row["dhash"], 16), np.frombuffer(bytes.fromhex(row["tone"]), np.uint8)
             at["pixels"], at["words"] = row["width"] * row["height"], len(captions.words(row["caption"]))
             if cfg.by != "image": at["minhash"] = minhash(row["caption"])
         np.save(folder / "new.npy", table)
         os.replace(folder / "new.npy", path)
-    part = lambda unit: np.load(folder / f"{unit.name}.rows.npy", mmap_mode="r")           # one at a time: Linux maps 65,530
+    part = lambda unit: np.load(folder / f"{unit.name}.rows.npy", mmap_mode="r")   # one at a time: Linux maps 65,530
     *starts, n = itertools.accumulate((len(part(unit)) for unit in units), initial=0)
     index = np.lib.format.open_memmap(folder / "index.npy", "w+", INDEX, (n,))
     for unit, start, stop in zip(units, starts, [*starts[1:], n]): index[start:stop] = part(unit)
@@ -381,8 +381,8 @@ def near_duplicates(hash, tone, distance):
     return out
 
 def near_texts(signatures, jaccard, root):
-    """Join in root (n,) the rows whose MinHash signatures (n, MINHASHES) agree in this share. A pair is looked at if one
-    of the bands agrees: 98 % of the pairs that have 0.8 in common, 89 % at 0.7, 67 % at 0.6 (1 - (1 - s^4)^8)."""
+    """Join in root (n,) the rows whose MinHash signatures (n, MINHASHES) agree in this share. A pair is looked at if
+    one of the bands agrees: 98 % of the pairs that have 0.8 in common, 89 % at 0.7, 67 % at 0.6 (1 - (1 - s^4)^8)."""
     spoken = np.flatnonzero(signatures.any(1))                         # too short for a 3-gram: nobody's duplicate
     for band in np.split(np.arange(MINHASHES), BANDS):
         keys = np.zeros(len(root), np.uint64)
@@ -634,8 +634,8 @@ def fault(cfg, row):
     return "other_script" if captions.script_share(text, cfg.script) < cfg.min_script else None
 
 def filter_rows(cfg):
-    """Thresholds; then, against homogenisation, captions with a very common 4-gram are thinned out by lot. The lot is not
-    that of `select`, which has kept low ones."""
+    """Thresholds; then, against homogenisation, captions with a very common 4-gram are thinned out by lot, which is not
+    the lot of `select`, for that has kept low ones."""
     mask = np.uint64(2 ** 22 - 1)                                      # counters; few collide where n-grams are common
     grams = lambda row: np.unique(captions.ngram_keys([captions.words(told(row)[0])], 4, HashedWords())[0] & mask)
     @functools.cache
@@ -654,9 +654,8 @@ def filter_rows(cfg):
                 most = common_grams()[grams(row)].max(initial=0)
                 if lot(f"filter {cfg.seed}", row["id"]) * most > cfg.max_ngram_share: reason = "homogeneous"
             yield row, pictures, reason
-    names = """min_richness min_alignment min_words max_words max_repetition script min_script max_ngram_share
-        seed""".split()
-    run_stage(cfg, "filter", work, alone=bool(cfg.max_ngram_share), **{k: getattr(cfg, k) for k in names},
+    names = "min_richness min_alignment min_words max_words max_repetition script min_script max_ngram_share seed"
+    run_stage(cfg, "filter", work, alone=bool(cfg.max_ngram_share), **{k: getattr(cfg, k) for k in names.split()},
               inputs=state_of_all(cfg) if cfg.max_ngram_share else None)
 
 # ---- report ---------------------------------------------------------------------------------------------------------
@@ -669,7 +668,7 @@ def report(cfg):
     for unit in tqdm(units, desc="report", unit="shard", disable=None):
         for row, pictures, reason in read_unit(unit):
             if reason: continue
-            if (key := row["id"]) in sets[unit.origin]: key = f"{unit.name}/{row['id']}"        # of a set that is not ours
+            if (key := row["id"]) in sets[unit.origin]: key = f"{unit.name}/{key}"      # of a set that is not ours
             sets[unit.origin][key], judged = told(row)
             for name, value in judged.items():
                 if value not in range(1, 6): continue
@@ -748,6 +747,8 @@ def main():
     stage, *flags = sys.argv[1:] or [""]
     if stage not in STAGES and stage not in ("-h", "--help"):
         raise ValueError(f"usage: python curate.py {'|'.join(STAGES)} --in=... --out=...; --help lists all settings")
+    if sum(flag.startswith("--in=") for flag in flags) > 1:            # bash makes many words of a{0..9}
+        raise ValueError("more than one --in: put it in quotes, --in='A-{000..099}.tar,B.jsonl'")
     configure(cfg := Config(), flags or ["--help"])
     STAGES[stage](cfg)
 

@@ -422,7 +422,7 @@ META = dict(annotation=(str,), root=(str,), repeat_time=(int, float), length=(in
             max_dynamic_patch=(int,), weight=(int, float), sha256=(str,))
 
 def expand(spec):
-    """Yield (name or "", path) for comma-separated `path` or `name=path`, patterns with `*` or `{000..012}` filled in."""
+    """Yield (name or "", path) of comma-separated `path` or `name=path`, `*` and `{000..012}` filled in."""
     for entry in filter(None, map(str.strip, spec.split(","))):
         name, path = entry.split("=", 1) if "=" in entry and not os.path.exists(entry) else ("", entry)
         if braces := re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", path):

@@ -41,7 +41,7 @@ class Judge:
     def __init__(self, url, model, cache, threads=8, max_tokens=128):
         self.urls = [part.strip() for part in url.split(",") if part.strip()]
         if not self.urls or not model or not all(u.startswith(("http://", "https://")) for u in self.urls):
-            raise ValueError("give http://.../v1 and the name of its model: --judge and --judge_model=NAME (curate.py: --endpoint...)")
+            raise ValueError("give http://.../v1 and a model: --judge and --judge_model=NAME; curate.py: --endpoint...")
         self.urls = [u.rstrip("/").removesuffix("/chat/completions") + "/chat/completions" for u in self.urls]
         self.model, self.threads, self.max_tokens, self.turn = model, threads, max_tokens, itertools.count()
         self.replies, self.counts = Replies(cache), collections.Counter()   # counts: calls, retries

@@ -468,7 +468,7 @@ def test_what_only_a_picture_is_to_blame_for_drops_the_picture_and_the_rest_stop
     (["collect", "--in={f}/web,{f}/web", "--out={t}/x"], "two inputs are called"),
     (["collect", "--in={f}/web", "--out={f}/c", "--min_side=9"], "another min_side"),
     (["recaption", "--in={f}/c", "--out={t}/x", "--model={f}/c"], "no *.safetensors"),
-    (["dedup", "--in={f}/c", "--out={t}/x", "--distance=9"], "give 0 to 8"), (["select", "--in={f}/c", "--clusters=0"], "at least 1")])
+    (["dedup", "--in={f}/c", "--out={t}/x", "--distance=9"], "give 0 to 8"), (["select", "--in={f}/c", "--clusters=0"], "at least 1"), (["collect", "--in=1.tar", "--in=2.tar"], "in quotes")])
 def test_a_mistake_gets_one_line_that_says_what_to_do(small, tmp_path, argv, words):
     code, text = run(*[a.format(f=small[0], t=tmp_path) for a in argv])
     assert code == 2 and text.startswith("error: ") and text.count("\n") == 1 and words in text, text
