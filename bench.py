@@ -14,7 +14,7 @@ Prints device and versions, a markdown table and, on the last line, the same row
 a peer, peer, peer_value, ratio (ours over theirs, above 1 is better). `make gpu` runs it all where there is a GPU.
 Data and weights are random. Shape letters: as in kernels/attention.py.
 """
-import contextlib, functools, gc, importlib.metadata, io, itertools, json, math, re, subprocess, sys, tempfile, time
+import contextlib, functools, importlib.metadata, io, itertools, json, math, re, subprocess, sys, tempfile, time
 import types
 from dataclasses import dataclass
 from pathlib import Path
@@ -353,7 +353,6 @@ def packing(cfg, device, wanted):
     """fill: tokens over room. straggler_8ranks: FLOPs of a step's busiest rank over the mean of 8, 2B fine-tuning, mean
     over steps. plan_us_per_sample: CPU time, ours from the index on, the others' from lengths on."""
     rows = []
-    gc.freeze()                                                 # as make_loader does
     for name, T, N in (("8k", 8192, 48), ("16k", 16384, 64), ("8k_28_tiles", 8192, 28), ("16k_56_tiles", 16384, 56)):
         packs = data.Packs([length_file()], None, "", tile_size=448, tokens_per_tile=256, tokens_per_pack=T,
                            tiles_per_pack=N, packs_per_step=8)
