@@ -110,7 +110,7 @@ def place_images(turns, n_images):
     if written == 0:
         return [("<image>\n" * n_images + turns[0][0], turns[0][1]), *turns[1:]]
     if written != n_images:
-        raise ValueError(f"human turns: {written} <image> placeholders for {n_images} images; write one per image, or none")
+        raise ValueError(f"human turns: {written} <image> placeholders for {n_images} images; write one each, or none")
     return turns
 
 def _render(tokenizer, template, turns, images, system=None):
@@ -838,7 +838,7 @@ def main():
     configure(cfg := Config(), [a for a in sys.argv[1:] if a.startswith("-")])
     command, *paths = [a for a in sys.argv[1:] if not a.startswith("-")] or [""]
     if command not in ("check", "show", "preview") or not paths:
-        raise ValueError("usage: python data.py check FILE... | show FILE --n=8 --tokenizer=DIR | preview FILE --out=A.html")
+        raise ValueError("usage: python data.py check FILE... | show FILE --n=8 --tokenizer=DIR | preview FILE --out=A")
     if command == "check":
         sys.exit(2 if check(paths) else 0)
     tokenizer = Tokenizer(cfg.tokenizer)

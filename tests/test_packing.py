@@ -4,12 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import common, data
 from bench import length_file
-from data import Packs, Tokenizer, fill_packs, make_loader, open_sources
+from data import Packs, fill_packs, make_loader, open_sources
 from model import LLMConfig, train_flops
 from test_data import KW, TOY, some_rows, talk, write_rows
 from vision import VisionConfig
