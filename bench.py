@@ -377,7 +377,6 @@ def batches_of_8(tokens, tiles, T, N):
 def packing(cfg, device, name, T, N):
     """fill: tokens over room. straggler_8ranks: FLOPs of a step's busiest rank over the mean of 8, 2B fine-tuning, mean
     over steps. plan_us_per_sample: CPU time, ours from the index on, the others' from lengths on."""
-    gc.freeze()                                                 # as make_loader does
     packs = data.Packs([length_file()], None, "", tile_size=448, tokens_per_tile=256, tokens_per_pack=T,
                        tiles_per_pack=N, packs_per_step=8)
     order, results = data.permute(np.arange(packs.n), packs.n, packs.seed, 0), {}
