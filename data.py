@@ -725,6 +725,7 @@ def held_out(packs, n, dist):
     for i in range(dist.rank, -(-len(planned) // dist.world) * dist.world, dist.world):
         batch, counts = packs[planned[i % len(planned)]], i < len(planned)
         if not counts: batch["labels"].fill_(IGNORE)
+        for bad in batch["bad"]: print(f"WARNING: left out of the validation: {bad}", file=sys.stderr, flush=True)
         yield model_inputs(batch, dist.device), counts * batch["size"]["weight"]
 
 def stage_packs(cfg, stage, tokenizer, vision, packs_per_step, data=""):
