@@ -472,7 +472,8 @@ def parts(device):
         fp32=torch.float32, bf16=torch.bfloat16)
     steps = [(size, stage) for stage in STAGES] + [("8b", "advance")] * cuda
     return {"attn": (attn, ATTN[device.type]), "ce": (ce, dict(ce_frozen=[False], ce_trains=[True])),
-            "train": (train, {"_".join(step): step for step in steps}), "stages": (stages, {size: [size]}),
+            "train": (train, {"_".join(step): step for step in steps}),
+            "stages": (stages, {s: [s] for s in ([size] if cuda else [size, "25m"])}),
             "warmup": (warmup, {size: [size]}),
             "vs-hf": (vs_hf, {f"{size}_{kind}": (size, kinds[kind]) for size, kind in [
                 ("7m", "fp32"), ("7m", "bf16"), ("25m", "bf16")] + [("2b", "bf16")] * cuda}),
