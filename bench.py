@@ -377,7 +377,6 @@ def batches_of_8(tokens, tiles, T, N):
 def packing(cfg, device, name, T, N):
     """fill: tokens over room. straggler_8ranks: FLOPs of a step's busiest rank over the mean of 8, 2B fine-tuning, mean
     over steps. plan_us_per_sample: CPU time, ours from the index on, the others' from lengths on."""
-    gc.freeze()                                                 # as make_loader does
     packs = data.Packs([length_file()], None, "", tile_size=448, tokens_per_tile=256, tokens_per_pack=T,
                        tiles_per_pack=N, packs_per_step=8)
     order, results = data.permute(np.arange(packs.n), packs.n, packs.seed, 0), {}
@@ -473,7 +472,8 @@ def parts(device):
         fp32=torch.float32, bf16=torch.bfloat16)
     steps = [(size, stage) for stage in STAGES] + [("8b", "advance")] * cuda
     return {"attn": (attn, ATTN[device.type]), "ce": (ce, dict(ce_frozen=[False], ce_trains=[True])),
-            "train": (train, {"_".join(step): step for step in steps}), "stages": (stages, {size: [size]}),
+            "train": (train, {"_".join(step): step for step in steps}),
+            "stages": (stages, {s: [s] for s in ([size] if cuda else [size, "25m"])}),
             "warmup": (warmup, {size: [size]}),
             "vs-hf": (vs_hf, {f"{size}_{kind}": (size, kinds[kind]) for size, kind in [
                 ("7m", "fp32"), ("7m", "bf16"), ("25m", "bf16")] + [("2b", "bf16")] * cuda}),

@@ -570,7 +570,12 @@ def open_run(cfg, origins, stages, dist):
         if stage.data and origins["data"] == "command line" != origins[f"{name}.data"]:
             raise ValueError(f"{origins[f'{name}.data']} gives stage {name} data of its own: instead of --data, write "
                              f"--{name}.data=PATH")
-    if dist.is_main: lock_run_folder(out)
+    problem = None
+    try:
+        if dist.is_main: lock_run_folder(out)
+    except ValueError as e:
+        problem = e
+    if problem := gather(problem, dist)[0]: raise problem  # on every rank: one line each, no lost connection
     checkpoint = find_checkpoint(out, dist, cfg.resume == "strict")
     if cfg.resume == "never" and (checkpoint or any((out / name / "config.json").exists() for name, _ in stages)):
         raise ValueError(f"{out} holds an earlier run and --resume=never; choose another --out_dir or remove it")

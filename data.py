@@ -110,7 +110,7 @@ def place_images(turns, n_images):
     if written == 0:
         return [("<image>\n" * n_images + turns[0][0], turns[0][1]), *turns[1:]]
     if written != n_images:
-        raise ValueError(f"human turns: {written} <image> placeholders for {n_images} images; write one per image, or none")
+        raise ValueError(f"human turns: {written} <image> placeholders for {n_images} images; write one each, or none")
     return turns
 
 def _render(tokenizer, template, turns, images, system=None):
@@ -487,6 +487,14 @@ WAITING = 64                                        # samples that may wait for 
 TILE_COST, PAIR_COST = 276, 2 ** 15
 DROPPED = {"unreadable": -1, "too_long": -2}        # why a sample is in no pack, and what stands for its tokens then
 
+@contextlib.contextmanager
+def uncollected():
+    """Plans are many small objects, for which Python would look through all that is loaded, again and again."""
+    was = gc.isenabled()
+    gc.disable()
+    yield
+    if was: gc.enable()
+
 def fill_packs(tokens, tiles, tokens_per_pack, tiles_per_pack):
     """Lists of indices of the samples in each pack, for samples in random order, none longer than a pack.
 
@@ -611,6 +619,7 @@ class Packs(torch.utils.data.Dataset):
             all_tiles[mine] = tiles
         return samples, all_tokens, all_tiles
 
+    @uncollected()
     def plan_window(self, epoch, w, taken=0):
         """(packs, dropped by reason) of window w of an epoch, dealt in steps of like cost: a rank waits for the others.
         taken: packs that the step which is open when the window begins has already."""
@@ -719,7 +728,6 @@ def make_loader(packs, rank=0, world=1, num_workers=0, position=(0, 0, 0), count
             *_, last = together = [*itertools.islice(sequence, world)]     # the micro-batch of all ranks
             together[rank].together = last.position, last.counts, [pack.cost for pack in together]
             yield together[rank]
-    gc.freeze()                                                        # planning need not look through what is loaded
     return torch.utils.data.DataLoader(packs, sampler=mine(), batch_size=None, num_workers=num_workers,
                                        prefetch_factor=4 if num_workers else None, worker_init_fn=_start_worker,
                                        pin_memory=torch.cuda.is_available())
@@ -732,6 +740,7 @@ def held_out(packs, n, dist):
     for i in range(dist.rank, -(-len(planned) // dist.world) * dist.world, dist.world):
         batch, counts = packs[planned[i % len(planned)]], i < len(planned)
         if not counts: batch["labels"].fill_(IGNORE)
+        for bad in batch["bad"]: print(f"WARNING: left out of the validation: {bad}", file=sys.stderr, flush=True)
         yield model_inputs(batch, dist.device), counts * batch["size"]["weight"]
 
 def stage_packs(cfg, stage, tokenizer, vision, packs_per_step, data=""):
@@ -845,7 +854,7 @@ def main():
     configure(cfg := Config(), [a for a in sys.argv[1:] if a.startswith("-")])
     command, *paths = [a for a in sys.argv[1:] if not a.startswith("-")] or [""]
     if command not in ("check", "show", "preview") or not paths:
-        raise ValueError("usage: python data.py check FILE... | show FILE --n=8 --tokenizer=DIR | preview FILE --out=A.html")
+        raise ValueError("usage: python data.py check FILE... | show FILE --n=8 --tokenizer=DIR | preview FILE --out=A")
     if command == "check":
         sys.exit(2 if check(paths) else 0)
     tokenizer = Tokenizer(cfg.tokenizer)

@@ -103,7 +103,7 @@ def resize(image, width, height):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     elif h < 2 * height:
         image = image.resize((width, h), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)             # channels last, which PyTorch has the code for
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)             # channels last: the fast code
     if image.size == (width, height):
         return pixels
     return F.interpolate(pixels[None], size=(height, width), mode="bicubic", antialias=True)[0]
