@@ -1,7 +1,7 @@
 """The toy world: pictures with exact truth, unlimited in number, that a 3 M parameter model can learn on two CPU cores.
 
     python toy.py --out=shards/toy --n=4000                    # training shards (tar) and benchmark files (tsv)
-    python toy.py --out=shards/web --n=2000 --parts=web         # pictures with poor alt-text, for curate.py; truth beside
+    python toy.py --out=shards/web --n=2000 --parts=web         # pictures with poor alt-text, and the truth beside
     python toy.py --out=shards/toy_text --n=100000 --parts=text  # the same questions with every picture given as words
     python toy.py --out=config/toy_tokenizer --parts=tokenizer   # the small byte-level BPE of the toy language model
 
