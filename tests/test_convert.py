@@ -512,12 +512,13 @@ def test_loading_takes_less_than_1_15_times_the_weights(tmp_path):
     folder = sparse_folder(tmp_path / "m", VisionConfig(), LLMConfig(dim=512, vocab_size=8000, n_layers=14, n_heads=4,
                                                                      ffn_dim=1024))
     code = ("import resource, torch; from weights import load_folder\n"
-            "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
-            "torch.ones(9).to(torch.bfloat16).copy_(torch.ones(9)); before = peak(); vlm, _ = load_folder(%r)\n"
-            "print((peak() - before) / sum(p.nbytes for p in vlm.parameters()))" % str(folder))
+            "torch.ones(9).to(torch.bfloat16).copy_(torch.ones(9))\n"
+            "before = int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize(); vlm, _ = load_folder(%r)\n"
+            "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+            "print((peak - before) / sum(p.nbytes for p in vlm.parameters()))" % str(folder))
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert 0.5 < float(done.stdout) < 1.15
+    assert 0.9 < float(done.stdout) < 1.15, done.stdout
 
 
 # ---- R22 -----------------------------------------------------------------------------------------------------------------
