@@ -74,13 +74,7 @@ class Tokenizer:
         self.special_ids = set(self.special.values())
         self.n_vocab = max(self.special_ids) + 1
         self.eos_id, self.image_id = self.special["<|im_end|>"], self.special["<IMG_CONTEXT>"]
-        self.hash, self.fixed = sha256([sorted(pieces.items()), self.special])[:12], {}
-
-    def encode_fixed(self, text):
-        """The same for what every prompt has in it: remembered."""
-        if text not in self.fixed:
-            self.fixed[text] = self.encode(text)
-        return self.fixed[text]
+        self.hash = sha256([sorted(pieces.items()), self.special])[:12]
 
     def encode(self, text):
         return self.bpe.encode_ordinary(unicodedata.normalize("NFC", text))
@@ -113,34 +107,46 @@ def place_images(turns, n_images):
         raise ValueError(f"human turns: {written} <image> placeholders for {n_images} images; write one each, or none")
     return turns
 
-def _render(tokenizer, template, turns, images, system=None):
-    """(ids, targets): targets[t] is ids[t] where supervised, else IGNORE. images: the ids between <img> and </img>."""
+@functools.lru_cache(4)
+def _fixed(tokenizer, template):
+    """Ids that every prompt of a template has: the system turn; what opens a question, an answer; marks."""
     if template not in TEMPLATES:
         raise ValueError(f"unknown template {template!r}: choose from {', '.join(TEMPLATES)}")
-    ids, targets, images, encode = [], [], iter(images), tokenizer.encode
-    start, end, img, img_end = ([tokenizer.special[t]] for t in ("<|im_start|>", "<|im_end|>", "<img>", "</img>"))
-    sep, head = tokenizer.encode_fixed(TEMPLATES[template]["sep"]), tokenizer.encode_fixed("assistant\n")
-    intro = (encode if system else tokenizer.encode_fixed)("system\n" + (system or TEMPLATES[template]["system"]))
-    def add(new, supervised=False):
-        ids.extend(new)
-        targets.extend(new if supervised else [IGNORE] * len(new))
-    add(start + intro + end)
+    texts = "system\n" + TEMPLATES[template]["system"], TEMPLATES[template]["sep"], "assistant\n"
+    system, sep, head = map(tokenizer.encode, texts)
+    marks = start, end, *_ = [[tokenizer.special[t]] for t in ("<|im_start|>", "<|im_end|>", "<img>", "</img>")]
+    return start + system + end, sep + start, end + sep + start + head, *marks
+
+def _segments(tokenizer, template, turns, images, system=None):
+    """Yield (ids, whether they are supervised) in order. images: the ids between <img> and </img>."""
+    intro, ask, answer, start, end, img, img_end = _fixed(tokenizer, template)
+    images, encode = iter(images), tokenizer.encode
+    yield start + encode("system\n" + system) + end if system else intro, False
     for user, assistant in turns:
         before, *after = ("user\n" + user).split("<image>")
-        add(sep + start + encode(before))
+        yield ask, False
+        yield encode(before), False
         for text in after:
-            add(img + next(images) + img_end + encode(text))
-        add(end + sep + start + head)
+            yield img + next(images) + img_end + encode(text), False
+        yield answer, False
         if assistant is not None:
-            add(encode(assistant) + end, supervised=True)
+            yield encode(assistant) + end, True
+
+def _render(*what):
+    """(ids, targets) of _segments(*what): targets[t] is ids[t] where supervised, else IGNORE."""
+    ids, targets = [], []
+    for new, supervised in _segments(*what):
+        ids += new
+        targets += new if supervised else [IGNORE] * len(new)
     return ids, targets
 
-def _render_row(row, tokenizer, template, n_tiles, tokens_per_tile, image_as):
+def _what(row, tokenizer, template, n_tiles, tokens_per_tile, image_as):
+    """The arguments of _segments for a row; ValueError if it is broken."""
     if image_as == "words" and not row.get("cells"):
         raise ValueError("--image_as=words and --cell_labels need `cells`, which only toy data has")
     counts = map(len, row["cells"]) if image_as == "words" else (n * tokens_per_tile for n in n_tiles)
     images, (system, turns) = [[tokenizer.image_id] * n for n in counts], conversation(row)
-    return _render(tokenizer, template, place_images(turns, len(images)), images, system)
+    return tokenizer, template, place_images(turns, len(images)), images, system
 
 def render(row, tokenizer, template, n_tiles, tokens_per_tile, image_as="pixels", cell_labels="none"):
     """Token ids and labels of a record in one pass, so that they cannot disagree.
@@ -150,7 +156,7 @@ def render(row, tokenizer, template, n_tiles, tokens_per_tile, image_as="pixels"
     cell_labels "also": the label of each visual token is its cell's first word; "only": nothing else is supervised."""
     if cell_labels != "none" and n_tiles and not row.get("cells"):
         raise ValueError("--image_as=words and --cell_labels need `cells`, which only toy data has")
-    ids, targets = map(np.array, _render_row(row, tokenizer, template, n_tiles, tokens_per_tile, image_as))
+    ids, targets = map(np.array, _render(*_what(row, tokenizer, template, n_tiles, tokens_per_tile, image_as)))
     labels, visual = np.append(targets[1:], IGNORE), ids == tokenizer.image_id
     if cell_labels == "only":
         labels[:] = IGNORE
@@ -317,7 +323,8 @@ class Source:
             names = [os.path.basename(name) for name in image_names(row)]
             places = [pictures[name] for name in names if name in pictures] or pictures.values()
             found = [(*place, *image_size(self._read(*place))) for place in places]
-        return len(_render_row(row, tokenizer, template, [0] * len(found), 0, image_as)[0]), found
+        what = _what(row, tokenizer, template, [0] * len(found), 0, image_as)
+        return sum([len(ids) for ids, _ in _segments(*what)]), found
 
     def _measure_all(self, records, first, *reading):
         """(rows, images, bad) of some records in order; `first` is the number of the first of them."""
