@@ -9,8 +9,8 @@ alone -> `Packs.__getitem__` in a worker (decode, tile) -> batch. Nothing is cut
 else it is dropped and counted; an unreadable row is quarantined and counted.
 Shapes: T tokens of a pack, S samples in a pack, N tiles of a pack, s tile side in pixels.
 """
-import base64, bisect, collections, concurrent.futures, contextlib, fcntl, functools, gc, glob, hashlib, html, io
-import itertools, json, multiprocessing, os, re, signal, sys, tarfile, unicodedata
+import atexit, base64, bisect, collections, concurrent.futures, contextlib, fcntl, functools, gc, glob, hashlib, html, io
+import itertools, json, multiprocessing, os, re, signal, sys, tarfile, unicodedata, weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -169,16 +169,18 @@ def cell_words(cells, tokenizer):
     is shown words sees the sum of their embeddings where a visual token would be: what is there, and where."""
     return np.array([[tokenizer.encode(" " + word)[0] for word in cell.split()] for cell in cells])
 
+ROLES = {"human": "user", "gpt": "assistant"}                          # LLaVA's names -> OpenAI's
+
 def conversation(row):
     """(system or None, [(user, assistant), ...]) of a row in any of the three forms; ValueError if it is broken."""
-    name = next((n for n in ("conversations", "messages") if n in row), None)
+    name = "conversations" if "conversations" in row else "messages" if "messages" in row else None
     if name is None:
         text = row.get("caption", row.get("text"))
         if not isinstance(text, str) or not text.strip():
             raise ValueError("no conversations, messages, caption or text in this row, or an empty one; write it")
         return None, [(CAPTION_PROMPT, text.strip())]
     roles, texts = [], []
-    if not isinstance(row[name], list) or not all(isinstance(turn, dict) for turn in row[name]):
+    if not isinstance(row[name], list) or not all([isinstance(turn, dict) for turn in row[name]]):
         raise ValueError(f'{name}: not a list of turns; write [{{"from": "human", "value": "..."}}, ...]')
     for k, turn in enumerate(row[name]):
         role, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
@@ -188,7 +190,7 @@ def conversation(row):
             text = "".join(part["text"] if part["type"] == "text" else "<image>\n" for part in text)
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{name}[{k}]: empty {role} turn; write its text or remove the turn")
-        roles.append({"human": "user", "gpt": "assistant"}.get(role, role))
+        roles.append(ROLES.get(role, role))
         texts.append(text)
     system = texts.pop(0) if roles[:1] == ["system"] else None
     if not texts or roles[-len(texts):] != ["user", "assistant"] * (len(texts) // 2):
@@ -712,6 +714,18 @@ def _start_worker(_):
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)                      # until then
     torch.set_num_threads(1)
 
+class Loader(torch.utils.data.DataLoader):
+    """A DataLoader whose workers end with the program also where it fails: at exit PyTorch asks them by SIGTERM, which
+    they ignore, and Python waits for them for ever."""
+    def __iter__(self):
+        batches = super().__iter__()
+        def end(ref=weakref.ref(batches)):
+            if (batches := ref()) is not None:
+                batches._shutdown_workers()
+                for worker in batches._workers: worker.kill()
+        if self.num_workers: atexit.register(end)
+        return batches
+
 def make_loader(packs, rank=0, world=1, num_workers=0, position=(0, 0, 0), counts=()):
     """DataLoader over this rank's packs of the global sequence, from a position on, whatever the number of workers."""
     def mine():
@@ -720,9 +734,8 @@ def make_loader(packs, rank=0, world=1, num_workers=0, position=(0, 0, 0), count
             *_, last = together = [*itertools.islice(sequence, world)]     # the micro-batch of all ranks
             together[rank].together = last.position, last.counts, [pack.cost for pack in together]
             yield together[rank]
-    return torch.utils.data.DataLoader(packs, sampler=mine(), batch_size=None, num_workers=num_workers,
-                                       prefetch_factor=4 if num_workers else None, worker_init_fn=_start_worker,
-                                       pin_memory=torch.cuda.is_available())
+    return Loader(packs, sampler=mine(), batch_size=None, num_workers=num_workers, worker_init_fn=_start_worker,
+                  prefetch_factor=4 if num_workers else None, pin_memory=torch.cuda.is_available())
 
 def held_out(packs, n, dist):
     """Yield (arguments of VLM.forward, weight of what is supervised) of this rank's share of the first n packs. Each

@@ -237,6 +237,29 @@ def test_an_epoch_that_does_not_add_up_is_refused(tmp_path):
 
 # ---- R25 -------------------------------------------------------------------------------------------------------------
 
+FAILS = """
+import sys
+import configurator, data
+def main():
+    tok = data.Tokenizer(data.TOY_TOKENIZER)
+    packs = data.Packs(data.open_sources(sys.argv[1], tok, "sailvl-chat"), tok, "sailvl-chat", tile_size=84,
+                       tokens_per_tile=9, tokens_per_pack=300)
+    batches = iter(data.make_loader(packs, num_workers=2))
+    next(batches)
+    print(*[worker.pid for worker in batches._workers], flush=True)
+    raise ValueError("stopped")
+configurator.launch(main)
+"""
+
+
+def test_a_program_that_fails_ends_and_so_do_its_workers_which_ignore_sigterm(tmp_path):
+    done = subprocess.run([sys.executable, "-c", FAILS, some_rows(tmp_path, 20)], cwd=ROOT, capture_output=True, text=True,
+                          timeout=200)                                   # it would wait for ever
+    assert done.returncode == 2 and done.stderr.endswith("error: stopped\n"), done.stderr
+    workers = done.stdout.split()
+    assert len(workers) == 2 and not any(os.path.exists(f"/proc/{pid}") for pid in workers)
+
+
 MEMORY = """
 import itertools, os, sys, types
 import numpy as np
