@@ -9,8 +9,8 @@ alone -> `Packs.__getitem__` in a worker (decode, tile) -> batch. Nothing is cut
 else it is dropped and counted; an unreadable row is quarantined and counted.
 Shapes: T tokens of a pack, S samples in a pack, N tiles of a pack, s tile side in pixels.
 """
-import atexit, base64, bisect, collections, concurrent.futures, contextlib, fcntl, functools, gc, glob, hashlib, html, io
-import itertools, json, multiprocessing, os, re, signal, sys, tarfile, unicodedata, weakref
+import atexit, base64, bisect, collections, concurrent.futures, contextlib, fcntl, functools, gc, glob, hashlib, html
+import io, itertools, json, multiprocessing, os, re, signal, sys, tarfile, unicodedata, weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -185,12 +185,13 @@ def conversation(row):
     for k, turn in enumerate(row[name]):
         role, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
         if isinstance(text, list):                                     # message parts: text and images in place
-            if strange := {part.get("type") for part in text} - {"text", "image", "image_url"}:
+            kinds = {part.get("type") if isinstance(part, dict) else type(part).__name__ for part in text}
+            if strange := kinds - {"text", "image", "image_url"}:
                 raise ValueError(f"{name}[{k}]: a part of type {strange.pop()!r}; there are text, image and image_url")
             text = "".join(part["text"] if part["type"] == "text" else "<image>\n" for part in text)
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{name}[{k}]: empty {role} turn; write its text or remove the turn")
-        roles.append(ROLES.get(role, role))
+        roles.append(ROLES.get(str(role), role))
         texts.append(text)
     system = texts.pop(0) if roles[:1] == ["system"] else None
     if not texts or roles[-len(texts):] != ["user", "assistant"] * (len(texts) // 2):
@@ -202,11 +203,13 @@ def image_names(row):
     if "video" in row:
         raise ValueError("a video; there are only images here")
     names = row.get("image", row.get("images", []))
-    names = [names] if isinstance(names, str) else list(names or [])
-    for turn in row.get("messages", []):
-        if isinstance(turn.get("content"), list):
+    names = names[:] if isinstance(names, list) else [names] if names else []
+    for turn in row.get("messages") or []:
+        if isinstance(turn, dict) and isinstance(turn.get("content"), list):
             names += [p["image_url"]["url"].removeprefix("file://") if p["type"] == "image_url" else
                       p.get("image", p.get("path")) for p in turn["content"] if p.get("type") in ("image", "image_url")]
+    if not all([isinstance(name, str) for name in names]):
+        raise ValueError(f"image: {names} are no names of pictures; write one, or a list of them")
     return names
 
 # ---- sources: one memory-mapped index each ------------------------------------------------------------------------
@@ -439,10 +442,11 @@ def open_sources(spec, tokenizer, template, image_as="pixels"):
             for key, item in read_json(path).items():                  # InternVL meta: paths as written, else beside it
                 here = lambda p: p if os.path.exists(p) else path.parent / p
                 entry = item if isinstance(item, dict) else {key: item}
-                wrong = [k for k, v in entry.items() if type(v) not in META.get(k, ())] or {"annotation"} - entry.keys()
+                good = lambda k, v: type(v) in META.get(k, ()) and (type(v) is str or v >= 0)
+                wrong = [k for k, v in entry.items() if not good(k, v)] or {"annotation"} - entry.keys()
                 if wrong:
-                    raise ValueError(f"{path}: {key}: {[*wrong][0]} is missing, unknown or of a wrong type; there are "
-                                     f"{', '.join(META)}, annotation being the path of its rows")
+                    raise ValueError(f"{path}: {key}: {[*wrong][0]} is missing, unknown, negative or of a wrong "
+                                     f"type; there are {', '.join(META)}, annotation being the path of its rows")
                 if item.get("data_augment"):
                     print(f"{path}: {key}: data_augment is not done here, pictures stay as they are", file=sys.stderr)
                 more = dict(repeat=float(item.get("repeat_time", 1)), max_tiles=item.get("max_dynamic_patch", 0),
@@ -565,7 +569,10 @@ class Packs(torch.utils.data.Dataset):
         self.counts = [int(len(s.rows) * (s.repeat if s.repeat < 1 else int(s.repeat))) for s in sources]
         if weights := [s.weight for s in sources if s.weight]:
             if len(weights) < len(sources):
-                raise ValueError(f"{len(weights)} of {len(sources)} sources have a `weight`: give one to each, or none")
+                raise ValueError(f"{len(weights)} of {len(sources)} sources have a `weight`: give one above 0 to "
+                                 "each, or none")
+            if empty := [str(s.path) for s in sources if not len(s.rows)]:
+                raise ValueError(f"no rows in {', '.join(empty)}, so it cannot have a share by `weight`; leave it out")
             self.counts = [round(sum(self.counts) * weight / sum(weights)) for weight in weights]
         self.starts = np.cumsum([0, *self.counts])
         self.n, self.n_bad = int(self.starts[-1]), sum(len(s.meta["bad"]) for s in sources)
