@@ -112,8 +112,8 @@ def _fixed(tokenizer, template):
     """Ids that every prompt of a template has: the system turn; what opens a question, an answer; marks."""
     if template not in TEMPLATES:
         raise ValueError(f"unknown template {template!r}: choose from {', '.join(TEMPLATES)}")
-    texts = "system\n" + TEMPLATES[template]["system"], TEMPLATES[template]["sep"], "assistant\n"
-    system, sep, head = map(tokenizer.encode, texts)
+    facts = TEMPLATES[template]
+    system, sep, head = map(tokenizer.encode, ("system\n" + facts["system"], facts["sep"], "assistant\n"))
     marks = start, end, *_ = [[tokenizer.special[t]] for t in ("<|im_start|>", "<|im_end|>", "<img>", "</img>")]
     return start + system + end, sep + start, end + sep + start + head, *marks
 
@@ -124,8 +124,7 @@ def _segments(tokenizer, template, turns, images, system=None):
     yield start + encode("system\n" + system) + end if system else intro, False
     for user, assistant in turns:
         before, *after = ("user\n" + user).split("<image>")
-        yield ask, False
-        yield encode(before), False
+        yield from ((ask, False), (encode(before), False))
         for text in after:
             yield img + next(images) + img_end + encode(text), False
         yield answer, False
@@ -141,7 +140,6 @@ def _render(*what):
     return ids, targets
 
 def _what(row, tokenizer, template, n_tiles, tokens_per_tile, image_as):
-    """The arguments of _segments for a row; ValueError if it is broken."""
     if image_as == "words" and not row.get("cells"):
         raise ValueError("--image_as=words and --cell_labels need `cells`, which only toy data has")
     counts = map(len, row["cells"]) if image_as == "words" else (n * tokens_per_tile for n in n_tiles)
@@ -169,8 +167,6 @@ def cell_words(cells, tokenizer):
     is shown words sees the sum of their embeddings where a visual token would be: what is there, and where."""
     return np.array([[tokenizer.encode(" " + word)[0] for word in cell.split()] for cell in cells])
 
-ROLES = {"human": "user", "gpt": "assistant"}                          # LLaVA's names -> OpenAI's
-
 def conversation(row):
     """(system or None, [(user, assistant), ...]) of a row in any of the three forms; ValueError if it is broken."""
     name = "conversations" if "conversations" in row else "messages" if "messages" in row else None
@@ -191,7 +187,7 @@ def conversation(row):
             text = "".join(part["text"] if part["type"] == "text" else "<image>\n" for part in text)
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{name}[{k}]: empty {role} turn; write its text or remove the turn")
-        roles.append(ROLES.get(str(role), role))
+        roles.append({"human": "user", "gpt": "assistant"}.get(str(role), role))
         texts.append(text)
     system = texts.pop(0) if roles[:1] == ["system"] else None
     if not texts or roles[-len(texts):] != ["user", "assistant"] * (len(texts) // 2):
@@ -725,12 +721,8 @@ class Loader(torch.utils.data.DataLoader):
     """A DataLoader whose workers end with the program also where it fails: at exit PyTorch asks them by SIGTERM, which
     they ignore, and Python waits for them for ever."""
     def __iter__(self):
-        batches = super().__iter__()
-        def end(ref=weakref.ref(batches)):
-            if (batches := ref()) is not None:
-                batches._shutdown_workers()
-                for worker in batches._workers: worker.kill()
-        if self.num_workers: atexit.register(end)
+        ref = weakref.ref(batches := super().__iter__())               # alone: it is not kept until then
+        if self.num_workers: atexit.register(lambda: (left := ref()) is None or left._shutdown_workers())
         return batches
 
 def make_loader(packs, rank=0, world=1, num_workers=0, position=(0, 0, 0), counts=()):
