@@ -9,8 +9,8 @@ alone -> `Packs.__getitem__` in a worker (decode, tile) -> batch. Nothing is cut
 else it is dropped and counted; an unreadable row is quarantined and counted.
 Shapes: T tokens of a pack, S samples in a pack, N tiles of a pack, s tile side in pixels.
 """
-import base64, bisect, collections, concurrent.futures, contextlib, fcntl, functools, gc, glob, hashlib, html, io
-import itertools, json, multiprocessing, os, re, signal, sys, tarfile, unicodedata
+import atexit, base64, bisect, collections, concurrent.futures, contextlib, fcntl, functools, gc, glob, hashlib, html
+import io, itertools, json, multiprocessing, os, re, signal, sys, tarfile, unicodedata, weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,13 +74,7 @@ class Tokenizer:
         self.special_ids = set(self.special.values())
         self.n_vocab = max(self.special_ids) + 1
         self.eos_id, self.image_id = self.special["<|im_end|>"], self.special["<IMG_CONTEXT>"]
-        self.hash, self.fixed = sha256([sorted(pieces.items()), self.special])[:12], {}
-
-    def encode_fixed(self, text):
-        """The same for what every prompt has in it: remembered."""
-        if text not in self.fixed:
-            self.fixed[text] = self.encode(text)
-        return self.fixed[text]
+        self.hash = sha256([sorted(pieces.items()), self.special])[:12]
 
     def encode(self, text):
         return self.bpe.encode_ordinary(unicodedata.normalize("NFC", text))
@@ -113,34 +107,44 @@ def place_images(turns, n_images):
         raise ValueError(f"human turns: {written} <image> placeholders for {n_images} images; write one each, or none")
     return turns
 
-def _render(tokenizer, template, turns, images, system=None):
-    """(ids, targets): targets[t] is ids[t] where supervised, else IGNORE. images: the ids between <img> and </img>."""
+@functools.lru_cache(4)
+def _fixed(tokenizer, template):
+    """Ids that every prompt of a template has: the system turn; what opens a question, an answer; marks."""
     if template not in TEMPLATES:
         raise ValueError(f"unknown template {template!r}: choose from {', '.join(TEMPLATES)}")
-    ids, targets, images, encode = [], [], iter(images), tokenizer.encode
-    start, end, img, img_end = ([tokenizer.special[t]] for t in ("<|im_start|>", "<|im_end|>", "<img>", "</img>"))
-    sep, head = tokenizer.encode_fixed(TEMPLATES[template]["sep"]), tokenizer.encode_fixed("assistant\n")
-    intro = (encode if system else tokenizer.encode_fixed)("system\n" + (system or TEMPLATES[template]["system"]))
-    def add(new, supervised=False):
-        ids.extend(new)
-        targets.extend(new if supervised else [IGNORE] * len(new))
-    add(start + intro + end)
+    facts = TEMPLATES[template]
+    system, sep, head = map(tokenizer.encode, ("system\n" + facts["system"], facts["sep"], "assistant\n"))
+    marks = start, end, *_ = [[tokenizer.special[t]] for t in ("<|im_start|>", "<|im_end|>", "<img>", "</img>")]
+    return start + system + end, sep + start, end + sep + start + head, *marks
+
+def _segments(tokenizer, template, turns, images, system=None):
+    """Yield (ids, whether they are supervised) in order. images: the ids between <img> and </img>."""
+    intro, ask, answer, start, end, img, img_end = _fixed(tokenizer, template)
+    images, encode = iter(images), tokenizer.encode
+    yield start + encode("system\n" + system) + end if system else intro, False
     for user, assistant in turns:
         before, *after = ("user\n" + user).split("<image>")
-        add(sep + start + encode(before))
+        yield from ((ask, False), (encode(before), False))
         for text in after:
-            add(img + next(images) + img_end + encode(text))
-        add(end + sep + start + head)
+            yield img + next(images) + img_end + encode(text), False
+        yield answer, False
         if assistant is not None:
-            add(encode(assistant) + end, supervised=True)
+            yield encode(assistant) + end, True
+
+def _render(*what):
+    """(ids, targets) of _segments(*what): targets[t] is ids[t] where supervised, else IGNORE."""
+    ids, targets = [], []
+    for new, supervised in _segments(*what):
+        ids += new
+        targets += new if supervised else [IGNORE] * len(new)
     return ids, targets
 
-def _render_row(row, tokenizer, template, n_tiles, tokens_per_tile, image_as):
+def _what(row, tokenizer, template, n_tiles, tokens_per_tile, image_as):
     if image_as == "words" and not row.get("cells"):
         raise ValueError("--image_as=words and --cell_labels need `cells`, which only toy data has")
     counts = map(len, row["cells"]) if image_as == "words" else (n * tokens_per_tile for n in n_tiles)
     images, (system, turns) = [[tokenizer.image_id] * n for n in counts], conversation(row)
-    return _render(tokenizer, template, place_images(turns, len(images)), images, system)
+    return tokenizer, template, place_images(turns, len(images)), images, system
 
 def render(row, tokenizer, template, n_tiles, tokens_per_tile, image_as="pixels", cell_labels="none"):
     """Token ids and labels of a record in one pass, so that they cannot disagree.
@@ -150,7 +154,7 @@ def render(row, tokenizer, template, n_tiles, tokens_per_tile, image_as="pixels"
     cell_labels "also": the label of each visual token is its cell's first word; "only": nothing else is supervised."""
     if cell_labels != "none" and n_tiles and not row.get("cells"):
         raise ValueError("--image_as=words and --cell_labels need `cells`, which only toy data has")
-    ids, targets = map(np.array, _render_row(row, tokenizer, template, n_tiles, tokens_per_tile, image_as))
+    ids, targets = map(np.array, _render(*_what(row, tokenizer, template, n_tiles, tokens_per_tile, image_as)))
     labels, visual = np.append(targets[1:], IGNORE), ids == tokenizer.image_id
     if cell_labels == "only":
         labels[:] = IGNORE
@@ -165,24 +169,25 @@ def cell_words(cells, tokenizer):
 
 def conversation(row):
     """(system or None, [(user, assistant), ...]) of a row in any of the three forms; ValueError if it is broken."""
-    name = next((n for n in ("conversations", "messages") if n in row), None)
+    name = "conversations" if "conversations" in row else "messages" if "messages" in row else None
     if name is None:
         text = row.get("caption", row.get("text"))
         if not isinstance(text, str) or not text.strip():
             raise ValueError("no conversations, messages, caption or text in this row, or an empty one; write it")
         return None, [(CAPTION_PROMPT, text.strip())]
     roles, texts = [], []
-    if not isinstance(row[name], list) or not all(isinstance(turn, dict) for turn in row[name]):
+    if not isinstance(row[name], list) or not all([isinstance(turn, dict) for turn in row[name]]):
         raise ValueError(f'{name}: not a list of turns; write [{{"from": "human", "value": "..."}}, ...]')
     for k, turn in enumerate(row[name]):
         role, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
         if isinstance(text, list):                                     # message parts: text and images in place
-            if strange := {part.get("type") for part in text} - {"text", "image", "image_url"}:
+            kinds = {part.get("type") if isinstance(part, dict) else type(part).__name__ for part in text}
+            if strange := kinds - {"text", "image", "image_url"}:
                 raise ValueError(f"{name}[{k}]: a part of type {strange.pop()!r}; there are text, image and image_url")
             text = "".join(part["text"] if part["type"] == "text" else "<image>\n" for part in text)
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{name}[{k}]: empty {role} turn; write its text or remove the turn")
-        roles.append({"human": "user", "gpt": "assistant"}.get(role, role))
+        roles.append({"human": "user", "gpt": "assistant"}.get(str(role), role))
         texts.append(text)
     system = texts.pop(0) if roles[:1] == ["system"] else None
     if not texts or roles[-len(texts):] != ["user", "assistant"] * (len(texts) // 2):
@@ -194,11 +199,13 @@ def image_names(row):
     if "video" in row:
         raise ValueError("a video; there are only images here")
     names = row.get("image", row.get("images", []))
-    names = [names] if isinstance(names, str) else list(names or [])
-    for turn in row.get("messages", []):
-        if isinstance(turn.get("content"), list):
+    names = names[:] if isinstance(names, list) else [names] if names else []
+    for turn in row.get("messages") or []:
+        if isinstance(turn, dict) and isinstance(turn.get("content"), list):
             names += [p["image_url"]["url"].removeprefix("file://") if p["type"] == "image_url" else
                       p.get("image", p.get("path")) for p in turn["content"] if p.get("type") in ("image", "image_url")]
+    if not all([isinstance(name, str) for name in names]):
+        raise ValueError(f"image: {names} are no names of pictures; write one, or a list of them")
     return names
 
 # ---- sources: one memory-mapped index each ------------------------------------------------------------------------
@@ -328,7 +335,8 @@ class Source:
             names = [os.path.basename(name) for name in image_names(row)]
             places = [pictures[name] for name in names if name in pictures] or pictures.values()
             found = [(*place, *image_size(self._read(*place))) for place in places]
-        return len(_render_row(row, tokenizer, template, [0] * len(found), 0, image_as)[0]), found
+        what = _what(row, tokenizer, template, [0] * len(found), 0, image_as)
+        return sum([len(ids) for ids, _ in _segments(*what)]), found
 
     def _measure_all(self, records, first, *reading):
         """(rows, images, bad) of some records in order; `first` is the number of the first of them."""
@@ -445,10 +453,11 @@ def open_sources(spec, tokenizer, template, image_as="pixels"):
         for key, item in read_json(path).items():                      # InternVL meta: paths as written, else beside it
             here = lambda p: p if os.path.exists(p) else path.parent / p
             entry = item if isinstance(item, dict) else {key: item}
-            wrong = [k for k, v in entry.items() if type(v) not in META.get(k, ())] or {"annotation"} - entry.keys()
+            good = lambda k, v: type(v) in META.get(k, ()) and (type(v) is str or v >= 0)
+            wrong = [k for k, v in entry.items() if not good(k, v)] or {"annotation"} - entry.keys()
             if wrong:
-                raise ValueError(f"{path}: {key}: {[*wrong][0]} is missing, unknown or of a wrong type; there are "
-                                 f"{', '.join(META)}, annotation being the path of its rows")
+                raise ValueError(f"{path}: {key}: {[*wrong][0]} is missing, unknown, negative or of a wrong type; "
+                                 f"there are {', '.join(META)}, annotation being the path of its rows")
             if item.get("data_augment"):
                 print(f"{path}: {key}: data_augment is not done here, pictures stay as they are", file=sys.stderr)
             more = dict(repeat=float(item.get("repeat_time", 1)), max_tiles=item.get("max_dynamic_patch", 0),
@@ -571,7 +580,10 @@ class Packs(torch.utils.data.Dataset):
         self.counts = [int(len(s.rows) * (s.repeat if s.repeat < 1 else int(s.repeat))) for s in sources]
         if weights := [s.weight for s in sources if s.weight]:
             if len(weights) < len(sources):
-                raise ValueError(f"{len(weights)} of {len(sources)} sources have a `weight`: give one to each, or none")
+                raise ValueError(f"{len(weights)} of {len(sources)} sources have a `weight`: give one above 0 to "
+                                 "each, or none")
+            if empty := [str(s.path) for s in sources if not len(s.rows)]:
+                raise ValueError(f"no rows in {', '.join(empty)}, so it cannot have a share by `weight`; leave it out")
             self.counts = [round(sum(self.counts) * weight / sum(weights)) for weight in weights]
         self.starts = np.cumsum([0, *self.counts])
         self.n, self.n_bad = int(self.starts[-1]), sum(len(s.meta["bad"]) for s in sources)
@@ -720,6 +732,14 @@ def _start_worker(_):
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)                      # until then
     torch.set_num_threads(1)
 
+class Loader(torch.utils.data.DataLoader):
+    """A DataLoader whose workers end with the program also where it fails: at exit PyTorch asks them by SIGTERM, which
+    they ignore, and Python waits for them for ever."""
+    def __iter__(self):
+        ref = weakref.ref(batches := super().__iter__())               # alone: it is not kept until then
+        if self.num_workers: atexit.register(lambda: (left := ref()) is None or left._shutdown_workers())
+        return batches
+
 def make_loader(packs, rank=0, world=1, num_workers=0, position=(0, 0, 0), counts=()):
     """DataLoader over this rank's packs of the global sequence, from a position on, whatever the number of workers."""
     def mine():
@@ -728,9 +748,8 @@ def make_loader(packs, rank=0, world=1, num_workers=0, position=(0, 0, 0), count
             *_, last = together = [*itertools.islice(sequence, world)]     # the micro-batch of all ranks
             together[rank].together = last.position, last.counts, [pack.cost for pack in together]
             yield together[rank]
-    return torch.utils.data.DataLoader(packs, sampler=mine(), batch_size=None, num_workers=num_workers,
-                                       prefetch_factor=4 if num_workers else None, worker_init_fn=_start_worker,
-                                       pin_memory=torch.cuda.is_available())
+    return Loader(packs, sampler=mine(), batch_size=None, num_workers=num_workers, worker_init_fn=_start_worker,
+                  prefetch_factor=4 if num_workers else None, pin_memory=torch.cuda.is_available())
 
 def held_out(packs, n, dist):
     """Yield (arguments of VLM.forward, weight of what is supervised) of this rank's share of the first n packs. Each

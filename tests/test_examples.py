@@ -69,7 +69,9 @@ def test_sources_are_mixed_by_weight_and_a_meta_file_is_checked(tmp_path):
     assert sorted(rows["a"]) == sorted([*range(90), *range(10)]) and rows["b"].count(3) == 30     # goes round and on
     assert packs(b={"repeat_time": 3}).counts == [90, 30] and packs(a={"repeat_time": 0.5}).counts == [45, 10]
     for more, words in ((dict(a={"weight": 1}), "1 of 2 sources have a `weight`"), (dict(a={"wieght": 1}), "a: wieght is"),
-                        (dict(a={"repeat_time": "2"}), "repeat_time is"), (dict(a={"sha256": "0" * 64}), "has sha256")):
+                        (dict(a={"repeat_time": "2"}), "repeat_time is"),
+                        (dict(a={"repeat_time": -1}), "a: repeat_time is"), (dict(b={"weight": float("nan")}), "b: weight is"),
+                        (dict(a={"weight": 1}, b={"weight": 0}), "give one above 0"), (dict(a={"sha256": "0" * 64}), "has sha256")):
         with pytest.raises(ValueError, match=words):
             packs(**more)
     twice = data.open_sources(f"{tmp_path}/a.jsonl,again={tmp_path}/a.jsonl", tok, "sailvl-chat")
