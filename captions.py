@@ -2,7 +2,7 @@
 
 Source of the measures: SAIL-VL (arXiv 2501.05952) compares caption sets by unique n-grams, nouns, verbs and adjectives.
 """
-import base64, collections, html, importlib, io, re
+import collections, html, importlib, re
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +81,7 @@ def agreement(texts, references, tag=None):
 
 def page(sets, tables, shown, note):
     """A self-contained page: tables of numbers, {title: {row: {column: value}}}, then pictures with the captions of
-    each set side by side. sets: {name: {id: caption}}; shown: {id: Pillow picture}. All text is escaped."""
+    each set side by side. sets: {name: {id: caption}}; shown: {id: data URI of a picture}. All text is escaped."""
     style = re.search("<style>.*?</style>", Path(__file__).with_name("report_page.html").read_text("utf-8"), re.S)[0]
     cell = lambda tag, value: f"<{tag}>{html.escape(str(value))}</{tag}>"
     out = [f"<!doctype html><html lang=en><meta charset=utf-8><title>Captions</title>{style}<h1>Captions</h1>"]
@@ -93,10 +93,7 @@ def page(sets, tables, shown, note):
                 for name, row in rows.items()]
         out.append("</table>")
     out.append("<h2>Pictures</h2><div class=cards>")
-    for key, picture in shown.items():
-        picture.thumbnail((224, 224))
-        picture.save(file := io.BytesIO(), "JPEG", quality=75)
-        uri = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+    for key, uri in shown.items():
         said = "".join(f"<div><span class=soft>{html.escape(name)}</span> {html.escape(texts.get(key, '(none)'))}</div>"
                        for name, texts in sets.items())
         out.append(f'<div class="card free"><div class=shot><img src="{uri}" alt=""></div>'

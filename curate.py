@@ -17,7 +17,7 @@ whole or not at all; start a command again and it goes on; several processes, on
 the work.
 Shapes: n rows of all shards, C width of a feature.
 """
-import collections, contextlib, fcntl, functools, hashlib, io, itertools, json, os, re, shlex, subprocess, sys, tarfile
+import collections, contextlib, fcntl, functools, hashlib, itertools, json, os, re, shlex, subprocess, sys, tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,10 +32,10 @@ from tqdm import tqdm
 import captions, common
 from assistant import Assistant
 from configurator import configure, launch
-from data import IMAGE_SUFFIXES, MAX_BYTES, TOY_TOKENIZER, UNREADABLE, Tokenizer, conversation, expand, image_names
-from data import open_sources, open_tar, read_json
+from data import IMAGE_SUFFIXES, MAX_BYTES, TOY_TOKENIZER, UNREADABLE, Tokenizer, add_member, conversation, expand
+from data import image_names, open_sources, open_tar, read_json, tar_key
 from judge import ATTEMPTS, KINDS, Judge, Replies, key_of
-from vision import load_image, make_tiles, normalize
+from vision import load_image, make_tiles, normalize, picture_uri
 
 @dataclass(slots=True)
 class Config:
@@ -121,10 +121,9 @@ def read_unit(unit, pictures=True):
             except UNREADABLE as e:
                 yield row, {}, "no_such_file" if isinstance(e, OSError) else "bad_row"
         return
-    key = lambda m: re.match(r"(?:.*/)?[^./]*", m.name)[0]             # path up to the first dot, as WebDataset has it
     try:
         with open_tar(unit.path) as tar:
-            for name, members in itertools.groupby((m for m in iter(tar.next, None) if not m.isdir()), key):
+            for name, members in itertools.groupby((m for m in iter(tar.next, None) if not m.isdir()), tar_key):
                 row, found, texts, reason, size = {"id": os.path.basename(name)}, {}, {}, None, 0
                 for m in members:
                     tar.members, size = [], size + m.size              # tarfile would remember all it has seen
@@ -156,9 +155,7 @@ def add(tar, row, pictures, keys):
     row = {**row, **({"image": names} if len(names) > 1 else {"image": names[0]} if names else {})}
     text = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace")
     for name, content in [(f"{key}.json", text), *zip(names, pictures.values())]:
-        member = tarfile.TarInfo(name)
-        member.size = len(content)
-        tar.addfile(member, io.BytesIO(content))
+        add_member(tar, name, content)
 
 def write_shard(out, unit, work):
     """Everything `work` yields for a unit, kept or dropped: then fsync, then rename, the shard itself last."""
@@ -531,8 +528,8 @@ class Local:
 def read_prompts(cfg, names): return {n: (Path(cfg.prompts) / f"{n}.txt").read_text("utf-8").strip() for n in names}
 
 def ask_rows(cfg, stage, question, valid, take, names):
-    """question(row, prompts) -> (name of the prompt, text); take(row, entry, name) puts a valid reply into the row and
-    returns a reason to drop it, or None. names: of the prompts in --prompts."""
+    """question(row, prompts) -> (name of the prompt, text); take(row, reply, name, text) puts a valid one into the
+    row and returns a reason to drop it, or None. names: of the prompts in --prompts."""
     texts = read_prompts(cfg, names)
     hashes = {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
     if bool(cfg.model) == bool(cfg.endpoint):
@@ -543,20 +540,20 @@ def ask_rows(cfg, stage, question, valid, take, names):
         records, cache = [*read_unit(unit)], replies / f"{unit.name}.jsonl"
         backend = Local(cfg, assistant(), name, cache) if cfg.model else Judge(
             cfg.endpoint, name, cache, cfg.threads, cfg.max_new_tokens)
-        jobs, same, kinds = [], collections.defaultdict(list), {}
+        jobs, same, asked = [], collections.defaultdict(list), {}
         for i, (row, pictures, reason) in enumerate(records):
             if not (reason or pictures or stage == "sft-quality"): reason = "no_picture"
             try:
-                if not reason: kinds[i], text = question(row, texts)
+                if not reason: asked[i] = question(row, texts)
             except UNREADABLE:                                         # no dialogue, a caption that is a number
                 reason = "bad_row"
             records[i] = row, pictures, reason
             if reason: continue
-            alike = same[key_of(name, text, 0, pictures.values())]     # equal questions are asked once
+            alike = same[key_of(name, asked[i][1], 0, pictures.values())]      # equal questions are asked once
             alike.append(i)
-            if len(alike) == 1: jobs.append((text, valid, [*pictures.values()]))
+            if len(alike) == 1: jobs.append((asked[i][1], valid, [*pictures.values()]))
         same, spent = [*same.values()], 0.0
-        with tqdm(total=len(kinds), desc=unit.name, leave=False, disable=None) as bar:
+        with tqdm(total=len(asked), desc=unit.name, leave=False, disable=None) as bar:
             for i, entry in ((i, entry) for k, entry in backend.each(jobs) for i in same[k]):
                 row, pictures, _ = records[i]
                 finish = "" if not entry else str(entry["finish"])
@@ -564,11 +561,11 @@ def ask_rows(cfg, stage, question, valid, take, names):
                 elif finish.startswith("http_"): reason = finish
                 elif finish == "content_filter" or REFUSAL.match(entry["reply"]): reason = "refused"
                 elif finish == "length": reason = "cut_off"
-                else: reason = take(row, entry["reply"], kinds[i])
-                row["by"], row["prompt_sha256"] = {**row.get("by", {}), stage: name}, hashes[kinds[i]]
+                else: reason = take(row, entry["reply"], *asked[i])
+                row["by"], row["prompt_sha256"] = {**row.get("by", {}), stage: name}, hashes[asked[i][0]]
                 records[i] = row, pictures, reason
                 counts["http"] += reason is not None and reason.startswith("http_")
-                if counts["http"] > max(20, len(kinds) // 2):
+                if counts["http"] > max(20, len(asked) // 2):
                     raise ValueError(f"{cfg.endpoint} refuses most pictures ({reason}): see its log, then run again")
                 spent += dollars(cfg, entry["usage"]) if entry else 0
                 bar.set_postfix({**backend.counts, "dollars": round(spent, 2)}, refresh=False)
@@ -590,13 +587,13 @@ def caption(cfg, stage):
     def question(row, prompts):
         name = "recaption" if cfg.mode == "recaption" and row.get("alt_text") else "caption"
         return name, prompts[name].replace("{alt_text}", plain(row.get("alt_text") or ""))
-    def take(row, reply, name):
+    def take(row, reply, name, text):
         if row.get("caption") not in (None, "", row.get("alt_text")): row["caption_before"] = row["caption"]
         row["caption"], row["mode"] = reply.strip(), name
         for stale in ("scores", "conversations"): row.pop(stale, None)
         if stage == "annotate":
-            asked = {"from": "human", "value": "<image>\n" + question(row, read_prompts(cfg, [name]))[1]}
-            row["conversations"] = [asked, {"from": "gpt", "value": row["caption"]}]
+            row["conversations"] = [{"from": "human", "value": "<image>\n" + text},
+                                    {"from": "gpt", "value": row["caption"]}]
     ask_rows(cfg, stage, question, lambda reply: bool(reply.strip()), take, ("caption", "recaption"))
 
 SCORES = {"score": ("richness", "alignment"), "sft_quality": ("difficulty", "complexity", "relevance")}
@@ -614,7 +611,7 @@ def score(cfg, stage, name):
         talk = "\n".join(f"Question: {q}\nAnswer: {a}" for q, a in talk)
         text = prompts[name].replace("{caption}", row.get("caption") or "").replace("{conversation}", talk)
         return name, plain(text)
-    def take(row, reply, _): row["scores"] = {**row.get("scores", {}), **read_scores(reply, SCORES[name])}
+    def take(row, reply, *_): row["scores"] = {**row.get("scores", {}), **read_scores(reply, SCORES[name])}
     ask_rows(cfg, stage, question, lambda reply: read_scores(reply, SCORES[name]) is not None, take, (name,))
 
 # ---- filter ---------------------------------------------------------------------------------------------------------
@@ -674,7 +671,8 @@ def report(cfg):
                 if value not in range(1, 6): continue
                 scores.setdefault(f"{unit.origin}, {name}", dict.fromkeys(range(1, 6), 0))[value] += 1
             if len(shown) < cfg.pictures and pictures and unit.origin == units[0].origin:
-                with contextlib.suppress(ValueError): shown[key] = load_image(next(iter(pictures.values())))
+                with contextlib.suppress(ValueError):
+                    shown[key] = picture_uri(load_image(next(iter(pictures.values()))))
     numbers = {name: captions.statistics([*texts.values()], tag) for name, texts in sets.items()}
     common_ids = {name: [i for i in texts if i in right] for name, texts in sets.items()}
     agree = {f"{name}, {what}": {"captions": len(common_ids[name]), **values} for name, texts in sets.items() if right

@@ -9,7 +9,7 @@ alone -> `Packs.__getitem__` in a worker (decode, tile) -> batch. Nothing is cut
 else it is dropped and counted; an unreadable row is quarantined and counted.
 Shapes: T tokens of a pack, S samples in a pack, N tiles of a pack, s tile side in pixels.
 """
-import atexit, base64, bisect, collections, concurrent.futures, contextlib, fcntl, functools, gc, glob, hashlib, html
+import atexit, bisect, collections, concurrent.futures, contextlib, fcntl, functools, gc, glob, hashlib, html
 import io, itertools, json, multiprocessing, os, re, signal, sys, tarfile, unicodedata, weakref
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from configurator import configure, launch
-from vision import GRAY, count_tiles, image_size, load_image, make_tiles
+from vision import GRAY, count_tiles, image_size, load_image, make_tiles, picture_uri
 
 def read_json(path, kind=object):
     """What a JSON file holds; ValueError if that is none, or not of this kind (dict for the files of a model)."""
@@ -236,6 +236,16 @@ def open_tar(path):
     except tarfile.TarError as e:
         raise ValueError(f"{path} is no whole tar file ({e}); copy it again or leave it out") from None
 
+def tar_key(member):
+    """What the files of one record share: the path up to the first dot, as WebDataset has it."""
+    return re.match(r"(?:.*/)?[^./]*", member.name)[0]
+
+def add_member(tar, name, content):
+    """Add a file of these bytes to an open tar; no owner, no time: the same bytes every time."""
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
 class Source:
     """One file or folder of records with an index beside it: where each row is, how many tokens it has apart from the
     visual ones (-1: quarantined, see `meta`), and the sizes of its images. The index is built once, by whichever
@@ -298,9 +308,8 @@ class Source:
     def _records(self):
         """Yield (offset, size) of every record and, of a tar, {name: (offset, size)} of its pictures."""
         if self.is_tar:                                                # never extracted
-            key = lambda m: re.match(r"(?:.*/)?[^./]*", m.name)[0]     # path up to the first dot, as WebDataset has it
             with open_tar(self.path) as tar:
-                for _, group in itertools.groupby((m for m in tar if m.isreg()), key):  # links, devices: not data
+                for _, group in itertools.groupby((m for m in tar if m.isreg()), tar_key):  # links, devices: not data
                     group = {os.path.basename(m.name): (m.offset_data, m.size) for m in group}
                     texts = [at for end in (".json", ".txt") for name, at in group.items() if name.endswith(end)]
                     yield *(texts or [(0, 0)])[0], {name: at for name, at in group.items()
@@ -838,11 +847,8 @@ def preview(packs, n, out):
             share = 100 * batch["size"]["tokens"] / packs.tokens_per_pack
             title = html.escape(f"{batch['ids'] or batch['bad']}: {batch['size']['tokens']} tokens, {sum(tiles)} tiles")
             parts.append(f'<i style="width:{share:.2f}%;background:hsl({47 * k % 360} 60% 70%)" title="{title}"></i>')
-            pictures = []
-            for tile in batch["tiles"]:
-                file = io.BytesIO()
-                Image.fromarray(tile.permute(1, 2, 0).numpy()).resize((112, 112)).save(file, "JPEG")
-                pictures.append(f'<img src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">')
+            pictures = [f'<img src="{picture_uri(Image.fromarray(tile.permute(1, 2, 0).numpy()).resize((112, 112)))}">'
+                        for tile in batch["tiles"]]
             text = ""
             if batch["ids"]:
                 said = spoken(packs.sources[s].row(i), packs.tokenizer, packs.template, tiles, packs.tokens_per_tile)[0]

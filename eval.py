@@ -24,7 +24,7 @@ from benchmarks import (ADDRESS, PAPER, PROTOCOLS, PUBLISHED, TOY, as_list, aver
                         chance_level, find, needs, options, protocol_hash, read_answers, score_rows)
 from data import _render, cell_words, place_images
 from judge import connect
-from vision import GRAY, _read, load_image, make_tiles
+from vision import GRAY, _read, load_image, make_tiles, picture_uri
 
 DESCRIBE = "Describe the image."
 
@@ -229,12 +229,6 @@ def predict(name, pairs, assistant, key, cfg, dist, variant="model"):
     return {index: text for part in common.gather(done, dist) for index, text in part.items()}
 
 # ---- results and report --------------------------------------------------------------------------------------------
-def picture_uri(image):
-    """A Pillow image as a small JPEG data URI."""
-    image.thumbnail((224, 224))
-    image.save(file := io.BytesIO(), "JPEG", quality=75)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
-
 def question_card(name, row, pictures, found, scored=True):
     """What the report shows of a row with `prediction`; found: (what was read, points); scored: whether the benchmark
     has a score, else what could not be read waits for a judge."""

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 import common, configurator
 from assistant import Assistant
+from data import IMAGE_SUFFIXES
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 HELP = "/image PATH adds a picture, /tiles N sets the most tiles of the next one, /reset starts anew, Ctrl-D ends"
 
 @dataclasses.dataclass(slots=True)
@@ -49,7 +49,7 @@ def questions(cfg):
     """--image, a folder or a .jsonl of {"image": path, list of paths or absent, "prompt"} -> (rows, base folder)."""
     source, rows = Path(cfg.image[0] if len(cfg.image) == 1 else "none"), []
     if source.is_dir():
-        found = [path for path in sorted(source.iterdir()) if path.suffix.lower() in PICTURES]
+        found = [path for path in sorted(source.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES]
         base, lines = Path(), [json.dumps({"image": str(path)}) for path in found]
     elif source.suffix == ".jsonl":
         base, lines = source.parent, source.read_bytes().split(b"\n")
@@ -64,7 +64,7 @@ def questions(cfg):
         row["prompt"] = row.get("prompt") or cfg.prompt
         if not row["prompt"]:
             raise ValueError(f"{source} line {number} has no prompt; give one for all with --prompt=...")
-    if not rows: raise ValueError(f"{source}: nothing to ask; it needs pictures ({', '.join(PICTURES)}) or rows")
+    if not rows: raise ValueError(f"{source}: nothing to ask; it needs pictures ({', '.join(IMAGE_SUFFIXES)}) or rows")
     return rows, base
 
 def batch(cfg):

@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from configurator import configure, launch
-from data import BYTE_ORDER, BYTE_TO_CHAR, SPECIAL_TOKENS, TEMPLATES
+from data import BYTE_ORDER, BYTE_TO_CHAR, SPECIAL_TOKENS, TEMPLATES, add_member
 
 @dataclass(slots=True)
 class Config:
@@ -461,9 +461,7 @@ def write_shard(cfg, part, start, stop, path):
                 row = {"id": row["id"], "caption": row["alt_text"]}
             files.insert(0, (f"{row['id']}.json", json.dumps(row).encode()))
             for name, data in files:
-                member = tarfile.TarInfo(name)
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+                add_member(tar, name, data)
     if truth: path.with_suffix(".truth.jsonl").write_text("".join(json.dumps(row) + "\n" for row in truth))
     os.replace(f"{path}.tmp", path)
 

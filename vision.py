@@ -4,7 +4,7 @@ Shape letters: N tiles (thumbnail included), s tile side in pixels, P patches pe
 L = 1 + P: the class token and the patches.
 Sources: InternVL's modeling_intern_vit.py, modeling_internvl_chat.py and dynamic_preprocess (OpenGVLab/InternVL).
 """
-import functools, io, math, struct
+import base64, functools, io, math, struct
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,6 +64,12 @@ def image_size(source):
         turned = known and image.getexif().get(0x0112) in (5, 6, 7, 8)      # orientations that swap width and height
         return image.size[::-1] if turned else image.size
     return _read(source, size)
+
+def picture_uri(image):
+    """A Pillow image, which is made small in place, as a JPEG data URI for a page."""
+    image.thumbnail((224, 224))
+    image.save(file := io.BytesIO(), "JPEG", quality=75)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 # ---- dynamic tiling --------------------------------------------------------------------------------------------------
 @functools.lru_cache

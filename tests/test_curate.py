@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import captions, configurator, curate
+import captions, command_line, configurator, curate
 import judge as J
 from data import Packs, Tokenizer, open_sources
 from test_hostile import hostile_tar
@@ -26,17 +26,8 @@ def quick(monkeypatch):
 
 def run(stage, *flags):
     """The command line in this process -> exit code and what it printed."""
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["curate.py", stage, *map(str, flags)])
-        patch.setattr(sys, "stdout", out)
-        patch.setattr(sys, "stderr", err)
-        try:
-            configurator.launch(curate.main)
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-    return code, out.getvalue() + err.getvalue()
+    code, out, err = command_line.run(curate.main, ["curate.py", stage, *flags])
+    return code, out + err
 
 
 def good(stage, *flags):

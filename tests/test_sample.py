@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-import assistant, configurator, sample
+import assistant, command_line, sample
 from test_eval import make_model_folder
 
 torch.set_num_threads(1)
@@ -22,19 +22,8 @@ def world(tmp_path_factory):
 
 def run(world, *flags, stdin=""):
     """-> (exit code, stdout, stderr) of the command line, in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["sample.py", f"--model={world / 'model'}", "--device=cpu", "--max_new_tokens=8",
-                                    *map(str, flags)])
-        patch.setattr(sys, "stdin", io.StringIO(stdin))
-        patch.setattr(sys, "stdout", out)
-        patch.setattr(sys, "stderr", err)
-        try:
-            configurator.launch(sample.main)
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-    return code, out.getvalue(), err.getvalue()
+    return command_line.run(sample.main, ["sample.py", f"--model={world / 'model'}", "--device=cpu", "--max_new_tokens=8",
+                                          *flags], stdin)
 
 def test_one_question_prints_the_answer_only(world):
     photo = f"--image={world / 'photos' / 'a.png'}"
