@@ -139,9 +139,12 @@ def _render(*what):
         targets += new if supervised else [IGNORE] * len(new)
     return ids, targets
 
-def _what(row, tokenizer, template, n_tiles, tokens_per_tile, image_as):
-    if image_as == "words" and not row.get("cells"):
+def need_cells(row):
+    if not row.get("cells"):
         raise ValueError("--image_as=words and --cell_labels need `cells`, which only toy data has")
+
+def _what(row, tokenizer, template, n_tiles, tokens_per_tile, image_as):
+    if image_as == "words": need_cells(row)
     counts = map(len, row["cells"]) if image_as == "words" else (n * tokens_per_tile for n in n_tiles)
     images, (system, turns) = [[tokenizer.image_id] * n for n in counts], conversation(row)
     return tokenizer, template, place_images(turns, len(images)), images, system
@@ -152,8 +155,7 @@ def render(row, tokenizer, template, n_tiles, tokens_per_tile, image_as="pixels"
     position t must predict, IGNORE where nothing is supervised: only answers and their <|im_end|> are.
     image_as "words": a visual token for each of the row's `cells`, see cell_words (text-only base models).
     cell_labels "also": the label of each visual token is its cell's first word; "only": nothing else is supervised."""
-    if cell_labels != "none" and n_tiles and not row.get("cells"):
-        raise ValueError("--image_as=words and --cell_labels need `cells`, which only toy data has")
+    if cell_labels != "none" and n_tiles: need_cells(row)
     ids, targets = map(np.array, _render(*_what(row, tokenizer, template, n_tiles, tokens_per_tile, image_as)))
     labels, visual = np.append(targets[1:], IGNORE), ids == tokenizer.image_id
     if cell_labels == "only":
@@ -186,7 +188,8 @@ def conversation(row):
                 raise ValueError(f"{name}[{k}]: a part of type {strange.pop()!r}; there are text, image and image_url")
             text = "".join(part["text"] if part["type"] == "text" else "<image>\n" for part in text)
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{name}[{k}]: empty {role} turn; write its text or remove the turn")
+            kind = "empty" if isinstance(text, str) else f"{json.dumps(text)[:40]} instead of text in the"
+            raise ValueError(f"{name}[{k}]: {kind} {role} turn; write its text or remove the turn")
         roles.append({"human": "user", "gpt": "assistant"}.get(str(role), role))
         texts.append(text)
     system = texts.pop(0) if roles[:1] == ["system"] else None
@@ -288,7 +291,8 @@ class Source:
         try:
             row = {"caption": raw.decode()} if text else json.loads(raw)
         except ValueError as e:
-            raise ValueError(f"not valid JSON ({e}); write one object {{...}} per row, in UTF-8") from None
+            why = f"{e.msg} at character {e.pos + 1}" if isinstance(e, json.JSONDecodeError) else e
+            raise ValueError(f"not valid JSON ({why}); write one object {{...}} per row, in UTF-8") from None
         if not isinstance(row, dict):
             raise ValueError(f"a {type(row).__name__}, where a row is one JSON object; write {{...}}")
         return {"id": f"{self.name}:{i}", **row}
@@ -503,7 +507,7 @@ def permute(i, n, seed, epoch):
 WAITING = 64                                        # samples that may wait for a pack they fill up
 # What a tile costs in tokens, and tokens**2 of a document over what in tokens: model.train_flops of the 2B, fine-tuning
 TILE_COST, PAIR_COST = 276, 2 ** 15
-DROPPED = {"unreadable": -1, "too_long": -2}        # why a sample is in no pack, and what stands for its tokens then
+REASON = {-1: "unreadable", -2: "too_long"}         # what stands for the tokens of a sample in no pack, and why it is
 
 @contextlib.contextmanager
 def uncollected():
@@ -561,6 +565,13 @@ def fill_packs(tokens, tiles, tokens_per_pack, tiles_per_pack):
         packs.append(pack)
     return packs
 
+def tile_room(n, side):
+    """uint8 (n, 3, side, side) to be written; of a worker in the memory it shares, where it would be copied after."""
+    if n == 0 or torch.utils.data.get_worker_info() is None:
+        return torch.empty(n, 3, side, side, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(n * 3 * side ** 2)
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(n, 3, side, side)
+
 @dataclass(slots=True)
 class Pack:
     samples: list = field(default_factory=list)     # of (source, row, (tiles of each image))
@@ -612,11 +623,11 @@ class Packs(torch.utils.data.Dataset):
 
     def plan_samples(self, at, epoch=0):
         """[(source, row, tiles per image)], tokens, tiles of the samples `at` of an epoch, the latter two as arrays;
-        tokens are -1 where a row is unreadable, -2 where it is too long even with the fewest tiles (DROPPED)."""
+        tokens are -1 where a row is unreadable, -2 where it is too long even with the fewest tiles (REASON)."""
         which, samples = np.searchsorted(self.starts, at, side="right") - 1, [None] * len(at)
         all_tokens, all_tiles = np.empty((2, len(at)), np.int64)
-        def fits(tokens, tiles):
-            return (tokens + tiles * self.tokens_per_tile <= self.tokens_per_pack) & (tiles <= self.tiles_per_pack)
+        room, tile_room = self.tokens_per_pack, self.tiles_per_pack
+        fits = lambda tokens, tiles: (tokens + tiles * self.tokens_per_tile <= room) & (tiles <= tile_room)
         for s in np.unique(which).tolist():
             source, mine = self.sources[s], np.flatnonzero(which == s)
             row = (at[mine] - self.starts[s] + (epoch * self.counts[s] if source.weight else 0)) % len(source.rows)
@@ -647,7 +658,7 @@ class Packs(torch.utils.data.Dataset):
         at = np.arange(w * self.window, min((w + 1) * self.window, self.n))
         at = permute(at, self.n, self.seed, epoch) if self.shuffle else at
         samples, tokens, tiles = self.plan_samples(at, epoch)
-        dropped = {why: n for why, code in DROPPED.items() if (n := int((tokens == code).sum()))}
+        dropped = {why: n for code, why in REASON.items() if (n := int((tokens == code).sum()))}
         kept = np.flatnonzero(tokens >= 0)
         columns = tokens, tiles, tokens + TILE_COST * tiles + tokens * tokens / PAIR_COST
         (tokens, tiles, costs), samples = (x[kept].tolist() for x in columns), [samples[i] for i in kept.tolist()]
@@ -692,19 +703,21 @@ class Packs(torch.utils.data.Dataset):
         or int64 (visual tokens, W) of words;
         ids; bad: samples that failed to decode and are left out; size: how much of everything there is; lengths: tokens
         of each sample."""
-        samples, pictures, ids, bad, n_cells, s = [], [], [], [], [], self.tile_size
+        samples, words, ids, bad, n_cells, filled = [], [], [], [], [], 0
+        tiles = tile_room(sum([sum(n_tiles) for *_, n_tiles in pack.samples]), self.tile_size)
         for k, i, n_tiles in pack.samples:
             source = self.sources[k]
-            row = {"id": f"{source.name}:{i}"}
+            row, end = {"id": f"{source.name}:{i}"}, filled
             try:
                 row = source.row(i)
-                limits = [n - (n > 1 and self.thumbnail) for n in n_tiles]
-                new = [make_tiles(load_image(source.image(i, k, row)), self.min_tiles, n, s, self.thumbnail)
-                       for k, n in enumerate(limits)]
+                for at, n in enumerate(n_tiles):
+                    image, into, end = load_image(source.image(i, at, row)), tiles[end:end + n], end + n
+                    how = self.min_tiles, n - (n > 1 and self.thumbnail), self.tile_size, self.thumbnail
+                    if (found := count_tiles(*image.size, *how)) != n:   # the file is no longer what the index saw
+                        raise ValueError(f"image {at + 1} gives {found} tiles where {n} were planned")
+                    into.copy_(GRAY) if self.image_as == "blank" else make_tiles(image, *how, into)
                 if self.image_as == "words":
                     new = [torch.from_numpy(cell_words(cells, self.tokenizer)) for cells in row["cells"]]
-                elif (*map(len, new),) != n_tiles:                       # the file is no longer what the index saw
-                    raise ValueError(f"images gave {[*map(len, new)]} tiles where {[*n_tiles]} were planned")
                 sample = render(row, self.tokenizer, self.template, n_tiles, self.tokens_per_tile, self.image_as,
                                 self.cell_labels)
             except (ValueError, OSError, KeyError) as e:
@@ -712,7 +725,7 @@ class Packs(torch.utils.data.Dataset):
                 continue
             samples.append(sample)
             n_cells.append(sum(map(len, row["cells"])) if self.cell_labels != "none" else 0)
-            pictures += [GRAY.expand_as(t) for t in new] if self.image_as == "blank" else new
+            words, filled = words + new if self.image_as == "words" else [], end
             ids.append(str(row["id"]))
         if not samples:                                                # nothing readable: one token that asks nothing
             samples = [(np.array([self.tokenizer.eos_id]), np.array([IGNORE]))]
@@ -726,9 +739,8 @@ class Packs(torch.utils.data.Dataset):
         weights = np.repeat(np.array(weights, np.float32), lengths)
         arrays = {"tokens": tokens, "labels": labels, "positions": np.concatenate([np.arange(n) for n in lengths]),
                   "weights": weights, "cu_seqlens": np.cumsum([0, *lengths], dtype=np.int32)}
-        tiles = torch.cat(pictures) if pictures else torch.zeros(0, 3, s, s, dtype=torch.uint8)
-        n_tiles, at = len(tiles) * (self.image_as != "words"), labels != IGNORE
-        size = {"tokens": sum(real), "tiles": n_tiles, "samples": len(ids), "bad": len(bad),
+        tiles, at = torch.cat(words) if words else tiles[:filled], labels != IGNORE
+        size = {"tokens": sum(real), "tiles": filled, "samples": len(ids), "bad": len(bad),
                 "token_room": self.tokens_per_pack, "tile_room": self.tiles_per_pack,
                 "supervised": int(at.sum()), "weight": float(weights[at].sum())}
         position, counts, costs = pack.together or (pack.position, pack.counts, [pack.cost])
@@ -792,24 +804,29 @@ TOY_TOKENIZER = str(Path(__file__).parent / "config" / "toy_tokenizer")   # to v
 def check(paths):
     """Validate every row, decode every image; print line, field and reason of bad rows. Returns how many are bad."""
     total = n_bad = 0
+    def damage(i):                                                     # of a picture of row i, or None
+        row = source.row(i)
+        for k in range(source.rows[i]["n_images"]):
+            try:
+                load_image(source.image(i, k, row))
+            except (ValueError, OSError) as e:
+                name = image_names(row)[k] if image_names(row) else k + 1
+                return f"image {name}: {e}; mend the file or remove the row"
     for source in open_sources(",".join(paths), Tokenizer(TOY_TOKENIZER), "sailvl-chat"):
         reasons, line, at = {bad["row"]: bad["reason"] for bad in source.meta["bad"]}, 1, 0
-        for i in np.flatnonzero(source.rows["n_images"]):
-            row = source.row(i)
-            try:
-                for k in range(source.rows[i]["n_images"]):
-                    load_image(source.image(i, k, row))
-            except (ValueError, OSError) as e:
-                name = image_names(row)[k] if image_names(row) else k
-                reasons[i] = f"image {name}: {e}; mend the file or remove the row"
+        rows = np.flatnonzero(source.rows["n_images"]).tolist()
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            for a in tqdm(range(0, len(rows), 500), f"{source.path.name}, 500 rows a step", leave=False):
+                some = rows[a:a + 500]
+                reasons |= {i: why for i, why in zip(some, pool.map(damage, some)) if why}
         for i in sorted(reasons):
-            where = f"row {i + 1}"
+            where, (offset, size, *_) = f"row {i + 1}", source.rows[i].item()
             if source.path.is_dir():
-                where = json.loads(source._read(*source.rows[i].item()[:2]))["image"]
+                where = json.loads(source._read(offset, size))["image"]
             elif source.lines == source.path and not source.is_tar:
-                offset = int(source.rows[i]["offset"])
-                line, at = line + source._read(at, offset - at).count(b"\n"), offset
-                where = f"line {line}"
+                for k in range(at, offset, 2 ** 24):
+                    line += source._read(k, min(2 ** 24, offset - k)).count(b"\n")
+                where, at = f"line {line}", offset
             print(f"{source.path}: {where}: {reasons[i]}")
         total, n_bad = total + len(source.rows), n_bad + len(reasons)
     print(f"{total} rows, {total - n_bad} good, {n_bad} bad")
@@ -828,18 +845,18 @@ def show(packs, n):
     """Print the exact string of the first n samples, supervised tokens in [[ ]]."""
     for (s, k, tiles), tokens, _ in zip(*packs.plan_samples(np.arange(min(n, packs.n)))):
         if tokens < 0:
-            why = next(why for why, code in DROPPED.items() if code == tokens)
-            print(f"--- row {k}: {why}; try: python data.py check {packs.sources[s].path}")
+            print(f"--- row {k + 1}: {REASON[tokens]}; try: python data.py check {packs.sources[s].path}")
             continue
         row = packs.sources[s].row(k)
         parts, tokens, supervised = spoken(row, packs.tokenizer, packs.template, tiles, packs.tokens_per_tile)
-        print(f"--- {row['id']}: {tokens} tokens, {supervised} supervised, tiles {[*tiles]}")
+        print(f"--- row {k + 1}, id {row['id']}: {tokens} tokens, {supervised} supervised, tiles {[*tiles]}")
         print("".join(f"[[{text}]]" if target else text for text, target in parts))
 
 def preview(packs, n, out):
     """Write a page that needs nothing beside it: the first n packs as bars of their documents, then their samples:
     tiles in the order the model gets them, thumbnail last, and the text, supervised tokens marked."""
-    planned, body, shown = packs.plan_window(0, 0)[0][:n], [], []
+    (planned, dropped), body, shown = packs.plan_window(0, 0), [], []
+    planned = planned[:n]
     for number, pack in enumerate(planned, 1):
         parts = []
         for k, (s, i, tiles) in enumerate(pack.samples):
@@ -861,17 +878,15 @@ def preview(packs, n, out):
              "pre{white-space:pre-wrap}mark{background:#bfb}img{margin:1px}")
     Path(out).write_text(f'<!doctype html><meta charset="utf-8"><title>packs</title><style>{style}</style>'
                          + "\n".join(body + shown) + "\n", encoding="utf-8")
-    print(f"{out}: {len(planned)} packs, {len(shown)} samples")
+    print(f"{out}: {len(planned)} packs, {len(shown)} samples; in no pack: {dropped or 'none'}")
 
 @dataclass(slots=True)
 class Config:
     n: int = 8                       # show: samples to print; preview: packs to show
     out: str = "preview.html"        # preview: the page to write
-    tokenizer: str = TOY_TOKENIZER   # tokenizer folder
-    template: str = "sailvl-chat"    # chat template
-    tile_size: int = 448             # pixels of a tile
-    tokens_per_tile: int = 256       # visual tokens of a tile
-    max_tiles: int = 12              # tile limit of an image
+    tokenizer: str = TOY_TOKENIZER   # tokenizer folder; of a model: with its template and tiles, unless these are given
+    tile_size: int = 0               # pixels of a tile, else 448
+    max_tiles: int = 0               # tile limit of an image, else 12
     tokens_per_pack: int = 8192      # tokens of a pack
     tiles_per_pack: int = 48         # tiles of a pack
 
@@ -882,10 +897,15 @@ def main():
         raise ValueError("usage: python data.py check FILE... | show FILE --n=8 --tokenizer=DIR | preview FILE --out=A")
     if command == "check":
         sys.exit(2 if check(paths) else 0)
-    tokenizer = Tokenizer(cfg.tokenizer)
-    names = "tile_size", "tokens_per_tile", "max_tiles", "tokens_per_pack", "tiles_per_pack"
-    packs = Packs(open_sources(",".join(paths), tokenizer, cfg.template), tokenizer, cfg.template,
-                  **{name: getattr(cfg, name) for name in names})
+    tokenizer, about = Tokenizer(cfg.tokenizer), Path(cfg.tokenizer, "config.json")
+    about = read_json(about, dict) if about.exists() else {}
+    side, template = cfg.tile_size or about.get("force_image_size", 448), about.get("template", "sailvl-chat")
+    per_side = side // about.get("vision_config", {}).get("patch_size", 14) * about.get("downsample_ratio", 0.5)
+    packs = Packs(open_sources(",".join(paths), tokenizer, template), tokenizer, template, tile_size=side,
+                  tokens_per_tile=int(per_side ** 2), max_tiles=cfg.max_tiles or about.get("max_dynamic_patch", 12),
+                  tokens_per_pack=cfg.tokens_per_pack, tiles_per_pack=cfg.tiles_per_pack)
+    if cfg.tokenizer == TOY_TOKENIZER:
+        print("tokens are those of the toy vocabulary; for a model's: --tokenizer=MODEL_FOLDER", file=sys.stderr)
     show(packs, cfg.n) if command == "show" else preview(packs, cfg.n, cfg.out)
 
 if __name__ == "__main__":

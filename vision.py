@@ -15,6 +15,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from kernels.attention import attention
 
+_ = np.empty(2 ** 25 - 2 ** 16, np.uint8)                  # once 32 MB were freed, glibc keeps what is freed, which it
+del _                                                       # else gives back: the pages of every picture would be new
+
 # ---- image files -----------------------------------------------------------------------------------------------------
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")             # nothing else is even tried; Pillow opens MPO as JPEG
 MAX_PIXELS = 64_000_000                                     # a larger picture is refused before it is decoded
@@ -101,11 +104,12 @@ def count_tiles(width, height, min_tiles=1, max_tiles=12, tile_size=448, thumbna
 
 def resize(image, width, height):
     """PIL RGB image -> uint8 (3, height, width), bicubic, each value at most 1 from what Pillow's resize gives.
-    Pillow makes a horizontal pass, then a vertical one, and rounds in between. PyTorch's passes are up to four times as
-    fast; each may round otherwise, by 1, and the second carries that on whole unless it shrinks by half. So Pillow
-    makes the first pass, where it must. From release 13 on it begins vertically where height shrinks more: all its."""
+    Pillow makes a pass over the columns, then one over the rows, and rounds in between. PyTorch's passes are up to four
+    times as fast; each may round otherwise, by 1, and the second carries that on whole unless it shrinks by half. So
+    Pillow makes the first pass, where it must; and both where it begins with the rows: from release 13 on, if height
+    loses more than twice as much as width (Resample.c)."""
     w, h = image.size
-    if h > height and h * width > height * w:
+    if h - height > max(0, 2 * (w - width)):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     elif h < 2 * height:
         image = image.resize((width, h), Image.Resampling.BICUBIC)
@@ -114,13 +118,16 @@ def resize(image, width, height):
         return pixels
     return F.interpolate(pixels[None], size=(height, width), mode="bicubic", antialias=True)[0]
 
-def make_tiles(image, min_tiles=1, max_tiles=12, tile_size=448, thumbnail=True):
+def make_tiles(image, min_tiles=1, max_tiles=12, tile_size=448, thumbnail=True, out=None):
     """PIL RGB image -> uint8 (N, 3, s, s): the whole image resized (bicubic) to the grid and cut row by row, then,
-    if there is more than one tile, the whole image again as a thumbnail."""
+    if there is more than one tile, the whole image again as a thumbnail. out: where to write them, if not anew."""
     s, (columns, rows) = tile_size, tile_grid(*image.size, min_tiles, max_tiles, tile_size)
-    pixels = resize(image, s * columns, s * rows).reshape(3, rows, s, columns, s).permute(1, 3, 0, 2, 4)
-    tiles = [pixels.reshape(rows * columns, 3, s, s)]                       # from (rows, columns, 3, s, s)
-    return torch.cat([*tiles, resize(image, s, s)[None]] if thumbnail and rows * columns > 1 else tiles).contiguous()
+    n = rows * columns
+    tiles = torch.empty(n + (thumbnail and n > 1), 3, s, s, dtype=torch.uint8) if out is None else out
+    pixels = resize(image, s * columns, s * rows).view(3, rows, s, columns, s)
+    tiles[:n].view(rows, columns, 3, s, s).copy_(pixels.permute(1, 3, 0, 2, 4))
+    if len(tiles) > n: tiles[n] = resize(image, s, s)
+    return tiles
 
 GRAY = torch.tensor([124, 116, 104], dtype=torch.uint8).view(3, 1, 1)      # the mean colour: what a blind model sees
 

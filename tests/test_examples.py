@@ -16,7 +16,7 @@ def test_eight_samples_of_each_format_are_checked_shown_drawn_and_trained_on(nam
     shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns(".*"))
     file = str(tmp_path / "examples" / name)
     assert data.check([file]) == 0 and "8 rows, 8 good, 0 bad" in capsys.readouterr().out
-    size = ["--tile_size=84", "--tokens_per_tile=9", "--max_tiles=4", "--tokens_per_pack=800"]
+    size = ["--tile_size=84", "--max_tiles=4", "--tokens_per_pack=800"]
     for command in ("show", "preview"):
         monkeypatch.setattr(sys, "argv", ["data.py", command, file, *size, f"--out={tmp_path}/page.html"])
         data.main()
