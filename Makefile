@@ -28,13 +28,14 @@ demo: $(VENV)/run.done
 # the same for longer, and beside it a model trained blind, on gray tiles, for as many steps
 demo-long: $(VENV)/run.done
 	@$(MAKE) --no-print-directory five-stages DEMO=out/demo-long SHARDS=shards/toy_long N=6000 BLIND=yes \
-	    PRETRAIN="--alignment.steps=400 --advance.steps=700" \
-	    SFT="--knowledge.steps=500 --instruction.steps=500 --preference.steps=300"
+	    PRETRAIN="--alignment.steps=250 --advance.steps=250" \
+	    SFT="--knowledge.steps=500 --instruction.steps=750 --preference.steps=250"
 
 five-stages:
 	@start=$$SECONDS; set -e; \
+	[ -f $(DEMO)/start/config.json ] || $(BIN)/python convert.py assemble --vision=config/toy_vit --llm=config/toy_llm --out=$(DEMO)/start & \
 	$(BIN)/python toy.py --out=$(SHARDS) --n=$(N); \
-	[ -f $(DEMO)/start/config.json ] || $(BIN)/python convert.py assemble --vision=config/toy_vit --llm=config/toy_llm --out=$(DEMO)/start; \
+	wait $$!; \
 	pretrain="$(RUN) train.py config/toy.py --init_from=$(DEMO)/start --data=$(SHARDS)/pretrain-*.tar $(PRETRAIN)"; \
 	sft="$(RUN) sft.py config/toy_sft.py $(SFT)"; \
 	for stage in knowledge instruction preference; do sft="$$sft --$$stage.data=$(SHARDS)/$$stage-*.tar"; done; \
@@ -46,9 +47,10 @@ five-stages:
 	    $$sft --image_as=blank --init_from=$(DEMO)/blind/pretrain/advance --out_dir=$(DEMO)/blind/sft; fi; \
 	rm -rf $(DEMO)/model; cp -r $(DEMO)/sft/preference $(DEMO)/model; \
 	cat $(DEMO)/pretrain/log.jsonl $(DEMO)/sft/log.jsonl > $(DEMO)/log.jsonl; \
-	$(BIN)/python common.py plot $(DEMO)/log.jsonl $(DEMO)/loss.png; \
+	$(BIN)/python common.py plot $(DEMO)/log.jsonl $(DEMO)/loss.png & \
 	$(RUN) eval.py --model=$(DEMO)/model --untrained=$(DEMO)/start --controls=True $(if $(BLIND),--trained_blind=$(DEMO)/blind/sft/preference) \
 	    --data_dir=$(SHARDS) --benchmarks=toy --out_dir=$(DEMO) $(EVAL); \
+	wait $$!; \
 	echo "$$((SECONDS - start)) seconds; look at $(DEMO)/report.html and $(DEMO)/loss.png, then try:"; \
 	echo "  $(BIN)/python sample.py --model=$(DEMO)/model --image=examples/folder/0.jpg --prompt='Describe the image.'"
 

@@ -2,7 +2,7 @@
 out_dir = "out/toy/sft"
 init_from = "out/toy/pretrain/advance"
 min_tiles, max_tiles = 1, 4
-tokens_per_pack = 1000
+tokens_per_pack = 600
 max_tiles_per_pack = 40
 num_workers = 0
 dtype = "float32"
@@ -11,11 +11,11 @@ save_every = 100
 print_every = 20
 
 knowledge.data = "shards/toy/knowledge-*.tar"          # one fact a question
-knowledge.steps = 220
+knowledge.steps = 250
 knowledge.lr_vision, knowledge.lr_projector, knowledge.lr_llm = 5e-4, 2e-3, 4e-4
 
 instruction.data = "shards/toy/instruction-*.tar"      # formats: multiple choice, short answers, two pictures
-instruction.steps = 150
+instruction.steps = 170
 instruction.lr_vision, instruction.lr_projector, instruction.lr_llm = 3e-4, 1e-3, 3e-4
 
 preference.data = "shards/toy/preference-*.tar"        # several steps of reasoning
