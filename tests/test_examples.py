@@ -49,6 +49,30 @@ def test_check_names_line_field_and_what_to_do(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("a.jsonl: line 3: conversations[1]: empty gpt turn; write its text or remove the turn")
     assert "line 5: image no.png: No such file" in lines[1] and lines[1].endswith("mend its path or remove the row")
+    number = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": 5}]}
+    (tmp_path / "b.jsonl").write_text('{"caption": "a" "b"}\n' + json.dumps(number) + "\n")
+    assert data.check([f"{tmp_path}/b.jsonl"]) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("line 1: not valid JSON (Expecting ',' delimiter at character 17); write one object {...} per row, "
+                             "in UTF-8")
+    assert lines[1].endswith("line 2: conversations[1]: 5 instead of text in the gpt turn; write its text or remove the turn")
+
+
+def test_show_and_preview_take_tiles_and_template_from_a_model_folder_and_say_what_is_left_out(tmp_path, monkeypatch, capsys):
+    for file in (ROOT / "config" / "toy_tokenizer").iterdir():
+        shutil.copy(file, tmp_path)
+    about = dict(force_image_size=84, vision_config=dict(patch_size=14), downsample_ratio=0.5, template="internvl2_5")
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    shutil.copy(ROOT / "examples" / "folder" / "0.jpg", tmp_path)
+    (tmp_path / "a.jsonl").write_text('{"image": "0.jpg", "caption": "a"}\n{"caption": 5}\n')
+    for command in ("show", "preview"):
+        monkeypatch.setattr(sys, "argv", ["data.py", command, f"{tmp_path}/a.jsonl", f"--tokenizer={tmp_path}",
+                                          f"--out={tmp_path}/page.html"])
+        data.main()
+    out = capsys.readouterr().out
+    assert "<IMG_CONTEXT x 9>" in out and data.TEMPLATES["internvl2_5"]["system"] in out
+    assert "--- row 1, id a:0: " in out and "--- row 2: unreadable; try: python data.py check" in out
+    assert "1 packs, 1 samples; in no pack: {'unreadable': 1}" in out
 
 
 def test_sources_are_mixed_by_weight_and_a_meta_file_is_checked(tmp_path):
