@@ -523,10 +523,7 @@ def read_run_config(out_dir):
 
 def write_run_config(out_dir, values, origins, world):
     """config.json: `values` (configurator.resolved), their `origins`, argv, versions, machine, commit of this code;
-    world: ranks that the run began on. What differs from what an earlier start wrote there is told."""
-    old = read_run_config(out_dir).get("config", values)
-    if changed := [f"{k}: {old.get(k)!r} -> {v!r}" for k, v in values.items() if old.get(k) != v]:
-        print(f"settings that changed since this run was started: {'; '.join(changed)}", flush=True)
+    world: ranks that the run began on."""
     commit = subprocess.run("git describe --always --abbrev=40 --exclude='*' --dirty", shell=True,  # COMMIT[-dirty]
                             cwd=Path(__file__).resolve().parent, capture_output=True, text=True).stdout.strip()
     versions = {d.name: d.version for d in importlib.metadata.distributions()}  # of all that is installed
@@ -557,9 +554,9 @@ def where_to_start(cfg, origins, name):
     first_step = sum(stage_steps(cfg, getattr(cfg, n)) for n in before)
     return str(out / done[-1]) if done and not told else cfg.init_from, first_step
 
-def open_run(cfg, origins, stages, dist):
-    """Take the run folder; returns the newest good checkpoint in it (None: start anew) and the number of ranks that the
-    run began on. All ranks call it."""
+def open_run(cfg, origins, stages, dist, values):
+    """Take the run folder and tell which of `values` an earlier start had otherwise; returns the newest good checkpoint
+    in it (None: start anew) and the number of ranks that the run began on. All ranks call it."""
     out, start = Path(cfg.out_dir), cfg.init_from or cfg.tokenizer
     if not os.path.isdir(start):
         raise ValueError(f"{start or '(none)'} is not a folder: give --init_from=MODEL_FOLDER, or --tokenizer=FOLDER "
@@ -576,6 +573,9 @@ def open_run(cfg, origins, stages, dist):
     except ValueError as e:
         problem = e
     if problem := gather(problem, dist)[0]: raise problem  # on every rank: one line each, no lost connection
+    old = read_run_config(out).get("config", values)
+    if changed := [f"{k}: {old.get(k)!r} -> {v!r}" for k, v in values.items() if old.get(k) != v]:
+        say(dist, f"settings that changed since this run was started: {'; '.join(changed)}")
     checkpoint = find_checkpoint(out, dist, cfg.resume == "strict")
     if cfg.resume == "never" and (checkpoint or any((out / name / "config.json").exists() for name, _ in stages)):
         raise ValueError(f"{out} holds an earlier run and --resume=never; choose another --out_dir or remove it")

@@ -52,7 +52,8 @@ def main():
     dtype = common.compute_dtype(cfg.dtype, dist.device)
     autocast = torch.autocast(dist.device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
     out, peak = Path(cfg.out_dir), common.peak_flops(dist.device)
-    values, (checkpoint, began) = resolved(cfg), common.open_run(cfg, origins, stages, dist)   # the newest good one
+    values = resolved(cfg)
+    checkpoint, began = common.open_run(cfg, origins, stages, dist, values)  # the newest good one
     log, track = (common.open_log(out), common.open_tracker(cfg, values)) if dist.is_main else (None, None)
     later = sum(common.stage_steps(cfg, stage) for _, stage in stages)       # steps behind the stage at work
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
@@ -62,7 +63,7 @@ def main():
         steps, accum = common.stage_steps(cfg, stage), stage.grad_accum_steps or cfg.grad_accum_steps
         later -= steps
         if (out / name / "config.json").exists():
-            common.say(dist, f"{name}: finished before, its model folder is {out / name}")
+            common.say(dist, f"{name}: finished before, in {out / name}; remove that folder to train it again")
             continue
         folder, first_step = common.where_to_start(cfg, origins, name)
         accum, began = common.micro_batches(accum, began, name, checkpoint, dist)

@@ -64,7 +64,10 @@ def read_configs(folder):
     """-> (VisionConfig or None, LLMConfig or None, the raw config.json as a dict). One of the two is None for the
     folder of a ViT or of a language model alone. ValueError (unknown architecture or option) or FileNotFoundError."""
     path = Path(folder) / "config.json"
-    raw = read_json(path, dict)
+    if not path.exists(): raise FileNotFoundError(f"{path} does not exist; give the folder of a model")
+    if "argv" in (raw := read_json(path, dict)):
+        models = [str(p.parent) for p in sorted(Path(folder).glob("*/config.json"))]
+        raise ValueError(f"{folder} is the folder of a run; its models: {', '.join(models) or 'none yet'}")
     try:
         return *_read_config(path, raw), raw
     except (TypeError, AttributeError, ZeroDivisionError, KeyError) as e:
