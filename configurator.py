@@ -154,6 +154,11 @@ def print_help(table):
             print(f"{f'--{name}=PRESET':40s} {'|'.join(value.PRESETS)}")
 
 # ---- the one place where errors become messages ---------------------------------------------------------------------
+def told(error):
+    """An error that a user caused, in one line."""
+    file = getattr(error, "filename", None)
+    return " ".join((f"{file}: {error.strerror}" if file else str(error) or type(error).__name__).split())
+
 def launch(main):
     """Run a script's main(). A user's error (ValueError, OSError) becomes one line on stderr and exit code 2, Ctrl-C
     exit code 130; `--debug=True` shows the traceback. Other exceptions are bugs and pass through."""
@@ -162,6 +167,5 @@ def launch(main):
     except (ValueError, OSError, KeyboardInterrupt) as e:
         if "--debug=True" in sys.argv: raise
         interrupted = isinstance(e, KeyboardInterrupt)
-        message = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else str(e) or type(e).__name__
-        print("interrupted" if interrupted else f"error: {' '.join(message.split())}", file=sys.stderr)
+        print("interrupted" if interrupted else f"error: {told(e)}", file=sys.stderr)
         sys.exit(130 if interrupted else 2)

@@ -76,8 +76,8 @@ def batch(cfg):
             try:
                 prompt = assistant.prompt([(row["prompt"], None)], [assistant.tiles(base / path) for path in images])
             except (ValueError, OSError) as e:
-                row["error"] = str(e)
-                note(f"{row.get('image')}: {e}")
+                row["error"] = configurator.told(e)
+                note(f"{row.get('image')}: {row['error']}")
             else:
                 good.append(row)
                 yield prompt
@@ -119,7 +119,7 @@ def chat(assistant, cfg):
         except EOFError:
             return
         except (ValueError, OSError) as e:
-            note(f"error: {e}")
+            note(f"error: {configurator.told(e)}")
 
 def main():
     configurator.configure(cfg := Config())
