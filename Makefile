@@ -102,7 +102,7 @@ captions-chain:
 	echo "$$((SECONDS - start)) seconds; look at $$at/report.html"
 
 test: $(VENV)/dev.done
-	$(BIN)/python -m pytest -m "not gpu and not nightly"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not nightly"
 
 test-nightly: $(VENV)/dev.done
 	$(BIN)/python -m pytest
