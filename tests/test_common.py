@@ -498,13 +498,10 @@ def test_a_run_none_of_whose_checkpoints_is_whole_is_refused_not_started_anew(tm
         common.find_checkpoint(tmp_path)
 
 
-def test_the_run_record_says_what_ran(tmp_path, capsys):
+def test_the_run_record_says_what_ran(tmp_path):
     common.write_run_config(tmp_path, {"seed": 7}, {"seed": "command line"}, 2)
     record = common.read_run_config(tmp_path)
     assert record["config"] == {"seed": 7} and record["origins"] == {"seed": "command line"} and record["world"] == 2
-    assert "changed" not in capsys.readouterr().out
-    common.write_run_config(tmp_path, {"seed": 8}, {"seed": "command line"}, 2)
-    assert "changed since this run was started: seed: 7 -> 8" in capsys.readouterr().out
     assert record["versions"]["torch"] == torch.__version__ and record["argv"] == sys.argv and "commit" in record
 
 

@@ -79,7 +79,7 @@ def changed(before, after):
 
 
 def test_each_stage_of_pretraining_trains_what_it_says_and_leaves_the_rest_bit_identical(
-        tmp_path, shards, start, monkeypatch):
+        tmp_path, shards, start, monkeypatch, capsys):
     # rates high enough to show in bfloat16
     arguments = argv(tmp_path / "run", shards, "--advance.lr_vision=1e-2", "--alignment.lr_projector=1e-2",
                      "--advance.lr_projector=1e-2", f"--init_from={start}")
@@ -92,8 +92,12 @@ def test_each_stage_of_pretraining_trains_what_it_says_and_leaves_the_rest_bit_i
     assert rows[-1]["lr"].keys() == {"vision_model", "mlp1"} and rows[0]["lr"].keys() == {"mlp1"}
     about = json.loads((tmp_path / "run/config.json").read_text())
     assert about["origins"]["alignment.lr_projector"] == "command line" and about["origins"]["beta1"] == "default"
-    run(train, arguments, monkeypatch)                                            # finished: nothing is done again
+    assert "changed since" not in capsys.readouterr().out
+    run(train, [*arguments, "--beta2=0.5"], monkeypatch)                          # finished: nothing is done again
     assert log(tmp_path / "run") == rows
+    told = capsys.readouterr().out
+    assert "settings that changed since this run was started: beta2: 0.95 -> 0.5" in told
+    assert f"advance: finished before, in {tmp_path / 'run/advance'}; remove that folder to train it again" in told
 
 
 def test_each_stage_of_fine_tuning_changes_every_tensor_and_what_it_freezes_stays_bit_identical(
