@@ -10,7 +10,7 @@ else it is dropped and counted; an unreadable row is quarantined and counted.
 Shapes: T tokens of a pack, S samples in a pack, N tiles of a pack, s tile side in pixels.
 """
 import atexit, bisect, collections, concurrent.futures, contextlib, fcntl, functools, gc, glob, hashlib, html
-import io, itertools, json, multiprocessing, os, re, signal, sys, tarfile, unicodedata, weakref
+import io, itertools, json, multiprocessing, os, re, signal, sys, tarfile, threading, unicodedata, weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from vision import GRAY, count_tiles, image_size, load_image, make_tiles, pictur
 def read_json(path, kind=object):
     """What a JSON file holds; ValueError if that is none, or not of this kind (dict for the files of a model)."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as e:                          # a million brackets are no data
         raise ValueError(f"{path} is not valid JSON: {e}") from None
     if not isinstance(content, kind):
@@ -77,7 +77,11 @@ class Tokenizer:
         self.hash = sha256([sorted(pieces.items()), self.special])[:12]
 
     def encode(self, text):
-        return self.bpe.encode_ordinary(unicodedata.normalize("NFC", text))
+        try:
+            return self.bpe.encode_ordinary(unicodedata.normalize("NFC", text))
+        except BaseException as e:                                     # a panic of Rust is no Exception: its regular
+            if type(e).__name__ != "PanicException": raise             # expressions give up at a million blanks
+            raise ValueError(f"a text of {len(text)} characters that cannot be split into tokens; shorten it") from None
 
     def decode(self, ids, skip_special=True):
         ids = [i for i in ids if i < self.n_vocab and not (skip_special and i in self.special_ids)]
@@ -175,7 +179,8 @@ def conversation(row):
     if name is None:
         text = row.get("caption", row.get("text"))
         if not isinstance(text, str) or not text.strip():
-            raise ValueError("no conversations, messages, caption or text in this row, or an empty one; write it")
+            missing = "no conversations, messages, caption or text in this row, or an empty one; write it"
+            raise ValueError(row.get("unreadable", missing))
         return None, [(CAPTION_PROMPT, text.strip())]
     roles, texts = [], []
     if not isinstance(row[name], list) or not all([isinstance(turn, dict) for turn in row[name]]):
@@ -212,17 +217,19 @@ def image_names(row):
     return names
 
 # ---- sources: one memory-mapped index each ------------------------------------------------------------------------
-ROW = np.dtype([("offset", "i8"), ("size", "i4"), ("tokens", "i4"), ("first_image", "i8"), ("n_images", "i4")])
+ROW = np.dtype([("offset", "i8"), ("size", "i4"), ("tokens", "i4"), ("first_image", "i8"), ("n_images", "i4"),
+                ("is_text", "i4")])                                    # is_text: a bare caption, the .txt of a tar
 IMAGE = np.dtype([("offset", "i8"), ("size", "i4"), ("width", "i4"), ("height", "i4")])    # offset, size: in a tar
-UNREADABLE = (ValueError, OSError, KeyError, TypeError, AttributeError, RecursionError)     # what a bad row raises
-MAX_BYTES = 64 * 2 ** 20                                               # of one picture or member of a tar
+UNREADABLE = (ValueError, OSError, LookupError, TypeError, AttributeError, RecursionError)  # what a bad row raises
+MAX_BYTES = 64 * 2 ** 20                                               # of one row, picture or member of a tar
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
 @functools.lru_cache(None)
 def mapped(path):
-    """Rows of an index file, read as they are needed and never copied into this process; () if there are none."""
-    kind = ROW if path.endswith("rows.bin") else IMAGE
-    return np.memmap(path, kind, "r") if os.path.getsize(path) else np.empty(0, kind)
+    """Rows of an index file, read as they are needed and never copied into this process; () if there are none. Unlike
+    numpy's, the mapping keeps no file open: there may be more sources than files a process may have open."""
+    kind, size = ROW if path.endswith("rows.bin") else IMAGE, os.path.getsize(path)
+    return torch.from_file(path, size=size, dtype=torch.uint8).numpy().view(kind) if size else np.empty(0, kind)
 
 class Sparing(io.BufferedReader):
     """A file of which nothing reads more than MAX_BYTES at once, whatever length a header of a tar claims to have."""
@@ -264,8 +271,12 @@ class Source:
         if not self.path.exists():
             raise FileNotFoundError(f"data source {path} does not exist")
         self.root = Path(root or (self.path if self.path.is_dir() else self.path.parent))
-        self.is_tar, stat = self.path.suffix == ".tar", self.path.stat()
-        about = [str(self.path.resolve()), str(self.root), stat.st_size, stat.st_mtime_ns]
+        if self.path.suffix.lower() in (".gz", ".zst", ".xz", ".bz2", ".zip", ".parquet"):
+            raise ValueError(f"{path} is compressed, and rows are read by their place in a file; unpack it")
+        self.is_tar = self.path.suffix.lower() == ".tar"
+        files = sorted(self.path.rglob("*")) if self.path.is_dir() else [self.path]
+        about = [[str(file.resolve()), (stat := file.stat()).st_size, stat.st_mtime_ns] for file in files]
+        about += [str(self.path.resolve()), str(self.root.resolve())]
         about += [tokenizer.hash, template, image_as, self.sha256]
         beside = self.path.parent if os.access(self.path.parent, os.W_OK) else Path("shards/index")  # read-only data
         self.index = beside / f".{self.path.name}.index-{sha256([*about, ROW.descr, 2])[:12]}"
@@ -282,14 +293,14 @@ class Source:
         return self.index / "rows.jsonl" if self.path.is_dir() or self.path.suffix == ".json" else self.path
 
     def _read(self, offset, size):
+        if size > MAX_BYTES: raise ValueError(f"{size} bytes; a row, and a picture, may have {MAX_BYTES}")
         with open(self.lines, "rb") as file:
             file.seek(offset)
             return file.read(size)
 
-    def _row(self, raw, i):
-        text = self.is_tar and not raw.lstrip().startswith((b"{", b"["))   # the .txt beside an image
+    def _row(self, raw, i, is_text):
         try:
-            row = {"caption": raw.decode()} if text else json.loads(raw)
+            row = {"caption": raw.decode("utf-8-sig")} if is_text else json.loads(raw)
         except ValueError as e:
             why = f"{e.msg} at character {e.pos + 1}" if isinstance(e, json.JSONDecodeError) else e
             raise ValueError(f"not valid JSON ({why}); write one object {{...}} per row, in UTF-8") from None
@@ -298,7 +309,7 @@ class Source:
         return {"id": f"{self.name}:{i}", **row}
 
     def row(self, i):
-        return self._row(self._read(*self.rows[i].item()[:2]), i)
+        return self._row(self._read(*self.rows[i].item()[:2]), i, self.rows[i]["is_text"])
 
     def image(self, i, k, row):
         """Bytes of image k of row i."""
@@ -310,28 +321,29 @@ class Source:
         return path.read_bytes()
 
     def _records(self):
-        """Yield (offset, size) of every record and, of a tar, {name: (offset, size)} of its pictures."""
+        """Yield (offset, size, is_text) of every record and, of a tar, {name: (offset, size)} of its pictures."""
         if self.is_tar:                                                # never extracted
             with open_tar(self.path) as tar:
                 for _, group in itertools.groupby((m for m in tar if m.isreg()), tar_key):  # links, devices: not data
                     group = {os.path.basename(m.name): (m.offset_data, m.size) for m in group}
-                    texts = [at for end in (".json", ".txt") for name, at in group.items() if name.endswith(end)]
-                    yield *(texts or [(0, 0)])[0], {name: at for name, at in group.items()
-                                                    if name.lower().endswith(IMAGE_SUFFIXES)}
+                    texts = [(*at, end == ".txt") for end in (".json", ".txt") for name, at in group.items()
+                             if name.lower().endswith(end)]
+                    yield *(texts or [(0, 0, False)])[0], {name: at for name, at in group.items()
+                                                           if name.lower().endswith(IMAGE_SUFFIXES)}
             return
         if self.lines != self.path:
             with open(self.lines, "w") as file:
-                for row in folder_rows(self.path) if self.path.is_dir() else read_json(self.path):
+                for row in folder_rows(self.path) if self.path.is_dir() else read_json(self.path, list):
                     file.write(json.dumps(row) + "\n")
         with open(self.lines, "rb") as file:
             for line in file:
                 if line.strip():
-                    yield file.tell() - len(line), len(line), None
+                    yield file.tell() - len(line), len(line), False, None
 
-    def _measure(self, raw, pictures, i, tokenizer, template, image_as, seen):
+    def _measure(self, raw, is_text, pictures, i, tokenizer, template, image_as, seen):
         """Tokens apart from visual ones, and (offset, size, width, height) of each image; raises one of UNREADABLE.
         seen: {path: size} of pictures looked at before."""
-        row = self._row(raw, i)
+        row = self._row(raw, i, is_text)
         if image_as == "words":
             found = []
         elif pictures is None:
@@ -355,23 +367,24 @@ class Source:
         """(rows, images, bad) of some records in order; `first` is the number of the first of them."""
         rows, images, bad, seen = [], [], [], {}
         with open(self.lines, "rb") as file:
-            for i, (offset, size, pictures) in enumerate(records, first):
+            for i, (offset, size, is_text, pictures) in enumerate(records, first):
                 try:
+                    if size > MAX_BYTES: raise ValueError(f"a row of {size} bytes; it may have {MAX_BYTES}")
                     raw = os.pread(file.fileno(), size, offset)
-                    tokens, found = self._measure(raw, pictures, i, *reading, seen)
-                    rows.append((offset, size, tokens, len(images), len(found)))
+                    tokens, found = self._measure(raw, is_text, pictures, i, *reading, seen)
+                    rows.append((offset, size, tokens, len(images), len(found), is_text))
                     images += found
                 except UNREADABLE as e:
                     name = "" if type(e) is ValueError else f"{type(e).__name__}: "
                     bad.append({"source": self.name, "row": i, "reason": f"{name}{e}"[:300]})
-                    rows.append((offset, size, -1, len(images), 0))
+                    rows.append((offset, min(size, 2 ** 31 - 1), -1, len(images), 0, is_text))
         return np.array(rows, ROW), np.array(images, IMAGE), bad
 
     def _mended(self, *reading):
         """Whether a row that was unreadable can be read now: its picture is there. A tar changes only as a whole."""
         for bad in read_json(self.index / "meta.json")["bad"] if not self.is_tar else ():
             with contextlib.suppress(*UNREADABLE):
-                self._measure(self._read(*self.rows[bad["row"]].item()[:2]), None, bad["row"], *reading, {})
+                self._measure(self._read(*self.rows[bad["row"]].item()[:2]), False, None, bad["row"], *reading, {})
                 mapped.cache_clear()
                 return True
 
@@ -420,9 +433,10 @@ class Source:
 CHUNK = 20_000                                      # records that one process measures at a time, about a second
 
 def _reading(reading):
-    """How a process of the pool reads rows: told once, for a tokenizer is large."""
+    """How a process of the pool reads rows, told once: a tokenizer is large. It ends where its parent was killed."""
     global READING
-    READING = reading
+    READING, parent = reading, multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 def _measure_chunk(source, chunk, first):
     return source._measure_all(chunk, first, *READING)
@@ -433,9 +447,10 @@ def folder_rows(folder):
         if path.suffix.lower() in IMAGE_SUFFIXES:
             row, text = path.with_suffix(".json"), path.with_suffix(".txt")
             try:
-                row = read_json(row) if row.exists() else {"caption": text.read_text() if text.exists() else ""}
+                words = text.read_text(encoding="utf-8-sig") if text.exists() else ""
+                row = read_json(row, dict) if row.exists() else {"caption": words}
             except ValueError as e:                                    # quarantined when the row is read
-                row = {"conversations": [{"from": "human", "value": f"unreadable: {e}"}]}
+                row = {"unreadable": str(e)}
             yield {"id": path.stem, **row, "image": str(path.relative_to(folder))}
 
 # InternVL's keys of a meta entry (facts of its documentation) and two of ours: weight, share of the samples; sha256
@@ -443,10 +458,14 @@ META = dict(annotation=(str,), root=(str,), repeat_time=(int, float), length=(in
             max_dynamic_patch=(int,), weight=(int, float), sha256=(str,))
 
 def expand(spec):
-    """Yield (name or "", path) of comma-separated `path` or `name=path`, `*` and `{000..012}` filled in."""
+    """Yield (name or "", path) of comma-separated `path` or `name=path`, `*` and `{000..012}` filled in; what is there
+    as it is written goes first (`year=2026/*.jsonl`, `[1].jsonl`)."""
     for entry in filter(None, map(str.strip, spec.split(","))):
-        name, path = entry.split("=", 1) if "=" in entry and not os.path.exists(entry) else ("", entry)
-        if braces := re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", path):
+        bare = "=" not in entry or os.path.exists(entry) or glob.glob(entry)
+        name, path = ("", entry) if bare else entry.split("=", 1)
+        if os.path.exists(path):
+            paths = [path]
+        elif braces := re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", path):
             before, first, last, after = braces.groups()
             paths = [f"{before}{i:0{len(first)}d}{after}" for i in range(int(first), int(last) + 1)]
         else:
@@ -720,7 +739,7 @@ class Packs(torch.utils.data.Dataset):
                     new = [torch.from_numpy(cell_words(cells, self.tokenizer)) for cells in row["cells"]]
                 sample = render(row, self.tokenizer, self.template, n_tiles, self.tokens_per_tile, self.image_as,
                                 self.cell_labels)
-            except (ValueError, OSError, KeyError) as e:
+            except UNREADABLE as e:
                 bad.append({"source": source.name, "id": row["id"], "reason": f"{type(e).__name__}: {e}"[:300]})
                 continue
             samples.append(sample)
@@ -755,11 +774,15 @@ def _start_worker(_):
 
 class Loader(torch.utils.data.DataLoader):
     """A DataLoader whose workers end with the program also where it fails: at exit PyTorch asks them by SIGTERM, which
-    they ignore, and Python waits for them for ever."""
+    they ignore, and Python waits for them for ever. OSError where one of them was killed."""
     def __iter__(self):
         ref = weakref.ref(batches := super().__iter__())               # alone: it is not kept until then
         if self.num_workers: atexit.register(lambda: (left := ref()) is None or left._shutdown_workers())
-        return batches
+        try:
+            yield from batches
+        except RuntimeError as e:
+            if not str(e).startswith("DataLoader worker"): raise
+            raise OSError(f"{e}; was there memory left? try fewer --num_workers") from None
 
 def make_loader(packs, rank=0, world=1, num_workers=0, position=(0, 0, 0), counts=()):
     """DataLoader over this rank's packs of the global sequence, from a position on, whatever the number of workers."""
@@ -802,16 +825,16 @@ def model_inputs(batch, device):
 TOY_TOKENIZER = str(Path(__file__).parent / "config" / "toy_tokenizer")   # to validate, any vocabulary does
 
 def check(paths):
-    """Validate every row, decode every image; print line, field and reason of bad rows. Returns how many are bad."""
+    """Validate every row, decode every image; print line, field, reason of bad ones. Whether all are good."""
     total = n_bad = 0
     def damage(i):                                                     # of a picture of row i, or None
-        row = source.row(i)
-        for k in range(source.rows[i]["n_images"]):
-            try:
+        try:
+            where, row = "its row", source.row(i)
+            for k, name in enumerate(image_names(row) or range(1, source.rows[i]["n_images"] + 1)):
+                where = f"image {name}"
                 load_image(source.image(i, k, row))
-            except (ValueError, OSError) as e:
-                name = image_names(row)[k] if image_names(row) else k + 1
-                return f"image {name}: {e}; mend the file or remove the row"
+        except UNREADABLE as e:
+            return f"{where}: {e}; mend the file or remove the row"
     for source in open_sources(",".join(paths), Tokenizer(TOY_TOKENIZER), "sailvl-chat"):
         reasons, line, at = {bad["row"]: bad["reason"] for bad in source.meta["bad"]}, 1, 0
         rows = np.flatnonzero(source.rows["n_images"]).tolist()
@@ -830,7 +853,7 @@ def check(paths):
             print(f"{source.path}: {where}: {reasons[i]}")
         total, n_bad = total + len(source.rows), n_bad + len(reasons)
     print(f"{total} rows, {total - n_bad} good, {n_bad} bad")
-    return n_bad
+    return total > n_bad == 0
 
 def spoken(row, tokenizer, template, tiles, tokens_per_tile):
     """[(text, whether it is supervised)] of what the model sees; runs of visual tokens are shortened."""
@@ -896,7 +919,7 @@ def main():
     if command not in ("check", "show", "preview") or not paths:
         raise ValueError("usage: python data.py check FILE... | show FILE --n=8 --tokenizer=DIR | preview FILE --out=A")
     if command == "check":
-        sys.exit(2 if check(paths) else 0)
+        sys.exit(0 if check(paths) else 2)
     tokenizer, about = Tokenizer(cfg.tokenizer), Path(cfg.tokenizer, "config.json")
     about = read_json(about, dict) if about.exists() else {}
     side, template = cfg.tile_size or about.get("force_image_size", 448), about.get("template", "sailvl-chat")

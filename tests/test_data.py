@@ -1,5 +1,5 @@
 """data.py: tokens, labels, sources, order, packs, and that nothing is lost."""
-import io, itertools, json, tarfile
+import io, itertools, json, os, signal, subprocess, sys, tarfile, time
 from pathlib import Path
 
 import numpy as np
@@ -351,8 +351,127 @@ def test_check_names_the_line_and_show_prints_what_the_model_sees(tmp_path, caps
     (tmp_path / "p.png").write_bytes(picture())
     rows = [talk("<image>\nWhat?", "Red.", image="p.png", id="a"), {"id": "b", "conversations": []}]
     spec = write_rows(tmp_path, rows)
-    assert data.check([spec]) == 1
+    assert not data.check([spec])
     assert "line 2" in capsys.readouterr().out
     data.show(Packs(open_sources(spec, TOY, "sailvl-chat"), TOY, "sailvl-chat", **KW), 1)
     seen = "<img><IMG_CONTEXT x 9></img>\nWhat?<|im_end|><|im_start|>assistant\n[[Red.<|im_end|>]]"
     assert seen in capsys.readouterr().out
+
+
+# ---- sources that go wrong ----
+
+def test_sources_keep_no_file_open_and_one_spelt_otherwise_is_one_index(tmp_path, monkeypatch):
+    for k in range(40):
+        write_rows(tmp_path, [talk(id=f"{k}")], f"{k}.jsonl")
+    before = len(os.listdir("/proc/self/fd"))
+    sources = open_sources(f"{tmp_path}/*.jsonl", TOY, "sailvl-chat")
+    assert sum(len(s.rows) + len(s.images) for s in sources) == 40 and len(os.listdir("/proc/self/fd")) == before
+    monkeypatch.chdir(tmp_path)
+    open_sources("7.jsonl,./7.jsonl", TOY, "sailvl-chat")
+    assert len([*tmp_path.glob(".7.jsonl.index-*")]) == 1
+
+
+def test_a_row_that_no_tokenizer_or_memory_can_take_is_quarantined(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "MAX_BYTES", 1_500_000)
+    rows = [talk("blanks" + " " * 1_000_000, id="a"), talk("long" * 400_000, id="b"), talk(id="c")]
+    source, = open_sources(write_rows(tmp_path, rows), TOY, "sailvl-chat")
+    blanks, long = [bad["reason"] for bad in source.meta["bad"]]
+    assert "cannot be split into tokens" in blanks and "a row of 1600098 bytes" in long and source.row(2)["id"] == "c"
+
+
+def test_a_row_that_changes_while_a_run_reads_it_is_quarantined_not_fatal(tmp_path):
+    row = json.dumps(talk("<image>\nWhat?", id="a", image=["p.png"]))
+    (tmp_path / "p.png").write_bytes(picture())
+    (tmp_path / "rows.jsonl").write_text(row + "\n")
+    sources = open_sources(f"{tmp_path}/rows.jsonl", TOY, "sailvl-chat")
+    packs = Packs(sources, TOY, "sailvl-chat", **KW)
+    (tmp_path / "rows.jsonl").write_text(row.replace('["p.png"]', "[]       ") + "\n")
+    batch = packs[next(packs.sequence())]
+    assert [bad["id"] for bad in batch["bad"]] == ["a"] and batch["ids"] == []
+
+
+def test_a_caption_file_or_array_of_another_kind_is_named(tmp_path, capsys):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name, text in (("a.json", "[1]"), ("b.txt", "\ufeffA cat."), ("c.txt", "[sic] {a} cat")):
+        (folder / name).write_text(text, encoding="utf-8")
+        (folder / f"{name[0]}.png").write_bytes(picture())
+    (folder / "d.png").write_bytes(picture())
+    (folder / "d.txt").write_bytes("caf\xe9".encode("latin-1"))
+    assert not data.check([str(folder)])
+    out = capsys.readouterr().out
+    assert "a.png" in out and "holds a list, not a dict" in out and "d.png" in out and "utf-8" in out and "2 bad" in out
+    source, = open_sources(str(folder), TOY, "sailvl-chat")
+    assert [source.row(k)["caption"] for k in (1, 2)] == ["A cat.", "[sic] {a} cat"]
+    (tmp_path / "number.json").write_text("7")
+    with pytest.raises(ValueError, match="number.json holds a int, not a list"):
+        open_sources(f"{tmp_path}/number.json", TOY, "sailvl-chat")
+    (tmp_path / "none.jsonl").write_text("")
+    assert not data.check([f"{tmp_path}/none.jsonl"])
+    (tmp_path / "rows.jsonl.gz").write_bytes(b"")
+    with pytest.raises(ValueError, match="unpack it"):
+        open_sources(f"{tmp_path}/rows.jsonl.gz", TOY, "sailvl-chat")
+
+
+def test_a_bare_caption_in_a_tar_is_text_whatever_it_begins_with(tmp_path):
+    with tarfile.open(tmp_path / "a.TAR", "w") as tar:
+        for name, content in (("1.jpg", picture()), ("1.txt", b"{a} cat"), ("2.png", picture()), ("2.TXT", b"[sic]"),
+                              ("3.png", picture()), ("3.json", b'{"caption": "A dog."}')):
+            data.add_member(tar, name, content)
+    source, = open_sources(f"{tmp_path}/a.TAR", TOY, "sailvl-chat")
+    assert [source.row(k)["caption"] for k in range(3)] == ["{a} cat", "[sic]", "A dog."] and not source.meta["bad"]
+
+
+def test_a_folder_that_changed_below_its_top_is_indexed_again(tmp_path):
+    below = tmp_path / "folder" / "b"
+    below.mkdir(parents=True)
+    for name, text in (("p", "Old."), ("q", "Other.")):
+        (below / f"{name}.png").write_bytes(picture())
+        (below / f"{name}.txt").write_text(text)
+    captions = lambda: [s.row(k)["caption"] for s in open_sources(f"{tmp_path}/folder", TOY, "sailvl-chat") for k in
+                        range(len(s.rows))]
+    assert captions() == ["Old.", "Other."]
+    (below / "p.txt").write_text("New and longer.")
+    assert captions() == ["New and longer.", "Other."]
+    (below / "q.png").unlink()
+    assert captions() == ["New and longer."]
+
+
+def test_what_is_there_as_it_is_written_goes_before_patterns_and_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("[1].jsonl", "1.jsonl", "a{0..1}.jsonl", "year=2026/x.jsonl", "k/year=2026/x.jsonl"):
+        write_rows(Path(name).parent, [talk()], Path(name).name)
+    spec = "[1].jsonl,a{0..1}.jsonl,year=2026/*.jsonl,k/year=2026/x.jsonl,mine=[1].jsonl,theirs=b=c{0..1}.jsonl"
+    assert [(name, str(path)) for name, path in data.expand(spec)] == [
+        ("", "[1].jsonl"), ("", "a{0..1}.jsonl"), ("", "year=2026/x.jsonl"), ("", "k/year=2026/x.jsonl"),
+        ("mine", "[1].jsonl"), ("theirs", "b=c0.jsonl"), ("theirs", "b=c1.jsonl")]
+
+
+class Deadly(torch.utils.data.Dataset):
+    def __len__(self):
+        return 9
+
+    def __getitem__(self, i):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_one_line_that_says_what_to_try():
+    with pytest.raises(OSError, match="DataLoader worker.*fewer --num_workers"):
+        next(iter(data.Loader(Deadly(), num_workers=1, batch_size=None)))
+
+
+@pytest.mark.nightly
+def test_processes_that_index_end_where_their_parent_was_killed(tmp_path):
+    code = ("import os, time, data, multiprocessing as m, concurrent.futures as c\n"
+            "if __name__ == '__main__':\n    pool = c.ProcessPoolExecutor(1, m.get_context('spawn'), data._reading, ((),))\n"
+            "    print(pool.submit(os.getpid).result(), flush=True); time.sleep(60)")
+    script = tmp_path / "parent.py"
+    script.write_text(code)
+    parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True,
+                              env={**os.environ, "PYTHONPATH": str(ROOT)})
+    child = int(parent.stdout.readline())
+    parent.kill()
+    end = time.time() + 20
+    while os.path.exists(f"/proc/{child}/cwd") and time.time() < end:
+        time.sleep(0.1)
+    assert not os.path.exists(f"/proc/{child}/cwd")

@@ -249,7 +249,7 @@ def test_an_epoch_that_does_not_add_up_is_refused(tmp_path):
 # ---- R25 -------------------------------------------------------------------------------------------------------------
 
 FAILS = """
-import sys
+import multiprocessing, sys
 import configurator, data
 def main():
     tok = data.Tokenizer(data.TOY_TOKENIZER)
@@ -257,7 +257,7 @@ def main():
                        tokens_per_tile=9, tokens_per_pack=300)
     batches = iter(data.make_loader(packs, num_workers=2))
     next(batches)
-    print(*[worker.pid for worker in batches._workers], flush=True)
+    print(*[worker.pid for worker in multiprocessing.active_children()], flush=True)
     raise ValueError("stopped")
 configurator.launch(main)
 """
