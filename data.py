@@ -10,7 +10,7 @@ else it is dropped and counted; an unreadable row is quarantined and counted.
 Shapes: T tokens of a pack, S samples in a pack, N tiles of a pack, s tile side in pixels.
 """
 import atexit, bisect, collections, concurrent.futures, contextlib, fcntl, functools, gc, glob, hashlib, html
-import io, itertools, json, multiprocessing, os, re, signal, sys, tarfile, threading, unicodedata, weakref
+import io, itertools, json, math, multiprocessing, os, re, signal, sys, tarfile, threading, unicodedata, weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -584,13 +584,6 @@ def fill_packs(tokens, tiles, tokens_per_pack, tiles_per_pack):
         packs.append(pack)
     return packs
 
-def tile_room(n, side):
-    """uint8 (n, 3, side, side) to be written; of a worker in the memory it shares, where it would be copied after."""
-    if n == 0 or torch.utils.data.get_worker_info() is None:
-        return torch.empty(n, 3, side, side, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(n * 3 * side ** 2)
-    return torch.empty(0, dtype=torch.uint8).set_(storage).view(n, 3, side, side)
-
 @dataclass(slots=True)
 class Pack:
     samples: list = field(default_factory=list)     # of (source, row, (tiles of each image))
@@ -599,6 +592,7 @@ class Pack:
     cost: float = 0.0                               # relative FLOPs, for dealing packs of like cost to the ranks
     position: tuple = ()                            # where to resume after it: (epoch, window, packs of it consumed)
     counts: dict = None                             # samples used and dropped so far, those of this pack included
+    slot: int = 0                                   # where a worker puts its tiles
     together: tuple = ()                            # position and counts after, and costs of, what all ranks do at once
 
 class Packs(torch.utils.data.Dataset):
@@ -723,7 +717,10 @@ class Packs(torch.utils.data.Dataset):
         ids; bad: samples that failed to decode and are left out; size: how much of everything there is; lengths: tokens
         of each sample."""
         samples, words, ids, bad, n_cells, filled = [], [], [], [], [], 0
-        tiles = tile_room(sum([sum(n_tiles) for *_, n_tiles in pack.samples]), self.tile_size)
+        n = sum([sum(n_tiles) for *_, n_tiles in pack.samples])
+        shared = n and torch.utils.data.get_worker_info()              # written where Loader finds them
+        side = self.tile_size
+        tiles = self.slots[pack.slot, :n] if shared else torch.empty(n, 3, side, side, dtype=torch.uint8)
         for k, i, n_tiles in pack.samples:
             source = self.sources[k]
             row, end = {"id": f"{source.name}:{i}"}, filled
@@ -759,6 +756,7 @@ class Packs(torch.utils.data.Dataset):
         arrays = {"tokens": tokens, "labels": labels, "positions": np.concatenate([np.arange(n) for n in lengths]),
                   "weights": weights, "cu_seqlens": np.cumsum([0, *lengths], dtype=np.int32)}
         tiles, at = torch.cat(words) if words else tiles[:filled], labels != IGNORE
+        tiles = (pack.slot, filled) if shared else tiles
         size = {"tokens": sum(real), "tiles": filled, "samples": len(ids), "bad": len(bad),
                 "token_room": self.tokens_per_pack, "tile_room": self.tiles_per_pack,
                 "supervised": int(at.sum()), "weight": float(weights[at].sum())}
@@ -772,14 +770,26 @@ def _start_worker(_):
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)                      # until then
     torch.set_num_threads(1)
 
+FETCHED = 4                                         # packs that a worker makes ahead
+
 class Loader(torch.utils.data.DataLoader):
     """A DataLoader whose workers end with the program also where it fails: at exit PyTorch asks them by SIGTERM, which
-    they ignore, and Python waits for them for ever. OSError where one of them was killed."""
+    they ignore, and Python waits for them for ever. OSError where one of them was killed. Tiles come in shared memory
+    whose slots are used again and again, for new pages cost a fifth of the time; batches come in order, and FETCHED are
+    under way for each worker, so one slot more than these is free when its turn comes."""
     def __iter__(self):
+        if self.num_workers:
+            shape = self.num_workers * FETCHED + 1, self.dataset.tiles_per_pack, 3, *2 * [self.dataset.tile_size]
+            memory = torch.UntypedStorage._new_shared(math.prod(shape))
+            self.dataset.slots = slots = torch.empty(0, dtype=torch.uint8).set_(memory).view(shape)
         ref = weakref.ref(batches := super().__iter__())               # alone: it is not kept until then
         if self.num_workers: atexit.register(lambda: (left := ref()) is None or left._shutdown_workers())
         try:
-            yield from batches
+            for batch in batches:
+                if type(at := batch["tiles"]) is list:                 # slot and number, which DataLoader makes a list
+                    tiles = slots[at[0], :at[1]]
+                    batch["tiles"] = tiles.pin_memory() if self.pin_memory else tiles.clone()
+                yield batch
         except RuntimeError as e:
             if not str(e).startswith("DataLoader worker"): raise
             raise OSError(f"{e}; was there memory left? try fewer --num_workers") from None
@@ -788,12 +798,13 @@ def make_loader(packs, rank=0, world=1, num_workers=0, position=(0, 0, 0), count
     """DataLoader over this rank's packs of the global sequence, from a position on, whatever the number of workers."""
     def mine():
         sequence = packs.sequence(position, counts)
-        while True:
+        for number in itertools.count():
             *_, last = together = [*itertools.islice(sequence, world)]     # the micro-batch of all ranks
             together[rank].together = last.position, last.counts, [pack.cost for pack in together]
+            together[rank].slot = number % (num_workers * FETCHED + 1)
             yield together[rank]
     return Loader(packs, sampler=mine(), batch_size=None, num_workers=num_workers, worker_init_fn=_start_worker,
-                  prefetch_factor=4 if num_workers else None, pin_memory=torch.cuda.is_available())
+                  prefetch_factor=FETCHED if num_workers else None, pin_memory=torch.cuda.is_available())
 
 def held_out(packs, n, dist):
     """Yield (arguments of VLM.forward, weight of what is supervised) of this rank's share of the first n packs. Each

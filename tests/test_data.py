@@ -448,6 +448,8 @@ def test_what_is_there_as_it_is_written_goes_before_patterns_and_names(tmp_path,
 
 
 class Deadly(torch.utils.data.Dataset):
+    tiles_per_pack, tile_size = 2, 84
+
     def __len__(self):
         return 9
 
