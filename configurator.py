@@ -154,18 +154,22 @@ def print_help(table):
             print(f"{f'--{name}=PRESET':40s} {'|'.join(value.PRESETS)}")
 
 # ---- the one place where errors become messages ---------------------------------------------------------------------
+KILLED = "DataLoader worker"           # so PyTorch's word begins that a data worker was killed
+
 def told(error):
     """An error that a user caused, in one line."""
     file = getattr(error, "filename", None)
-    return " ".join((f"{file}: {error.strerror}" if file else str(error) or type(error).__name__).split())
+    text = " ".join((f"{file}: {error.strerror}" if file else str(error) or type(error).__name__).split())
+    return text + " Was there memory left? Try fewer --num_workers" * text.startswith(KILLED)
 
 def launch(main):
-    """Run a script's main(). A user's error (ValueError, OSError) becomes one line on stderr and exit code 2, Ctrl-C
-    exit code 130; `--debug=True` shows the traceback. Other exceptions are bugs and pass through."""
+    """Run a script's main(). A user's error (ValueError, OSError) becomes one line on stderr and exit code 2, as does
+    that a data worker was killed, which PyTorch raises wherever the program is; Ctrl-C exit code 130; `--debug=True`
+    shows the traceback. Other exceptions are bugs and pass through."""
     try:
         main()
-    except (ValueError, OSError, KeyboardInterrupt) as e:
-        if "--debug=True" in sys.argv: raise
+    except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as e:
+        if "--debug=True" in sys.argv or isinstance(e, RuntimeError) and not str(e).startswith(KILLED): raise
         interrupted = isinstance(e, KeyboardInterrupt)
         print("interrupted" if interrupted else f"error: {told(e)}", file=sys.stderr)
         sys.exit(130 if interrupted else 2)

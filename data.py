@@ -274,9 +274,14 @@ class Source:
         if self.path.suffix.lower() in (".gz", ".zst", ".xz", ".bz2", ".zip", ".parquet"):
             raise ValueError(f"{path} is compressed, and rows are read by their place in a file; unpack it")
         self.is_tar = self.path.suffix.lower() == ".tar"
-        files = sorted(self.path.rglob("*")) if self.path.is_dir() else [self.path]
-        about = [[str(file.resolve()), (stat := file.stat()).st_size, stat.st_mtime_ns] for file in files]
-        about += [str(self.path.resolve()), str(self.root.resolve())]
+        here = self.path.resolve()
+        about, files = [str(here), str(self.root.resolve())], [here]
+        if here.is_dir():                                              # of itself, not of the indexes of others
+            files = [file for file in sorted(here.rglob("*"))
+                     if file.is_file() and "/." not in f"/{file.relative_to(here)}"]
+        for file in files:
+            with contextlib.suppress(FileNotFoundError):               # gone meanwhile
+                about.append([str(file), (stat := file.stat()).st_size, stat.st_mtime_ns])
         about += [tokenizer.hash, template, image_as, self.sha256]
         beside = self.path.parent if os.access(self.path.parent, os.W_OK) else Path("shards/index")  # read-only data
         self.index = beside / f".{self.path.name}.index-{sha256([*about, ROW.descr, 2])[:12]}"
@@ -290,7 +295,7 @@ class Source:
     @property
     def lines(self):
         """The file that holds the rows; a folder, or LLaVA's one array, became lines when the index was built."""
-        return self.index / "rows.jsonl" if self.path.is_dir() or self.path.suffix == ".json" else self.path
+        return self.index / "rows.jsonl" if self.path.is_dir() or self.path.suffix.lower() == ".json" else self.path
 
     def _read(self, offset, size):
         if size > MAX_BYTES: raise ValueError(f"{size} bytes; a row, and a picture, may have {MAX_BYTES}")
@@ -336,9 +341,12 @@ class Source:
                 for row in folder_rows(self.path) if self.path.is_dir() else read_json(self.path, list):
                     file.write(json.dumps(row) + "\n")
         with open(self.lines, "rb") as file:
-            for line in file:
+            while line := file.readline(MAX_BYTES):
+                start, part = file.tell() - len(line), line
+                while part and part[-1:] != b"\n":                     # too long, but its length is told
+                    part = file.readline(MAX_BYTES)
                 if line.strip():
-                    yield file.tell() - len(line), len(line), False, None
+                    yield start, file.tell() - start, False, None
 
     def _measure(self, raw, is_text, pictures, i, tokenizer, template, image_as, seen):
         """Tokens apart from visual ones, and (offset, size, width, height) of each image; raises one of UNREADABLE.
@@ -447,9 +455,11 @@ def folder_rows(folder):
         if path.suffix.lower() in IMAGE_SUFFIXES:
             row, text = path.with_suffix(".json"), path.with_suffix(".txt")
             try:
-                words = text.read_text(encoding="utf-8-sig") if text.exists() else ""
-                row = read_json(row, dict) if row.exists() else {"caption": words}
-            except ValueError as e:                                    # quarantined when the row is read
+                if (file := row if row.exists() else text).exists() and file.stat().st_size > MAX_BYTES:
+                    raise ValueError(f"{file} has more than {MAX_BYTES} bytes")
+                words = "" if file == row or not text.exists() else text.read_text(encoding="utf-8-sig")
+                row = read_json(row, dict) if file == row else {"caption": words}
+            except (ValueError, OSError) as e:                                    # quarantined when the row is read
                 row = {"unreadable": str(e)}
             yield {"id": path.stem, **row, "image": str(path.relative_to(folder))}
 
@@ -457,20 +467,20 @@ def folder_rows(folder):
 META = dict(annotation=(str,), root=(str,), repeat_time=(int, float), length=(int,), data_augment=(bool,),
             max_dynamic_patch=(int,), weight=(int, float), sha256=(str,))
 
+def fill_in(path):
+    """The paths of a pattern with `*` or `{000..012}`; what is there as it is written goes first (`[1].jsonl`)."""
+    if not os.path.exists(path) and (braces := re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", path)):
+        before, first, last, after = braces.groups()
+        return [f"{before}{i:0{len(first)}d}{after}" for i in range(int(first), int(last) + 1)]
+    return [path] if os.path.exists(path) else sorted(glob.glob(path)) or [path]
+
 def expand(spec):
-    """Yield (name or "", path) of comma-separated `path` or `name=path`, `*` and `{000..012}` filled in; what is there
-    as it is written goes first (`year=2026/*.jsonl`, `[1].jsonl`)."""
+    """Yield (name or "", path) of comma-separated `path` or `name=path`, patterns filled in; `year=2026/*.jsonl` is a
+    path where there are such files."""
     for entry in filter(None, map(str.strip, spec.split(","))):
-        bare = "=" not in entry or os.path.exists(entry) or glob.glob(entry)
+        bare = "=" not in entry or any(map(os.path.exists, fill_in(entry)))
         name, path = ("", entry) if bare else entry.split("=", 1)
-        if os.path.exists(path):
-            paths = [path]
-        elif braces := re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", path):
-            before, first, last, after = braces.groups()
-            paths = [f"{before}{i:0{len(first)}d}{after}" for i in range(int(first), int(last) + 1)]
-        else:
-            paths = sorted(glob.glob(path)) or [path]
-        yield from ((name, Path(path)) for path in paths)
+        yield from ((name, Path(path)) for path in fill_in(path))
 
 def open_sources(spec, tokenizer, template, image_as="pixels"):
     """Sources of `--data`: comma-separated `path` or `name=path`; a path may be .jsonl, .json (LLaVA array or InternVL
@@ -479,7 +489,7 @@ def open_sources(spec, tokenizer, template, image_as="pixels"):
         raise ValueError(f"--template={template}: unknown, choose from {', '.join(TEMPLATES)}")
     sources, reading = [], (tokenizer, template, image_as)
     for name, path in expand(spec):
-        if path.suffix != ".json" or not path.is_file() or open(path).read(99).lstrip()[:1] != "{":
+        if path.suffix.lower() != ".json" or not path.is_file() or open(path).read(99).lstrip()[:1] != "{":
             sources.append(Source(name or path.stem, path, *reading))
             continue
         for key, item in read_json(path).items():                      # InternVL meta: paths as written, else beside it
@@ -774,14 +784,18 @@ FETCHED = 4                                         # packs that a worker makes 
 
 class Loader(torch.utils.data.DataLoader):
     """A DataLoader whose workers end with the program also where it fails: at exit PyTorch asks them by SIGTERM, which
-    they ignore, and Python waits for them for ever. OSError where one of them was killed. Tiles come in shared memory
-    whose slots are used again and again, for new pages cost a fifth of the time; batches come in order, and FETCHED are
+    they ignore, and Python waits for them for ever. Tiles come in shared memory whose slots are used again and again, for new pages cost a fifth of the time; batches come in order, and FETCHED are
     under way for each worker, so one slot more than these is free when its turn comes."""
     def __iter__(self):
-        if self.num_workers:
-            shape = self.num_workers * FETCHED + 1, self.dataset.tiles_per_pack, 3, *2 * [self.dataset.tile_size]
-            memory = torch.UntypedStorage._new_shared(math.prod(shape))
-            self.dataset.slots = slots = torch.empty(0, dtype=torch.uint8).set_(memory).view(shape)
+        packs, n = self.dataset, self.num_workers * FETCHED + 1
+        if self.num_workers and any(len(source.images) for source in packs.sources):
+            shape = n, packs.tiles_per_pack, 3, packs.tile_size, packs.tile_size
+            try:
+                memory = torch.UntypedStorage._new_shared(size := math.prod(shape))
+            except RuntimeError as e:
+                raise OSError(f"no room for {size / 1e6:.0f} MB of tiles in shared memory ({e}); enlarge /dev/shm "
+                              "(docker: --shm-size) or take fewer --num_workers") from None
+            packs.slots = slots = torch.empty(0, dtype=torch.uint8).set_(memory).view(shape)
         ref = weakref.ref(batches := super().__iter__())               # alone: it is not kept until then
         if self.num_workers: atexit.register(lambda: (left := ref()) is None or left._shutdown_workers())
         try:
@@ -790,9 +804,8 @@ class Loader(torch.utils.data.DataLoader):
                     tiles = slots[at[0], :at[1]]
                     batch["tiles"] = tiles.pin_memory() if self.pin_memory else tiles.clone()
                 yield batch
-        except RuntimeError as e:
-            if not str(e).startswith("DataLoader worker"): raise
-            raise OSError(f"{e}; was there memory left? try fewer --num_workers") from None
+        finally:
+            packs.slots = None
 
 def make_loader(packs, rank=0, world=1, num_workers=0, position=(0, 0, 0), counts=()):
     """DataLoader over this rank's packs of the global sequence, from a position on, whatever the number of workers."""
@@ -839,10 +852,11 @@ def check(paths):
     """Validate every row, decode every image; print line, field, reason of bad ones. Whether all are good."""
     total = n_bad = 0
     def damage(i):                                                     # of a picture of row i, or None
+        where = "its row"
         try:
-            where, row = "its row", source.row(i)
-            for k, name in enumerate(image_names(row) or range(1, source.rows[i]["n_images"] + 1)):
-                where = f"image {name}"
+            row = source.row(i)
+            for k in range(source.rows[i]["n_images"]):                # of a tar those that were found in it
+                where = f"image {k + 1 if source.is_tar else image_names(row)[k]}"
                 load_image(source.image(i, k, row))
         except UNREADABLE as e:
             return f"{where}: {e}; mend the file or remove the row"
@@ -863,7 +877,7 @@ def check(paths):
                 where, at = f"line {line}", offset
             print(f"{source.path}: {where}: {reasons[i]}")
         total, n_bad = total + len(source.rows), n_bad + len(reasons)
-    print(f"{total} rows, {total - n_bad} good, {n_bad} bad")
+    print(f"{total or 'no'} rows, {total - n_bad} good, {n_bad} bad")
     return total > n_bad == 0
 
 def spoken(row, tokenizer, template, tiles, tokens_per_tile):

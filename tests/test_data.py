@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-import data
+import configurator, data
 from data import IGNORE, SPECIAL_TOKENS, Packs, Tokenizer, chat_ids, make_loader, open_sources, permute, render
 
 ROOT = Path(__file__).parent.parent
@@ -376,6 +376,7 @@ def test_a_row_that_no_tokenizer_or_memory_can_take_is_quarantined(tmp_path, mon
     rows = [talk("blanks" + " " * 1_000_000, id="a"), talk("long" * 400_000, id="b"), talk(id="c")]
     source, = open_sources(write_rows(tmp_path, rows), TOY, "sailvl-chat")
     blanks, long = [bad["reason"] for bad in source.meta["bad"]]
+    assert source.rows["size"].sum() == os.path.getsize(tmp_path / "rows.jsonl")
     assert "cannot be split into tokens" in blanks and "a row of 1600098 bytes" in long and source.row(2)["id"] == "c"
 
 
@@ -403,6 +404,16 @@ def test_a_caption_file_or_array_of_another_kind_is_named(tmp_path, capsys):
     assert "a.png" in out and "holds a list, not a dict" in out and "d.png" in out and "utf-8" in out and "2 bad" in out
     source, = open_sources(str(folder), TOY, "sailvl-chat")
     assert [source.row(k)["caption"] for k in (1, 2)] == ["A cat.", "[sic] {a} cat"]
+    (folder / "a.json").write_text('{"caption": "A dog."}')            # what is beside it is not looked at
+    (folder / "a.txt").write_bytes(b"\xe9")
+    (folder / "d.txt").unlink()
+    (folder / "d.txt").mkdir()
+    (folder / "e.png").write_bytes(picture())
+    (folder / "e.txt").write_text("far too long " * 9_000_000)
+    assert not data.check([str(folder)])
+    out = capsys.readouterr().out
+    assert "d.png" in out and "directory" in out and "e.txt has more than" in out and "5 rows, 3 good, 2 bad" in out
+    (folder / "e.txt").unlink()
     (tmp_path / "number.json").write_text("7")
     with pytest.raises(ValueError, match="number.json holds a int, not a list"):
         open_sources(f"{tmp_path}/number.json", TOY, "sailvl-chat")
@@ -422,6 +433,18 @@ def test_a_bare_caption_in_a_tar_is_text_whatever_it_begins_with(tmp_path):
     assert [source.row(k)["caption"] for k in range(3)] == ["{a} cat", "[sic]", "A dog."] and not source.meta["bad"]
 
 
+def test_check_looks_at_the_pictures_of_a_tar_that_the_index_found(tmp_path, capsys):
+    row = lambda *names: json.dumps({"image": [*names], "caption": "Two."}).encode()
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, content in (("1.png", picture()), ("1.json", row("1.png", "gone.png")),
+                              ("2.a.png", picture()), ("2.b.png", picture()[:60]), ("2.json", row("http://x/y.jpg")),
+                              ("3.png", picture()), ("3.json", row("gone.png", "gone.jpg"))):
+            data.add_member(tar, name, content)
+    assert not data.check([f"{tmp_path}/a.tar"])
+    out = capsys.readouterr().out
+    assert "row 2: image 2: " in out and "damaged picture" in out and "3 rows, 2 good, 1 bad" in out
+
+
 def test_a_folder_that_changed_below_its_top_is_indexed_again(tmp_path):
     below = tmp_path / "folder" / "b"
     below.mkdir(parents=True)
@@ -433,22 +456,29 @@ def test_a_folder_that_changed_below_its_top_is_indexed_again(tmp_path):
     assert captions() == ["Old.", "Other."]
     (below / "p.txt").write_text("New and longer.")
     assert captions() == ["New and longer.", "Other."]
+    (below / "dangling").symlink_to("/nowhere")
+    n = len([*tmp_path.glob(".folder.index-*")])
+    for _ in range(3):                                                 # the index of a part of it is no change
+        assert captions() == ["New and longer.", "Other."]
+        open_sources(str(below), TOY, "sailvl-chat")
+    assert len([*tmp_path.glob(".folder.index-*")]) == n
     (below / "q.png").unlink()
     assert captions() == ["New and longer."]
 
 
 def test_what_is_there_as_it_is_written_goes_before_patterns_and_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("[1].jsonl", "1.jsonl", "a{0..1}.jsonl", "year=2026/x.jsonl", "k/year=2026/x.jsonl"):
+    for name in ("[1].jsonl", "1.jsonl", "a{0..1}.jsonl", "year=2026/x.jsonl", "year=2026/x8.jsonl", "k/year=2026/x.jsonl"):
         write_rows(Path(name).parent, [talk()], Path(name).name)
-    spec = "[1].jsonl,a{0..1}.jsonl,year=2026/*.jsonl,k/year=2026/x.jsonl,mine=[1].jsonl,theirs=b=c{0..1}.jsonl"
+    spec = "[1].jsonl,a{0..1}.jsonl,year=2026/*.jsonl,year=2026/x{7..8}.jsonl,k/year=2026/x.jsonl,mine=[1].jsonl,theirs=b=c{0..1}.jsonl"
     assert [(name, str(path)) for name, path in data.expand(spec)] == [
-        ("", "[1].jsonl"), ("", "a{0..1}.jsonl"), ("", "year=2026/x.jsonl"), ("", "k/year=2026/x.jsonl"),
+        ("", "[1].jsonl"), ("", "a{0..1}.jsonl"), ("", "year=2026/x.jsonl"), ("", "year=2026/x8.jsonl"),
+        ("", "year=2026/x7.jsonl"), ("", "year=2026/x8.jsonl"), ("", "k/year=2026/x.jsonl"),
         ("mine", "[1].jsonl"), ("theirs", "b=c0.jsonl"), ("theirs", "b=c1.jsonl")]
 
 
 class Deadly(torch.utils.data.Dataset):
-    tiles_per_pack, tile_size = 2, 84
+    sources = ()
 
     def __len__(self):
         return 9
@@ -457,9 +487,29 @@ class Deadly(torch.utils.data.Dataset):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_killed_worker_is_one_line_that_says_what_to_try():
-    with pytest.raises(OSError, match="DataLoader worker.*fewer --num_workers"):
-        next(iter(data.Loader(Deadly(), num_workers=1, batch_size=None)))
+def test_a_killed_worker_is_one_line_that_says_what_to_try(capsys):
+    with pytest.raises(SystemExit):
+        configurator.launch(lambda: next(iter(data.Loader(Deadly(), num_workers=1, batch_size=None))))
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("error: DataLoader worker") and told.endswith("Try fewer --num_workers")
+
+
+def test_no_room_in_shared_memory_is_one_line(tmp_path, monkeypatch):
+    packs = Packs(open_sources(some_rows(tmp_path, 9), TOY, "sailvl-chat"), TOY, "sailvl-chat", **KW)
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", lambda size: torch.empty(0).expand(-7))
+    with pytest.raises(OSError, match="MB of tiles in shared memory.*--shm-size.*fewer --num_workers"):
+        next(iter(make_loader(packs, num_workers=2)))
+
+
+def test_tiles_that_come_from_workers_are_those_the_main_process_makes(tmp_path):
+    packs = Packs(open_sources(some_rows(tmp_path, 60), TOY, "sailvl-chat"), TOY, "sailvl-chat", **KW, seed=3)
+    planned, batches = packs.sequence(), [iter(make_loader(packs, num_workers=n)) for n in (1, 3)]
+    kept = []
+    for _ in range(30):                                                # more than there are slots, two loaders at once
+        want = packs[next(planned)]
+        kept += [(want, next(b)) for b in batches]
+    for want, got in kept:                                             # all at the end: nothing was written over
+        assert want["ids"] == got["ids"] and torch.equal(want["tiles"], got["tiles"])
 
 
 @pytest.mark.nightly
