@@ -784,8 +784,9 @@ FETCHED = 4                                         # packs that a worker makes 
 
 class Loader(torch.utils.data.DataLoader):
     """A DataLoader whose workers end with the program also where it fails: at exit PyTorch asks them by SIGTERM, which
-    they ignore, and Python waits for them for ever. Tiles come in shared memory whose slots are used again and again, for new pages cost a fifth of the time; batches come in order, and FETCHED are
-    under way for each worker, so one slot more than these is free when its turn comes."""
+    they ignore, and Python waits for them for ever. Tiles come in shared memory whose slots are used again and again,
+    for new pages cost a fifth of the time: batches come in order and FETCHED are under way for each worker, so that of
+    one slot more than these the next is always free. OSError where there is no room for it."""
     def __iter__(self):
         packs, n = self.dataset, self.num_workers * FETCHED + 1
         if self.num_workers and any(len(source.images) for source in packs.sources):

@@ -470,7 +470,8 @@ def test_what_is_there_as_it_is_written_goes_before_patterns_and_names(tmp_path,
     monkeypatch.chdir(tmp_path)
     for name in ("[1].jsonl", "1.jsonl", "a{0..1}.jsonl", "year=2026/x.jsonl", "year=2026/x8.jsonl", "k/year=2026/x.jsonl"):
         write_rows(Path(name).parent, [talk()], Path(name).name)
-    spec = "[1].jsonl,a{0..1}.jsonl,year=2026/*.jsonl,year=2026/x{7..8}.jsonl,k/year=2026/x.jsonl,mine=[1].jsonl,theirs=b=c{0..1}.jsonl"
+    spec = "[1].jsonl,a{0..1}.jsonl,year=2026/*.jsonl,year=2026/x{7..8}.jsonl,"
+    spec += "k/year=2026/x.jsonl,mine=[1].jsonl,theirs=b=c{0..1}.jsonl"
     assert [(name, str(path)) for name, path in data.expand(spec)] == [
         ("", "[1].jsonl"), ("", "a{0..1}.jsonl"), ("", "year=2026/x.jsonl"), ("", "year=2026/x8.jsonl"),
         ("", "year=2026/x7.jsonl"), ("", "year=2026/x8.jsonl"), ("", "k/year=2026/x.jsonl"),
