@@ -292,23 +292,40 @@ def place_questions(board):
         asks += [ask] * (2 if place in at else 1)
     return asks
 
-def attribute_question(board, rng):
-    """Colour or kind of the only thing that fits, the thing next to another, or the one in a corner: (q, a, pool)."""
+def attribute_questions(board):
+    """[(question, answer, pool)] about the colour or the kind of the only thing that fits."""
     asks = [(f"What colour is the {t[2]}?", t[1], list(COLORS)) for t in only(board.things, lambda t: t[2])]
-    asks += [(f"What shape is {t[1]}?", t[2], list(KINDS)) for t in only(board.things, lambda t: t[1])]
-    families = [family for family in (asks, place_questions(board)) if family]
+    return asks + [(f"What shape is {t[1]}?", t[2], list(KINDS)) for t in only(board.things, lambda t: t[1])]
+
+def attribute_question(board, rng):
+    """One of these, or of what is next to a thing or in a corner: (question, answer, pool)."""
+    families = [family for family in (attribute_questions(board), place_questions(board)) if family]
     return rng.choice(rng.choice(families)) if families else None
 
-def place_turns(board, rng):
-    """Turns about places, where things are among them, and one to count: what a language base learns last (LOG.md)."""
-    asks = [(f"Where is the {named(t)}?", PLACES[t[3] % SIDE * SIDE + t[4] % SIDE], list(PLACES))
-            for t in only(board.things, lambda t: t[1:3])]
-    asks += [ask for ask in place_questions(board) for _ in range(2 if "just" in ask[0] else 1)]
+def drill_turns(board, rng):
+    """Turns about what a language base learns last (LOG.md): places, what is next to a thing, colours, counts."""
+    at, asks = {(t[3], t[4]): t for t in board.things}, []
+    for t in only(board.things, lambda t: t[1:3]):
+        here = PLACES[t[3] % SIDE * SIDE + t[4] % SIDE]
+        asks.append((f"Where is the {named(t)}?", here, list(PLACES)))
+        for name, (dr, dc) in DIRECTIONS.items():                      # the way to a neighbour, spelt out
+            r, c = t[3] % SIDE + dr, t[4] % SIDE + dc
+            if 0 <= r < SIDE and 0 <= c < SIDE:
+                u = at.get((t[3] + dr, t[4] + dc))
+                way = f"{here}, {PLACES[r * SIDE + c]}: {named(u) if u else 'nothing'}"
+                asks += [(f"What is just {name} the {named(t)}? Explain.", way, None)] * (3 if u else 1)
+    if board.grid == (1, 1):
+        asks += [(f"What is at the {PLACES[SIDE * t[3] + t[4]]}?", named(t), None) for t in board.things]
+    asks += [ask for ask in place_questions(board) for _ in range(3 if "just" in ask[0] else 1)]
+    asks += [ask for ask in attribute_questions(board) for _ in range(6 if "colour" in ask[0] else 2)]
     asks = rng.sample(asks, min(6, len(asks)))
     out = []
     for ask in asks:
-        question, options, letter = as_choice(ask, board, rng.randint(2, 4), rng)
-        out.append((choice_text(question, options), letter) if rng.random() < 0.4 else ask[:2])
+        if ask[2] and rng.random() < 0.5:
+            question, options, letter = as_choice(ask, board, rng.randint(2, 4), rng)
+            out.append((choice_text(question, options), letter))
+        else:
+            out.append(ask[:2])
     return unlike([*out, count_question(board, rng)])
 
 def reading_question(board, rng):
@@ -398,7 +415,7 @@ def turns(board, rng, level):
 
 def unlike(turns):
     """The turns without those that ask again what one before asked."""
-    return [*{question.split("\n")[0]: (question, answer) for question, answer in turns}.values()]
+    return [*{q.split("\n")[0].removesuffix(" Explain."): (q, answer) for q, answer in turns}.values()]
 
 # ---- records ------------------------------------------------------------------------------------------------------
 LEVELS = ("pretrain", "knowledge", "instruction", "preference")
@@ -427,12 +444,12 @@ def record(seed, part, i, easy=False):
             talk = [("Describe the image.", caption(board))]
             if transcription(board):
                 talk.append(("What is written in the image?", transcription(board)))
-        elif part == "text" and board.kind == "scene" and rng.random() < 0.5:
-            talk = place_turns(board, rng)
+        elif part == "text" and board.kind == "scene" and rng.random() < 0.65:
+            talk, level = drill_turns(board, rng), "drill"
         else:
             talk = turns(board, rng, level)
         rng.shuffle(talk)
-        if part == "text" and level != "pretrain" and rng.random() < 0.35:
+        if part == "text" and level not in ("pretrain", "drill") and rng.random() < 0.35:
             talk.append(("Describe the image.", caption(board)))       # last, so that no answer can be read from it
     conversations = []
     for k, (question, answer) in enumerate(talk):

@@ -4,7 +4,7 @@ Shape letters: N tiles (thumbnail included), s tile side in pixels, P patches pe
 L = 1 + P: the class token and the patches.
 Sources: InternVL's modeling_intern_vit.py, modeling_internvl_chat.py and dynamic_preprocess (OpenGVLab/InternVL).
 """
-import base64, functools, io, math, struct
+import base64, functools, io, math, struct, warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from kernels.attention import attention
 
+warnings.filterwarnings("ignore", "The given NumPy array is not writable")   # resize only reads it
 _ = np.empty(2 ** 25 - 2 ** 16, np.uint8)                  # once 32 MB were freed, glibc keeps what is freed, which it
 del _                                                       # else gives back: the pages of every picture would be new
 
@@ -113,10 +114,10 @@ def resize(image, width, height):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     elif h < 2 * height:
         image = image.resize((width, h), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)             # channels last: the fast code
-    if image.size == (width, height):
-        return pixels
-    return F.interpolate(pixels[None], size=(height, width), mode="bicubic", antialias=True)[0]
+    pixels = torch.from_numpy(np.asarray(image))[None].permute(0, 3, 1, 2)  # channels last, and PyTorch sees it: the
+    if image.size != (width, height):                                       # fast code
+        pixels = F.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True)
+    return pixels[0]
 
 def make_tiles(image, min_tiles=1, max_tiles=12, tile_size=448, thumbnail=True, out=None):
     """PIL RGB image -> uint8 (N, 3, s, s): the whole image resized (bicubic) to the grid and cut row by row, then,
