@@ -28,8 +28,8 @@ demo: $(VENV)/run.done
 # the same for longer, and beside it a model trained blind, on gray tiles, for as many steps
 demo-long: $(VENV)/run.done
 	@$(MAKE) --no-print-directory five-stages DEMO=out/demo-long SHARDS=shards/toy_long N=6000 BLIND=yes \
-	    PRETRAIN="--alignment.steps=250 --advance.steps=250" \
-	    SFT="--knowledge.steps=500 --instruction.steps=750 --preference.steps=250"
+	    PRETRAIN="--tokens_per_pack=640 --alignment.steps=200 --advance.steps=200" \
+	    SFT="--tokens_per_pack=800 --knowledge.steps=380 --instruction.steps=590 --preference.steps=190"
 
 five-stages:
 	@start=$$SECONDS; set -e; \
@@ -137,5 +137,5 @@ toy-bases: $(VENV)/run.done
 	$(BIN)/python toy.py --out=shards/toy_vit --n=40000 --seed=101 --parts=pretrain
 	OMP_NUM_THREADS=1 $(RUN) train.py config/toy_vit.py
 	$(BIN)/python convert.py assemble --vision=out/toy_vit/base --llm=out/toy_llm_noise/base --out=out/toy_vit_noise/start
-	$(BIN)/python toy.py --out=shards/toy_vit_noise --n=24000 --seed=101 --parts=pretrain
+	$(BIN)/python toy.py --out=shards/toy_vit_noise --n=24000 --seed=101 --parts=drill
 	OMP_NUM_THREADS=1 $(RUN) train.py config/toy_vit.py config/toy_vit_noise.py

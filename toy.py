@@ -32,7 +32,7 @@ class Config:
     n: int = 4000                    # samples of each training part
     n_bench: int = 200               # questions of each benchmark
     seed: int = 1                    # another seed: other samples, same world
-    parts: str = "pretrain,knowledge,instruction,preference,bench"  # also: web, text, tokenizer
+    parts: str = "pretrain,knowledge,instruction,preference,bench"  # also: web, text, drill (with pictures), tokenizer
 
 CELL, SIDE = 28, 3                   # pixels of a cell, cells along a tile
 TILE = CELL * SIDE                   # 84 pixels
@@ -426,9 +426,9 @@ def record(seed, part, i, easy=False):
 
     easy: one tile and no several steps; the first fifth of the text part, so that looking up is learned first.
     """
-    rng = random.Random(f"{seed}/{part}/{i}")
+    rng, of_all = random.Random(f"{seed}/{part}/{i}"), part in ("text", "drill")
     kinds = rng.choices(list(MIX), list(MIX.values()), k=2)
-    pair = part in ("instruction", "text") and rng.random() < 0.08 and not easy   # multi-image
+    pair = (part == "instruction" or of_all) and rng.random() < 0.08 and not easy   # multi-image
     boards = [draw_board(rng, k, False, easy) for k in (["scene", "scene"] if pair else kinds[:1])]
     board = boards[0]
     if pair:
@@ -437,19 +437,19 @@ def record(seed, part, i, easy=False):
                 ("How many shapes are in the second image?", str(n[1])),
                 ("Do both images have the same number of shapes?", yes(n[0] == n[1]))]
     else:
-        level = part if part != "text" else rng.choices(LEVELS, (2, 5, 3, 0) if easy else (1, 3, 5, 3))[0]
+        level = part if not of_all else rng.choices(LEVELS, (2, 5, 3, 0) if easy else (1, 3, 5, 3))[0]
         if level == "pretrain" and rng.random() < 0.5:
             talk = [("What does each cell show?", listing(board))]
         elif level == "pretrain":
             talk = [("Describe the image.", caption(board))]
             if transcription(board):
                 talk.append(("What is written in the image?", transcription(board)))
-        elif part == "text" and board.kind == "scene" and rng.random() < 0.65:
+        elif of_all and board.kind == "scene" and rng.random() < 0.65:
             talk, level = drill_turns(board, rng), "drill"
         else:
             talk = turns(board, rng, level)
         rng.shuffle(talk)
-        if part == "text" and level not in ("pretrain", "drill") and rng.random() < 0.35:
+        if of_all and level not in ("pretrain", "drill") and rng.random() < 0.35:
             talk.append(("Describe the image.", caption(board)))       # last, so that no answer can be read from it
     conversations = []
     for k, (question, answer) in enumerate(talk):
@@ -598,17 +598,17 @@ def main():
     out, parts = Path(cfg.out), cfg.parts.split(",")
     writers = {"bench": write_benchmarks, "text": write_text, "tokenizer": write_tokenizer}
     for part in parts:
-        if part not in (*LEVELS, "web", *writers):
-            raise ValueError(f"unknown part {part!r}: choose from {', '.join([*LEVELS, 'web', *writers])}")
+        if part not in (*LEVELS, "web", "drill", *writers):
+            raise ValueError(f"unknown part {part!r}: choose from {', '.join([*LEVELS, 'web', 'drill', *writers])}")
     out.mkdir(parents=True, exist_ok=True)
     world = zlib.crc32(Path(__file__).read_bytes())
     made = json.dumps({"n": cfg.n, "n_bench": cfg.n_bench, "seed": cfg.seed, "world": world})
     if (out / "toy.json").exists() and (out / "toy.json").read_text() != made:
-        names = [*(f"{level}-*.tar" for level in LEVELS), "web-*.*", "toy_*.tsv", "text.jsonl"]
+        names = [*(f"{level}-*.tar" for level in (*LEVELS, "drill")), "web-*.*", "toy_*.tsv", "text.jsonl"]
         for old in (path for name in names for path in out.glob(name)):
             old.unlink()                                               # of other settings or an older world
     (out / "toy.json").write_text(made)
-    write_parts(cfg, [part for part in parts if part in (*LEVELS, "web")])
+    write_parts(cfg, [part for part in parts if part not in writers])
     for part in parts:
         if part in writers:
             writers[part](cfg)

@@ -12,15 +12,15 @@ print_every = 20
 
 knowledge.data = "shards/toy/knowledge-*.tar"          # one fact a question
 knowledge.steps = 250
-knowledge.lr_vision, knowledge.lr_projector, knowledge.lr_llm = 5e-4, 2e-3, 4e-4
+knowledge.lr_vision, knowledge.lr_projector, knowledge.lr_llm = 6e-4, 2.5e-3, 2.5e-4
 
 instruction.data = "shards/toy/instruction-*.tar"      # formats: multiple choice, short answers, two pictures
 instruction.steps = 170
-instruction.lr_vision, instruction.lr_projector, instruction.lr_llm = 3e-4, 1e-3, 3e-4
+instruction.lr_vision, instruction.lr_projector, instruction.lr_llm = 3e-4, 1e-3, 2e-4
 
 preference.data = "shards/toy/preference-*.tar"        # several steps of reasoning
 preference.steps = 60
-preference.lr_vision, preference.lr_projector, preference.lr_llm = 1e-4, 4e-4, 1e-4
+preference.lr_vision, preference.lr_projector, preference.lr_llm = 1e-4, 4e-4, 8e-5
 
 knowledge.warmup_steps = instruction.warmup_steps = preference.warmup_steps = 10
 knowledge.weight_decay = instruction.weight_decay = preference.weight_decay = 0.02
