@@ -33,7 +33,7 @@ def test_a_demo_killed_at_random_moments_and_started_again_ends_with_the_same_we
     while True:
         process = demo(tmp_path / "killed")
         try:
-            code = process.wait(rng.uniform(0.05, 0.6) * seconds if kills < 8 else 900)
+            code = process.wait(rng.uniform(0.05, 0.35) * seconds if kills < 8 else 900)
         except subprocess.TimeoutExpired:
             kills += 1
             kill_tree(process.pid)
