@@ -13,6 +13,7 @@ import atexit, bisect, collections, concurrent.futures, contextlib, fcntl, funct
 import io, itertools, json, math, multiprocessing, os, re, signal, sys, tarfile, threading, unicodedata, weakref
 from dataclasses import dataclass, field
 from pathlib import Path
+from stat import S_ISREG
 
 import numpy as np
 import tiktoken
@@ -179,8 +180,8 @@ def conversation(row):
     if name is None:
         text = row.get("caption", row.get("text"))
         if not isinstance(text, str) or not text.strip():
-            missing = "no conversations, messages, caption or text in this row, or an empty one; write it"
-            raise ValueError(row.get("unreadable", missing))
+            raise ValueError(row.get("unreadable") or "no conversations, messages, caption or text in this row, or an "
+                             "empty one; write it")
         return None, [(CAPTION_PROMPT, text.strip())]
     roles, texts = [], []
     if not isinstance(row[name], list) or not all([isinstance(turn, dict) for turn in row[name]]):
@@ -222,6 +223,12 @@ ROW = np.dtype([("offset", "i8"), ("size", "i4"), ("tokens", "i4"), ("first_imag
 IMAGE = np.dtype([("offset", "i8"), ("size", "i4"), ("width", "i4"), ("height", "i4")])    # offset, size: in a tar
 UNREADABLE = (ValueError, OSError, LookupError, TypeError, AttributeError, RecursionError)  # what a bad row raises
 MAX_BYTES = 64 * 2 ** 20                                               # of one row, picture or member of a tar
+
+def bounded(size, what):
+    """size; ValueError if it is more than what one row or picture may have."""
+    if size > MAX_BYTES: raise ValueError(f"{what} of {size} bytes; it may have {MAX_BYTES}")
+    return size
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
 @functools.lru_cache(None)
@@ -275,14 +282,12 @@ class Source:
             raise ValueError(f"{path} is compressed, and rows are read by their place in a file; unpack it")
         self.is_tar = self.path.suffix.lower() == ".tar"
         here = self.path.resolve()
-        about, files = [str(here), str(self.root.resolve())], [here]
+        about, files = [str(here), str(self.root.resolve()), tokenizer.hash, template, image_as, self.sha256], [here]
         if here.is_dir():                                              # of itself, not of the indexes of others
-            files = [file for file in sorted(here.rglob("*"))
-                     if file.is_file() and "/." not in f"/{file.relative_to(here)}"]
+            files = [file for file in sorted(here.rglob("*")) if "/." not in f"/{file.relative_to(here)}"]
         for file in files:
-            with contextlib.suppress(FileNotFoundError):               # gone meanwhile
-                about.append([str(file), (stat := file.stat()).st_size, stat.st_mtime_ns])
-        about += [tokenizer.hash, template, image_as, self.sha256]
+            with contextlib.suppress(OSError):                         # a dangling link, or gone meanwhile
+                if S_ISREG((known := file.stat()).st_mode): about.append([str(file), known.st_size, known.st_mtime_ns])
         beside = self.path.parent if os.access(self.path.parent, os.W_OK) else Path("shards/index")  # read-only data
         self.index = beside / f".{self.path.name}.index-{sha256([*about, ROW.descr, 2])[:12]}"
         self.index.mkdir(parents=True, exist_ok=True)
@@ -298,10 +303,9 @@ class Source:
         return self.index / "rows.jsonl" if self.path.is_dir() or self.path.suffix.lower() == ".json" else self.path
 
     def _read(self, offset, size):
-        if size > MAX_BYTES: raise ValueError(f"{size} bytes; a row, and a picture, may have {MAX_BYTES}")
         with open(self.lines, "rb") as file:
             file.seek(offset)
-            return file.read(size)
+            return file.read(bounded(size, "a row or picture"))
 
     def _row(self, raw, i, is_text):
         try:
@@ -377,8 +381,7 @@ class Source:
         with open(self.lines, "rb") as file:
             for i, (offset, size, is_text, pictures) in enumerate(records, first):
                 try:
-                    if size > MAX_BYTES: raise ValueError(f"a row of {size} bytes; it may have {MAX_BYTES}")
-                    raw = os.pread(file.fileno(), size, offset)
+                    raw = os.pread(file.fileno(), bounded(size, "a row"), offset)
                     tokens, found = self._measure(raw, is_text, pictures, i, *reading, seen)
                     rows.append((offset, size, tokens, len(images), len(found), is_text))
                     images += found
@@ -453,13 +456,12 @@ def folder_rows(folder):
     """A row for every picture of a folder, described by the .json or .txt of the same stem."""
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in IMAGE_SUFFIXES:
-            row, text = path.with_suffix(".json"), path.with_suffix(".txt")
+            row, beside = {"caption": ""}, [path.with_suffix(end) for end in (".json", ".txt")]
             try:
-                if (file := row if row.exists() else text).exists() and file.stat().st_size > MAX_BYTES:
-                    raise ValueError(f"{file} has more than {MAX_BYTES} bytes")
-                words = "" if file == row or not text.exists() else text.read_text(encoding="utf-8-sig")
-                row = read_json(row, dict) if file == row else {"caption": words}
-            except (ValueError, OSError) as e:                                    # quarantined when the row is read
+                for file in [*filter(Path.exists, beside)][:1]:
+                    if file.stat().st_size > MAX_BYTES: raise ValueError(f"{file} has more than {MAX_BYTES} bytes")
+                    row = read_json(file, dict) if file == beside[0] else {"caption": file.read_text("utf-8-sig")}
+            except (ValueError, OSError) as e:                         # quarantined when the row is read
                 row = {"unreadable": str(e)}
             yield {"id": path.stem, **row, "image": str(path.relative_to(folder))}
 
@@ -469,18 +471,22 @@ META = dict(annotation=(str,), root=(str,), repeat_time=(int, float), length=(in
 
 def fill_in(path):
     """The paths of a pattern with `*` or `{000..012}`; what is there as it is written goes first (`[1].jsonl`)."""
-    if not os.path.exists(path) and (braces := re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", path)):
+    if os.path.exists(path):
+        return [path]
+    if braces := re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", path):
         before, first, last, after = braces.groups()
         return [f"{before}{i:0{len(first)}d}{after}" for i in range(int(first), int(last) + 1)]
-    return [path] if os.path.exists(path) else sorted(glob.glob(path)) or [path]
+    return sorted(glob.glob(path)) or [path]
 
 def expand(spec):
     """Yield (name or "", path) of comma-separated `path` or `name=path`, patterns filled in; `year=2026/*.jsonl` is a
     path where there are such files."""
     for entry in filter(None, map(str.strip, spec.split(","))):
-        bare = "=" not in entry or any(map(os.path.exists, fill_in(entry)))
-        name, path = ("", entry) if bare else entry.split("=", 1)
-        yield from ((name, Path(path)) for path in fill_in(path))
+        name, paths = "", fill_in(entry)
+        if "=" in entry and not any(map(os.path.exists, paths)):
+            name, path = entry.split("=", 1)
+            paths = fill_in(path)
+        yield from ((name, Path(path)) for path in paths)
 
 def open_sources(spec, tokenizer, template, image_as="pixels"):
     """Sources of `--data`: comma-separated `path` or `name=path`; a path may be .jsonl, .json (LLaVA array or InternVL
@@ -602,11 +608,12 @@ class Pack:
     cost: float = 0.0                               # relative FLOPs, for dealing packs of like cost to the ranks
     position: tuple = ()                            # where to resume after it: (epoch, window, packs of it consumed)
     counts: dict = None                             # samples used and dropped so far, those of this pack included
-    slot: int = 0                                   # where a worker puts its tiles
+    number: int = 0                                 # among those of a loader: says where a worker puts its tiles
     together: tuple = ()                            # position and counts after, and costs of, what all ranks do at once
 
 class Packs(torch.utils.data.Dataset):
-    """Plans packs from lengths alone and turns a planned pack into a batch; stateless but for the paths of its sources.
+    """Plans packs from lengths alone and turns a planned pack into a batch; stateless but for the paths of its sources
+    and the shared memory that a Loader lends its workers.
     tokens_per_pack, tiles_per_pack: the two budgets. The global sequence of packs depends on (seed, sources, budgets,
     packs_per_step) only, never on the number of ranks or workers."""
     def __init__(self, sources, tokenizer, template, *, tile_size, tokens_per_tile, min_tiles=1, max_tiles=12,
@@ -727,10 +734,10 @@ class Packs(torch.utils.data.Dataset):
         ids; bad: samples that failed to decode and are left out; size: how much of everything there is; lengths: tokens
         of each sample."""
         samples, words, ids, bad, n_cells, filled = [], [], [], [], [], 0
-        n = sum([sum(n_tiles) for *_, n_tiles in pack.samples])
-        shared = n and torch.utils.data.get_worker_info()              # written where Loader finds them
-        side = self.tile_size
-        tiles = self.slots[pack.slot, :n] if shared else torch.empty(n, 3, side, side, dtype=torch.uint8)
+        n, side, slot = sum([sum(n_tiles) for *_, n_tiles in pack.samples]), self.tile_size, None
+        if n and torch.utils.data.get_worker_info():                   # written where Loader finds them
+            slot = pack.number % len(self.slots)
+        tiles = torch.empty(n, 3, side, side, dtype=torch.uint8) if slot is None else self.slots[slot, :n]
         for k, i, n_tiles in pack.samples:
             source = self.sources[k]
             row, end = {"id": f"{source.name}:{i}"}, filled
@@ -766,7 +773,7 @@ class Packs(torch.utils.data.Dataset):
         arrays = {"tokens": tokens, "labels": labels, "positions": np.concatenate([np.arange(n) for n in lengths]),
                   "weights": weights, "cu_seqlens": np.cumsum([0, *lengths], dtype=np.int32)}
         tiles, at = torch.cat(words) if words else tiles[:filled], labels != IGNORE
-        tiles = (pack.slot, filled) if shared else tiles
+        tiles = tiles if slot is None else (slot, filled)
         size = {"tokens": sum(real), "tiles": filled, "samples": len(ids), "bad": len(bad),
                 "token_room": self.tokens_per_pack, "tile_room": self.tiles_per_pack,
                 "supervised": int(at.sum()), "weight": float(weights[at].sum())}
@@ -780,17 +787,15 @@ def _start_worker(_):
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)                      # until then
     torch.set_num_threads(1)
 
-FETCHED = 4                                         # packs that a worker makes ahead
-
 class Loader(torch.utils.data.DataLoader):
     """A DataLoader whose workers end with the program also where it fails: at exit PyTorch asks them by SIGTERM, which
     they ignore, and Python waits for them for ever. Tiles come in shared memory whose slots are used again and again,
-    for new pages cost a fifth of the time: batches come in order and FETCHED are under way for each worker, so that of
-    one slot more than these the next is always free. OSError where there is no room for it."""
+    for new pages cost a fifth of the time: batches come in order and prefetch_factor are under way for each worker, so
+    that of one slot more than these the next is always free. OSError where there is no room for it."""
     def __iter__(self):
-        packs, n = self.dataset, self.num_workers * FETCHED + 1
+        packs = self.dataset
         if self.num_workers and any(len(source.images) for source in packs.sources):
-            shape = n, packs.tiles_per_pack, 3, packs.tile_size, packs.tile_size
+            shape = self.num_workers * self.prefetch_factor + 1, packs.tiles_per_pack, 3, *2 * [packs.tile_size]
             try:
                 memory = torch.UntypedStorage._new_shared(size := math.prod(shape))
             except RuntimeError as e:
@@ -801,8 +806,9 @@ class Loader(torch.utils.data.DataLoader):
         if self.num_workers: atexit.register(lambda: (left := ref()) is None or left._shutdown_workers())
         try:
             for batch in batches:
-                if type(at := batch["tiles"]) is list:                 # slot and number, which DataLoader makes a list
-                    tiles = slots[at[0], :at[1]]
+                if type(batch["tiles"]) is list:                       # made of a tuple by DataLoader
+                    slot, n = batch["tiles"]
+                    tiles = slots[slot, :n]
                     batch["tiles"] = tiles.pin_memory() if self.pin_memory else tiles.clone()
                 yield batch
         finally:
@@ -815,10 +821,10 @@ def make_loader(packs, rank=0, world=1, num_workers=0, position=(0, 0, 0), count
         for number in itertools.count():
             *_, last = together = [*itertools.islice(sequence, world)]     # the micro-batch of all ranks
             together[rank].together = last.position, last.counts, [pack.cost for pack in together]
-            together[rank].slot = number % (num_workers * FETCHED + 1)
+            together[rank].number = number
             yield together[rank]
     return Loader(packs, sampler=mine(), batch_size=None, num_workers=num_workers, worker_init_fn=_start_worker,
-                  prefetch_factor=FETCHED if num_workers else None, pin_memory=torch.cuda.is_available())
+                  prefetch_factor=4 if num_workers else None, pin_memory=torch.cuda.is_available())
 
 def held_out(packs, n, dist):
     """Yield (arguments of VLM.forward, weight of what is supervised) of this rank's share of the first n packs. Each
@@ -850,7 +856,7 @@ def model_inputs(batch, device):
 TOY_TOKENIZER = str(Path(__file__).parent / "config" / "toy_tokenizer")   # to validate, any vocabulary does
 
 def check(paths):
-    """Validate every row, decode every image; print line, field, reason of bad ones. Whether all are good."""
+    """Validate every row, decode every image; print line, field, reason of bad ones. Their number; 1 if no rows."""
     total = n_bad = 0
     def damage(i):                                                     # of a picture of row i, or None
         where = "its row"
@@ -879,7 +885,7 @@ def check(paths):
             print(f"{source.path}: {where}: {reasons[i]}")
         total, n_bad = total + len(source.rows), n_bad + len(reasons)
     print(f"{total or 'no'} rows, {total - n_bad} good, {n_bad} bad")
-    return total > n_bad == 0
+    return n_bad or int(total == 0)
 
 def spoken(row, tokenizer, template, tiles, tokens_per_tile):
     """[(text, whether it is supervised)] of what the model sees; runs of visual tokens are shortened."""
@@ -945,7 +951,7 @@ def main():
     if command not in ("check", "show", "preview") or not paths:
         raise ValueError("usage: python data.py check FILE... | show FILE --n=8 --tokenizer=DIR | preview FILE --out=A")
     if command == "check":
-        sys.exit(0 if check(paths) else 2)
+        sys.exit(2 if check(paths) else 0)
     tokenizer, about = Tokenizer(cfg.tokenizer), Path(cfg.tokenizer, "config.json")
     about = read_json(about, dict) if about.exists() else {}
     side, template = cfg.tile_size or about.get("force_image_size", 448), about.get("template", "sailvl-chat")

@@ -209,7 +209,7 @@ def render(board, rng):
 def caption(board):
     """The detailed, exact caption: every fact once, in reading order."""
     if board.kind == "scene":
-        where = lambda row, column: " " + PLACES[SIDE * row + column] if board.grid == (1, 1) else ""
+        where = lambda row, column: " " + place(row, column) if board.grid == (1, 1) else ""
         listed = ", ".join(f"{s} {c} {k}{where(*at)}" for s, c, k, *at in board.things)
         return f"{len(board.things)} shape{'s' * (len(board.things) > 1)}: {listed}."
     if board.kind in ("sign", "note"):
@@ -275,21 +275,30 @@ def only(things, key):
     """The things that nothing else is like."""
     return [t for t in things if sum(key(u) == key(t) for u in things) == 1]
 
+def place(row, column):
+    return PLACES[row % SIDE * SIDE + column % SIDE]
+
+def neighbours(board, thing):
+    """Yield (direction, place, what is there or "nothing") of the cells beside a thing, inside its tile."""
+    at, (row, column) = {(t[3], t[4]): named(t) for t in board.things}, thing[3:]
+    for direction, (dr, dc) in DIRECTIONS.items():
+        r, c = row + dr, column + dc
+        if r // SIDE == row // SIDE and c // SIDE == column // SIDE:
+            yield direction, place(r, c), at.get((r, c), "nothing")
+
 def place_questions(board):
     """[(question, answer, pool)] about what is next to a thing and, in a single tile, in a corner; things come more
     than once, for most places hold nothing."""
     at, asks = {(t[3], t[4]): t for t in board.things}, []
     pool = [f"{c} {k}" for c in COLORS for k in KINDS] + ["nothing"]
     for t in only(board.things, lambda t: t[1:3]):
-        for name, (dr, dc) in DIRECTIONS.items():
-            r, c = t[3] + dr, t[4] + dc
-            if r // SIDE == t[3] // SIDE and c // SIDE == t[4] // SIDE and r >= 0 and c >= 0:   # inside the same tile
-                ask = (f"What is just {name} the {named(t)}?", named(at[r, c]) if (r, c) in at else "nothing", pool)
-                asks += [ask] * (3 if (r, c) in at else 1)
+        for direction, _, there in neighbours(board, t):
+            ask = (f"What is just {direction} the {named(t)}?", there, pool)
+            asks += [ask] * (1 if there == "nothing" else 3)
     for corner in (0, 2, 6, 8) if board.grid == (1, 1) else ():
-        place = divmod(corner, SIDE)
-        ask = (f"What is in the {PLACES[corner]} corner?", named(at[place]) if place in at else "nothing", pool)
-        asks += [ask] * (2 if place in at else 1)
+        cell = divmod(corner, SIDE)
+        ask = (f"What is in the {PLACES[corner]} corner?", named(at[cell]) if cell in at else "nothing", pool)
+        asks += [ask] * (2 if cell in at else 1)
     return asks
 
 def attribute_questions(board):
@@ -304,18 +313,14 @@ def attribute_question(board, rng):
 
 def drill_turns(board, rng):
     """Turns about what a language base learns last (LOG.md): places, what is next to a thing, colours, counts."""
-    at, asks = {(t[3], t[4]): t for t in board.things}, []
+    asks = []
     for t in only(board.things, lambda t: t[1:3]):
-        here = PLACES[t[3] % SIDE * SIDE + t[4] % SIDE]
-        asks.append((f"Where is the {named(t)}?", here, list(PLACES)))
-        for name, (dr, dc) in DIRECTIONS.items():                      # the way to a neighbour, spelt out
-            r, c = t[3] % SIDE + dr, t[4] % SIDE + dc
-            if 0 <= r < SIDE and 0 <= c < SIDE:
-                u = at.get((t[3] + dr, t[4] + dc))
-                way = f"{here}, {PLACES[r * SIDE + c]}: {named(u) if u else 'nothing'}"
-                asks += [(f"What is just {name} the {named(t)}? Explain.", way, None)] * (3 if u else 1)
+        asks.append((f"Where is the {named(t)}?", here := place(*t[3:]), list(PLACES)))
+        for direction, beside, there in neighbours(board, t):          # the way to a neighbour, spelt out
+            ask = (f"What is just {direction} the {named(t)}? Explain.", f"{here}, {beside}: {there}", None)
+            asks += [ask] * (1 if there == "nothing" else 3)
     if board.grid == (1, 1):
-        asks += [(f"What is at the {PLACES[SIDE * t[3] + t[4]]}?", named(t), None) for t in board.things]
+        asks += [(f"What is at the {place(*t[3:])}?", named(t), None) for t in board.things]
     asks += [ask for ask in place_questions(board) for _ in range(3 if "just" in ask[0] else 1)]
     asks += [ask for ask in attribute_questions(board) for _ in range(6 if "colour" in ask[0] else 2)]
     asks = rng.sample(asks, min(6, len(asks)))

@@ -351,7 +351,7 @@ def test_check_names_the_line_and_show_prints_what_the_model_sees(tmp_path, caps
     (tmp_path / "p.png").write_bytes(picture())
     rows = [talk("<image>\nWhat?", "Red.", image="p.png", id="a"), {"id": "b", "conversations": []}]
     spec = write_rows(tmp_path, rows)
-    assert not data.check([spec])
+    assert data.check([spec]) == 1
     assert "line 2" in capsys.readouterr().out
     data.show(Packs(open_sources(spec, TOY, "sailvl-chat"), TOY, "sailvl-chat", **KW), 1)
     seen = "<img><IMG_CONTEXT x 9></img>\nWhat?<|im_end|><|im_start|>assistant\n[[Red.<|im_end|>]]"
@@ -399,7 +399,7 @@ def test_a_caption_file_or_array_of_another_kind_is_named(tmp_path, capsys):
         (folder / f"{name[0]}.png").write_bytes(picture())
     (folder / "d.png").write_bytes(picture())
     (folder / "d.txt").write_bytes("caf\xe9".encode("latin-1"))
-    assert not data.check([str(folder)])
+    assert data.check([str(folder)]) == 2
     out = capsys.readouterr().out
     assert "a.png" in out and "holds a list, not a dict" in out and "d.png" in out and "utf-8" in out and "2 bad" in out
     source, = open_sources(str(folder), TOY, "sailvl-chat")
@@ -410,7 +410,7 @@ def test_a_caption_file_or_array_of_another_kind_is_named(tmp_path, capsys):
     (folder / "d.txt").mkdir()
     (folder / "e.png").write_bytes(picture())
     (folder / "e.txt").write_text("far too long " * 9_000_000)
-    assert not data.check([str(folder)])
+    assert data.check([str(folder)]) == 2
     out = capsys.readouterr().out
     assert "d.png" in out and "directory" in out and "e.txt has more than" in out and "5 rows, 3 good, 2 bad" in out
     (folder / "e.txt").unlink()
@@ -418,7 +418,7 @@ def test_a_caption_file_or_array_of_another_kind_is_named(tmp_path, capsys):
     with pytest.raises(ValueError, match="number.json holds a int, not a list"):
         open_sources(f"{tmp_path}/number.json", TOY, "sailvl-chat")
     (tmp_path / "none.jsonl").write_text("")
-    assert not data.check([f"{tmp_path}/none.jsonl"])
+    assert data.check([f"{tmp_path}/none.jsonl"]) == 1
     (tmp_path / "rows.jsonl.gz").write_bytes(b"")
     with pytest.raises(ValueError, match="unpack it"):
         open_sources(f"{tmp_path}/rows.jsonl.gz", TOY, "sailvl-chat")
@@ -440,7 +440,7 @@ def test_check_looks_at_the_pictures_of_a_tar_that_the_index_found(tmp_path, cap
                               ("2.a.png", picture()), ("2.b.png", picture()[:60]), ("2.json", row("http://x/y.jpg")),
                               ("3.png", picture()), ("3.json", row("gone.png", "gone.jpg"))):
             data.add_member(tar, name, content)
-    assert not data.check([f"{tmp_path}/a.tar"])
+    assert data.check([f"{tmp_path}/a.tar"]) == 1
     out = capsys.readouterr().out
     assert "row 2: image 2: " in out and "damaged picture" in out and "3 rows, 2 good, 1 bad" in out
 
