@@ -74,10 +74,12 @@ class Block(nn.Module):
             down_proj=nn.Linear(inner, C, bias=False)))
         self.input_layernorm, self.post_attention_layernorm = RMSNorm(C, cfg.norm_eps), RMSNorm(C, cfg.norm_eps)
 
-    def forward(self, x, rope, attend):                                     # x (T, C)
+    def forward(self, x, rope, attend, rows=None):                          # x (T, C) -> (T, C), or rows alone
         y, attn, mlp = self.input_layernorm(x), self.self_attn, self.mlp
         q, k, v = (p(y).view(len(y), -1, self.D) for p in (attn.q_proj, attn.k_proj, attn.v_proj))  # (T, H or K, D)
-        x = x + attn.o_proj(attend(rotate(q, *rope), rotate(k, *rope), v).flatten(1))
+        seen = attend(rotate(q, *rope), rotate(k, *rope), v).flatten(1)                             # (T, H*D)
+        if rows is not None: x, seen = x.index_select(0, rows), seen.index_select(0, rows)
+        x = x + attn.o_proj(seen)
         y = self.post_attention_layernorm(x)
         return x + mlp.down_proj(F.silu(mlp.gate_proj(y)) * mlp.up_proj(y))
 
@@ -179,12 +181,14 @@ class VLM(nn.Module):
             return h.index_copy(0, rows, self.language_model.model.embed_tokens(tiles).sum(1))
         return h.index_copy(0, rows, self.visual_tokens(tiles)[:len(rows)].to(h.dtype))
 
-    def hidden(self, h, positions, attend, cache=None):
-        """Run the blocks on h (T, C), positions (T,); attend(q, k, v), with a cache attend(cache[layer], q, k, v)."""
-        rope = rope_table(positions, self.llm.head_dim, self.llm.rope_theta)
+    def hidden(self, h, positions, attend, cache=None, rows=None):
+        """Run the blocks on h (T, C), positions (T,); attend(q, k, v), with a cache attend(cache[layer], q, k, v).
+        -> (T, C), or rows of it: past the last block's attention only these are computed."""
+        rope, last = rope_table(positions, self.llm.head_dim, self.llm.rope_theta), self.llm.n_layers - 1
         for i, block in enumerate(self.language_model.model.layers):
-            h = block(h, rope, attend if cache is None else functools.partial(attend, cache[i]))
-        return h
+            look = attend if cache is None else functools.partial(attend, cache[i])
+            h = block(h, rope, look, rows if i == last else None)
+        return h if rows is None or last >= 0 else h.index_select(0, rows)
 
     def head(self, h):
         """h (rows, C) -> fp32 logits (rows, V)."""
@@ -194,12 +198,11 @@ class VLM(nn.Module):
         """One pack -> the SUM of the cross-entropy of its supervised positions, an fp32 scalar.
         tokens, labels, positions (T,) int64: labels[t] is what position t has to predict (already shifted), -100 where
         nothing is asked. cu_seqlens (S+1,) int32. tiles (N, 3, s, s) uint8; N may be 0. weights (T,) fp32 multiplies
-        the loss of each position. Only supervised rows go through the final norm and the head.
+        the loss of each position. Only supervised rows go through the last block's MLP, the final norm and the head.
         ValueError if image tokens and tiles disagree."""
-        h = self.hidden(self.noisy(self.embed(tokens, tiles)), positions, packed(cu_seqlens))
-        rows = (labels != IGNORE).nonzero()[:, 0]
-        h, labels = h.index_select(0, rows), labels.index_select(0, rows)                       # (supervised, ...)
-        weights = None if weights is None else weights.index_select(0, rows)
+        rows = (labels != IGNORE).nonzero()[:, 0]                                               # (supervised,)
+        h = self.hidden(self.noisy(self.embed(tokens, tiles)), positions, packed(cu_seqlens), rows=rows)
+        labels, weights = (x if x is None else x.index_select(0, rows) for x in (labels, weights))
         # Under FSDP the head belongs to the root, whose weights are whole during this call. Who shards it as a unit of
         # its own gets the plain loss, for only the head's own call gathers its weight.
         head = self.language_model.lm_head.weight
@@ -220,8 +223,9 @@ def packed(cu_seqlens):
 
 def compile_blocks(model):
     """Compile every transformer block in place: names and checkpoints do not change."""
-    for block in (*model.language_model.model.layers, *(model.vision_model.encoder.layers if model.vision else ())):
-        block.compile()
+    llm = model.language_model.model.layers
+    for block in (*llm, *(model.vision_model.encoder.layers if model.vision else ())):
+        block.compile(dynamic=True if block in llm[-1:] else None)  # it ends with other numbers of rows
 
 # ---- FLOPs -----------------------------------------------------------------------------------------------------------
 
@@ -230,7 +234,7 @@ def train_flops(vision, llm, n_tiles, lengths, n_supervised, train=(True, True, 
     lengths: tokens of each document; n_supervised: rows through the head; train: (vision, projector, llm) trainable.
     Counted: matmuls at 2 per weight and row forward, the same again for each gradient that is needed (input, weight),
     attention over visible pairs only (forward 4*D per head and pair, backward twice that). Not counted: lookups,
-    norms, recomputation, padding. vision=None for a text-only model."""
+    norms, recomputation, padding. The last block counts in full, as is usual. vision=None for a text-only model."""
     flops, (train_vit, train_mlp1, train_llm), backward = 0, train, any(train)
     if vision:
         C, L, rows = vision.dim, vision.n_patches + 1, n_tiles * vision.tokens_per_tile
@@ -292,8 +296,7 @@ def decode(model, requests, max_new_tokens, stop_ids, temperature=0.0, top_p=1.0
             tokens[slots] = sample(logits, temperature, top_p, top_k, noise.to(head.device))
             for slot, token in zip(slots, tokens[slots].tolist()):
                 number, position, end, _ = rows[slot]
-                if token not in stop_ids:
-                    yield number, token
+                if token not in stop_ids: yield number, token
                 if token in stop_ids or position + 1 >= end:
                     rows[slot] = None
                     yield number, None
@@ -302,8 +305,7 @@ def generate(model, prompts, tiles, *args, **settings):
     """The answers, a list of token ids for each prompt; arguments as for decode, prompts and tiles as two lists."""
     answers = [[] for _ in prompts]
     for row, token in decode(model, zip(prompts, tiles), *args, **settings):
-        if token is not None:
-            answers[row].append(token)
+        if token is not None: answers[row].append(token)
     return answers
 
 def generate_stream(model, prompt, tiles, *args, **settings):
@@ -321,7 +323,7 @@ def prefill(model, prompts, tiles, cache, slots):
         kept[:, rows, :, positions] = torch.stack([k, v], 1)                # (T, 2, K, D)
         return attend_packed(q, k, v)
     h = model.embed(tokens, torch.cat(pictures).to(cache.device) if pictures else None)
-    return model.head(model.hidden(h, positions, attend, cache)[cu_seqlens[1:] - 1])
+    return model.head(model.hidden(h, positions, attend, cache, rows=(cu_seqlens[1:] - 1).to(h.device)))
 
 def decode_step(model, tokens, positions, cache, _=None, L=0):
     """The next tokens (S,) of all rows, each at its position, fill the cache -> logits (S, V). Attention looks at the

@@ -16,8 +16,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from kernels.attention import attention
 
 warnings.filterwarnings("ignore", "The given NumPy array is not writable")   # resize only reads it
-_ = np.empty(2 ** 25 - 2 ** 16, np.uint8)                  # once 32 MB were freed, glibc keeps what is freed, which it
-del _                                                       # else gives back: the pages of every picture would be new
+np.empty(2 ** 25 - 2 ** 16, np.uint8)   # gone at once; once 32 MB were freed, glibc keeps what is freed, which it else
+                                        # gives back: the pages of every picture would be new
 
 # ---- image files -----------------------------------------------------------------------------------------------------
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")             # nothing else is even tried; Pillow opens MPO as JPEG

@@ -54,6 +54,19 @@ def test_documents_of_a_pack_do_not_see_each_other():
     assert not torch.equal(before[9:39], after[9:39])
 
 
+def test_what_no_label_asks_for_skips_the_mlp_of_the_last_block():
+    vlm, (tokens, labels, positions, cu, _), rows = tiny(), pack((9, 30)), []
+    for block in vlm.language_model.model.layers:
+        block.mlp.down_proj.register_forward_hook(lambda module, inputs, out: rows.append(len(out)))
+    loss = vlm(tokens, labels, positions, cu)
+    assert rows[:-1] == [39] * (len(rows) - 1) and rows[-1] == (labels != IGNORE).sum() < 39
+    logits = vlm.logits(tokens, positions, cu)
+    exact = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+    torch.testing.assert_close(loss, exact)
+    for ours, theirs in zip(*(torch.autograd.grad(x, [*vlm.language_model.parameters()]) for x in (loss, exact))):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
 def test_loss_is_the_weighted_sum_over_supervised_positions():
     vlm = tiny()
     tokens, labels, positions, cu, tiles = pack((9, 30, 14), (1, 3, 0))
