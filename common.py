@@ -400,8 +400,7 @@ def find_checkpoint(out_dir, dist=Dist(), strict=False):
         reason = next(filter(None, gather(damage(path, dist=dist), dist)), None)
         if not reason: return path
         if strict: raise ValueError(f"damaged checkpoint {path}: {reason}; --resume=auto goes on from the one before")
-        if dist.is_main:
-            print(f"WARNING: DAMAGED CHECKPOINT {path}: {reason}; trying the one before", file=sys.stderr, flush=True)
+        say(dist, f"WARNING: DAMAGED CHECKPOINT {path}: {reason}; trying the one before")
     if reason:
         raise ValueError(f"{paths[0].parent}: no checkpoint is whole; restore one, or remove the folder to start anew")
 
@@ -595,7 +594,7 @@ def micro_batches(accum, began, name, checkpoint, dist):
                          f"on {', '.join(str(n) for n in range(1, packs + 1) if packs % n == 0)} ranks")
     return packs // dist.world, began
 
-def resume(checkpoint, name, packs, began, model, optimizer, dist):
+def resume(checkpoint, name, steps, packs, began, model, optimizer, dist):
     """State of stage `name`: the checkpoint's, with weights and moments loaded, if it is of this stage; else new."""
     state = read_state(checkpoint) if checkpoint else {}
     if state.get("stage") != name:
@@ -605,6 +604,9 @@ def resume(checkpoint, name, packs, began, model, optimizer, dist):
     if state["fingerprint"] != packs.fingerprint:
         raise ValueError(f"the data of stage {name}, their order or the size of packs and steps changed since "
                          f"{checkpoint} was written; go on with the same or start anew in another --out_dir")
+    if state["step"] > steps:
+        raise ValueError(f"stage {name} is to have {steps} steps, but {checkpoint} is {state['step']} steps into it; "
+                         f"raise --max_steps or {name}.steps, or start anew in another --out_dir")
     return load_checkpoint(checkpoint, model, optimizer, dist) | {"world": began}
 
 def announce(cfg, values, origins, name, model, stage, packs, state, first_step, dist):

@@ -75,14 +75,13 @@ def main():
         packs = stage_packs(cfg, stage, tokenizer, vision or cfg.vision, packs_per_step=accum * dist.world)
         val = stage_packs(cfg, stage, tokenizer, vision or cfg.vision, 1, cfg.val_data) if cfg.val_data else None
         common.set_dtypes(model, dtype)
-        if vision is not None:
-            model.vision_model.drop_path = stage.drop_path
+        if vision is not None: model.vision_model.drop_path = stage.drop_path
         if cfg.compile == "on" or (cfg.compile == "auto" and dist.device.type == "cuda"):
             compile_blocks(model)
         model = common.parallelize(model, cfg, dist).train()
         start_weights(model, table, cfg)                                     # each rank reads what it keeps
         optimizer = common.make_optimizer(model, stage, cfg)
-        state, checkpoint = common.resume(checkpoint, name, packs, began, model, optimizer, dist), None
+        state, checkpoint = common.resume(checkpoint, name, steps, packs, began, model, optimizer, dist), None
         common.announce(cfg, values, origins, name, model, stage, packs, state, first_step, dist)
         if val: next(held_out(val, 1, dist))                                 # or it would fail only at val_every
         batches = iter(make_loader(packs, dist.rank, dist.world, cfg.num_workers, state["position"], state["counts"]))
@@ -119,8 +118,7 @@ def main():
             loss = common.all_reduce_sum(loss_sum, dist).item() / max(totals["weight"], 1e-9)
             norm, norms = common.clip_grad_norm(model, cfg.grad_clip)
             finite = math.isfinite(loss) and bool(norm.isfinite())           # the same on every rank
-            if finite:
-                optimizer.step()
+            if finite: optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             clock("optimizer")
             step += 1

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -222,9 +223,17 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capf
         common.save_checkpoint(tmp_path, step, model, optimizer, {}, ALONE, keep=2)
     DAMAGES[kind](tmp_path / "checkpoints" / "step_00000002")
     assert common.find_checkpoint(tmp_path).name == "step_00000001"
-    assert "DAMAGED" in capfd.readouterr().err
+    assert "DAMAGED" in capfd.readouterr().out
     common.save_checkpoint(tmp_path, 2, model, optimizer, {}, ALONE, keep=2)  # the repeated step replaces it
     assert common.find_checkpoint(tmp_path).name == "step_00000002"
+
+
+def test_a_stage_that_is_to_end_before_where_its_run_stands_is_refused(tmp_path):
+    (tmp_path / "state.json").write_text(json.dumps({"stage": "base", "fingerprint": "f", "step": 5}))
+    packs = types.SimpleNamespace(fingerprint="f", packs_per_step=1)
+    with pytest.raises(ValueError, match="stage base is to have 3 steps, but .* is 5 steps into it; raise --max_steps or "
+                                         "base.steps, or start anew in another --out_dir"):
+        common.resume(tmp_path, "base", 3, packs, 1, None, None, common.Dist())
 
 
 def test_a_strict_resume_refuses_a_damaged_checkpoint_instead_of_going_back(tmp_path):
