@@ -87,7 +87,7 @@ class RunConfig:
     track: Literal["none", "tensorboard", "wandb"] = "none"  # who gets the log as well, if it is installed
     print_every: int = 10  # steps per printed line
     mfu_assumed: float = 0.4  # for the days that --dry_run shows
-    dry_run: bool = False  # print what would run, and stop
+    dry_run: bool = False  # print what would run, on 8 GPUs or on WORLD_SIZE=n of them, and stop
 
 # ---- distributed set-up ---------------------------------------------------------------------------------------------
 @dataclass(slots=True, frozen=True)

@@ -98,7 +98,8 @@ def chat(assistant, cfg):
             command, _, value = line.partition(" ")
             if command == "/image" and value:
                 new.append(assistant.tiles(os.path.expanduser(value.strip(" '\""))))
-                note(f"{value}: {len(new[-1])} tiles, {len(new[-1]) * assistant.model.vision.tokens_per_tile} tokens")
+                note(f"{value}: {(n := len(new[-1]))} tile{'s' * (n > 1)}, "
+                     f"{n * assistant.model.vision.tokens_per_tile} tokens")
             elif command == "/tiles" and value.isdigit() and int(value) > 0:
                 assistant.max_tiles = int(value)
                 note(f"at most {value} tiles from the next picture on")

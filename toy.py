@@ -313,21 +313,21 @@ def attribute_question(board, rng):
 
 def drill_turns(board, rng):
     """Turns about what a language base learns last (LOG.md): places, what is next to a thing, colours, counts."""
-    asks = []
+    where = [ask for ask in place_questions(board) if "corner" in ask[0]]
+    beside = [ask for ask in place_questions(board) if "just" in ask[0]]
     for t in only(board.things, lambda t: t[1:3]):
-        asks.append((f"Where is the {named(t)}?", here := place(*t[3:]), list(PLACES)))
-        for direction, beside, there in neighbours(board, t):          # the way to a neighbour, spelt out
-            ask = (f"What is just {direction} the {named(t)}? Explain.", f"{here}, {beside}: {there}", None)
-            asks += [ask] * (1 if there == "nothing" else 3)
+        where.append((f"Where is the {named(t)}?", here := place(*t[3:]), list(PLACES)))
+        for direction, spot, there in neighbours(board, t):            # the way to a neighbour, whole and in part
+            asks = [(f"What is just {direction} the {named(t)}? Explain.", f"{here}, {spot}: {there}", None),
+                    (f"Which place is just {direction} the {named(t)}?", spot, list(PLACES))]
+            beside += asks * (1 if there == "nothing" else 2)
     if board.grid == (1, 1):
-        asks += [(f"What is at the {place(*t[3:])}?", named(t), None) for t in board.things]
-    asks += [ask for ask in place_questions(board) for _ in range(3 if "just" in ask[0] else 1)]
-    asks += [ask for ask in attribute_questions(board) for _ in range(6 if "colour" in ask[0] else 2)]
-    asks = rng.sample(asks, min(6, len(asks)))
-    out = []
-    for ask in asks:
+        where += [(f"What is at the {place(*t[3:])}?", named(t), None) for t in board.things]
+    looks = [ask for ask in attribute_questions(board) for _ in range(3 if "colour" in ask[0] else 1)]
+    families, out = [family for family in (where, beside, looks) if family], []
+    for ask in [rng.choice(rng.choice(families)) for _ in range(6 if families else 0)]:
         if ask[2] and rng.random() < 0.5:
-            question, options, letter = as_choice(ask, board, rng.randint(2, 4), rng)
+            question, options, letter = as_choice(ask, board, rng.randint(2, 4), rng, near=True)
             out.append((choice_text(question, options), letter))
         else:
             out.append(ask[:2])
@@ -360,14 +360,17 @@ def choice_question(board, rng, n=4):
     ask = attribute_question(board, rng)
     return ask and as_choice(ask, board, n, rng)
 
-def as_choice(ask, board, n, rng):
-    """(question, answer, pool) -> (question, n options, letter)."""
+def as_choice(ask, board, n, rng, near=False):
+    """(question, answer, pool) -> (question, n options, letter). near: what is in the picture is offered first."""
     question, answer, pool = ask
     if "nothing" in pool:                                              # prefer distractors that are in the picture
         seen = [p for p in dict.fromkeys(named(t) for t in board.things) if p != answer]
-        pool = list(dict.fromkeys(seen + rng.sample(pool, 5) + ["nothing"]))[:7] + [answer]
-        pool = list(dict.fromkeys(pool))
-    options = rng.sample([p for p in pool if p != answer], n - 1) + [answer]
+        pool = [*dict.fromkeys([*list(dict.fromkeys(seen + rng.sample(pool, 5) + ["nothing"]))[:7], answer])]
+    wrong = [p for p in pool if p != answer]
+    if near:
+        seen = {word for t in board.things for word in (t[1], t[2], named(t))}
+        wrong = sorted(rng.sample(wrong, len(wrong)), key=lambda word: word not in seen)[:n - 1]
+    options = rng.sample(wrong, n - 1) + [answer]
     rng.shuffle(options)
     return question, options, "ABCD"[options.index(answer)]
 

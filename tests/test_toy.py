@@ -1,4 +1,6 @@
 """toy.py: exact truth, determinism, a clean split, real tiling."""
+import random
+import re
 import time
 from pathlib import Path
 
@@ -66,6 +68,28 @@ def test_answers_agree_with_the_truth():
             assert row["answer"] == str(dict(board.things)[row["question"][:-1].split()[-1]])
         row, board, _ = toy.bench_row("toy_general", 4, i)
         assert row["answer"] in row and len({row[x] for x in "ABCD" if x in row}) == sum(x in row for x in "ABCD")
+
+
+def test_the_drill_tells_the_way_to_a_neighbour_and_offers_what_is_in_the_picture():
+    rng, told, hard = random.Random(3), 0, 0
+    steps = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
+    spot = lambda row, column: toy.PLACES[row % 3 * 3 + column % 3]
+    for _ in range(300):
+        board = toy.draw_board(rng, "scene", False)
+        at = {(row, column): f"{color} {kind}" for _, color, kind, row, column in board.things}
+        for question, answer in toy.drill_turns(board, rng):
+            if way := re.fullmatch(r"Wh(?:at|ich place) is just (.+) the (\w+ \w+)\?(?: Explain\.)?", question):
+                (here,) = [cell for cell, name in at.items() if name == way[2]]
+                there = here[0] + steps[way[1]][0], here[1] + steps[way[1]][1]
+                name = at.get(there, "nothing")
+                assert answer == (spot(*there) if "Which" in question else
+                                  f"{spot(*here)}, {spot(*there)}: {name}" if "Explain" in question else name)
+                told += 1
+            if "colour" in question and "A. " in question:
+                options = set(re.findall(r"^[A-D]\. (.+)$", question, re.M))
+                assert options <= (seen := {color for _, color, *_ in board.things}) or seen <= options
+                hard += 1
+    assert told > 100 and hard > 50, (told, hard)
 
 
 def test_the_listing_names_every_cell_in_the_order_of_the_visual_tokens():
