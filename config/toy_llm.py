@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 train.py config/toy_llm.py
 
 Text only: every picture is given as the words of its cells, in the places where visual tokens will stand. The weights
-in config/toy_llm were made in twelve parts, for the world grew meanwhile: config/toy_llm/train.log tells them. All of
+in config/toy_llm were made in sixteen parts, for the world grew meanwhile: config/toy_llm/train.log tells them. All of
 it in one run from scratch, as this file has it: not run since.
 Data first: python toy.py --out=shards/toy_llm --n=230000 --seed=102 --parts=text
 """
