@@ -28,8 +28,8 @@ demo: $(VENV)/run.done
 # the same for longer, and beside it a model trained blind, on gray tiles, for as many steps
 demo-long: $(VENV)/run.done
 	@$(MAKE) --no-print-directory five-stages DEMO=out/demo-long SHARDS=shards/toy_long N=6000 BLIND=yes \
-	    PRETRAIN="--tokens_per_pack=640 --alignment.steps=200 --advance.steps=200" \
-	    SFT="--tokens_per_pack=800 --knowledge.steps=380 --instruction.steps=590 --preference.steps=190"
+	    PRETRAIN="--tokens_per_pack=640 --alignment.steps=200 --advance.steps=250" \
+	    SFT="--tokens_per_pack=800 --knowledge.steps=460 --instruction.steps=690 --preference.steps=200"
 
 five-stages:
 	@start=$$SECONDS; set -e; \
