@@ -115,16 +115,13 @@ bench: $(VENV)/dev.done
 	for part in vs-hf attn ce train stages decode; do OMP_NUM_THREADS=2 $(BIN)/python bench.py $$part --device=cpu; done
 
 # where there is a GPU: correctness, then every row that needs one, each part cut off so that all end within ten minutes
-# (what was measured by then is reported); without a network: make gpu BIN=FOLDER_OF_PYTHON
+# (what was measured by then is reported, and kept in $OUT or out/gpu); without a network: make gpu BIN=FOLDER_OF_PYTHON
 gpu:
-	-timeout 100 $(BIN)/python -m pytest -m gpu tests
-	-timeout 100 $(BIN)/python bench.py attn --rounds=5
-	-timeout 40 $(BIN)/python bench.py ce --rounds=5
-	-timeout 140 $(BIN)/python bench.py train --rounds=5
-	-timeout 50 $(BIN)/python bench.py stages --rounds=5
-	-timeout 90 $(BIN)/python bench.py vs-hf --rounds=5 --compiled=False
-	-timeout 40 $(BIN)/python bench.py decode --rounds=5
-	-timeout 40 $(BIN)/python bench.py warmup
+	mkdir -p $${OUT:-out/gpu}
+	for part in "90 -m pytest -m gpu tests" "90 bench.py attn --rounds=5" "30 bench.py ce --rounds=5" \
+	    "130 bench.py train --rounds=5" "40 bench.py stages --rounds=5" "120 bench.py vs-hf --rounds=5 --rows=2b" \
+	    "30 bench.py decode --rounds=5" "40 bench.py warmup"; do set -- $$part; seconds=$$1; shift; \
+	    timeout $$seconds $(BIN)/python "$$@" 2>&1 | tee -a $${OUT:-out/gpu}/rows.txt; done
 
 # how the two pretrained parts of the toy world in config/toy_vit and config/toy_llm were made: under half an hour each
 toy-bases: $(VENV)/run.done

@@ -121,6 +121,10 @@ def attention_sides(lengths, causal, device):
     mask = create_block_mask(visible, None, None, sum(lengths), sum(lengths), device)
     flex = torch.compile(functools.partial(flex_attention, block_mask=mask, enable_gqa=True))
     sides["flex"] = lambda *qkv: flex(*(x.transpose(0, 1)[None] for x in qkv))[0].transpose(0, 1)
+    with contextlib.suppress(ImportError):                      # PyTorch's own, of flash-attn 2 or what is installed
+        from torch.nn.attention.varlen import varlen_attn
+        ends, seen = cu.to(device), (-1, 0 if causal else -1)
+        sides["varlen"] = lambda *qkv: varlen_attn(*qkv, ends, ends, L, L, window_size=seen, enable_gqa=True)
     with contextlib.suppress(ImportError):
         from flash_attn_interface import flash_attn_varlen_func as flash_3
         sides["flash-attn 3"] = lambda *qkv: flash_3(*qkv, cu.to(device), cu.to(device), L, L, causal=causal)
@@ -183,6 +187,7 @@ SIZES = {"7m": (VisionConfig(112, dim=192, n_layers=4, n_heads=3, ffn_dim=768),
          "toy": (VisionConfig(**VisionConfig.PRESETS["toy"]), LLMConfig(**LLMConfig.PRESETS["toy"]), 24,
                  (0, 1, 1, 1, 3, 3, 4, 5), (16, 64)),
          "2b": (VisionConfig(), LLMConfig(), 8, 7, (128, 384)),
+         "2b_mix": (VisionConfig(), LLMConfig(), 6, (0, 1, 1, 3, 5, 7), (64, 512)),
          "8b": (VisionConfig(), LLMConfig(**LLMConfig.PRESETS["qwen2.5-7b"]), 8, 7, (128, 384))}
 STAGES = dict(alignment=(0, 1, 0), advance=(1, 1, 0), sft=(1, 1, 1))        # which of ViT, projector, LLM train
 
@@ -231,9 +236,10 @@ def step(loss, optimizer, dtype, device):
     optimizer.zero_grad(set_to_none=True)
     return value.detach()
 
-def train(cfg, device, name, size, stage):
+def train(cfg, device, name, size, stage, checkpointing="none"):
     dtype, cuda = common.compute_dtype("auto", device), device.type == "cuda"
     (model, optimizer), (samples, tiles) = build(size, stage, dtype, device), random_samples(size)
+    common.parallelize(model, common.RunConfig(activation_checkpointing=checkpointing), common.Dist(device=device))
     packs = {"ours": pack(samples, tiles, device), "ours, padded": pack([*zip(*padded(samples))], tiles, device)}
     supervised, lengths = int((packs["ours"]["labels"] != IGNORE).sum()), [len(t) for t, _ in samples]
     sides = {side: lambda p=p: step(lambda: model(**p) / supervised, optimizer, dtype, device)
@@ -251,6 +257,7 @@ def train(cfg, device, name, size, stage):
 def stages(cfg, device, name, size):
     """Seconds of a step with frozen parts beside one in which all train, over the same ratio of FLOPs: 1 is ideal."""
     dtype, (samples, tiles) = common.compute_dtype("auto", device), random_samples(size)
+    if size == "2b": samples, tiles = samples[:3], tiles[:21]   # three models with their moments lie beside them
     batch, lengths, sides, flops = pack(samples, tiles, device), [len(t) for t, _ in samples], {}, {}
     supervised = int((batch["labels"] != IGNORE).sum())
     for stage, trains in STAGES.items():
@@ -286,24 +293,32 @@ def export_and_load(state, configs, dtype, device):
 
 temporary = functools.cache(tempfile.TemporaryDirectory)
 
-def vs_hf(cfg, device, name, size, dtype):
-    """Both sides train everything with AdamW, in the row's arithmetic; theirs takes a right-padded batch."""
+def vs_hf(cfg, device, name, size, dtype, compiled=False):
+    """Both sides train everything with AdamW, in the row's arithmetic; theirs takes a right-padded batch and keeps no
+    cache. Losses and gradients must agree in fp32; at 2B, for the memory, those of the first sample."""
     (samples, tiles), (model, optimizer) = random_samples(size), build(size, "sft", dtype, device)
     peer, _ = export_and_load(model.state_dict(), SIZES[size][:2], torch.float32, device)
-    batch, (tokens, labels) = pack(samples, tiles, device), padded(samples)
-    supervised, mask = int((labels != IGNORE).sum()), torch.tensor([[len(t)] for t, _ in samples])
-    inputs = {name: x.to(device) for name, x in dict(
-        input_ids=tokens, attention_mask=torch.arange(tokens.shape[1]) < mask, pixel_values=normalize(tiles),
-        labels=F.pad(labels[:, :-1], (1, 0), value=IGNORE)).items()}                            # they shift themselves
-    losses = dict(ours=lambda: model(**batch) / supervised, transformers=lambda: peer.train()(**inputs).loss)
-    ours, theirs = ([(loss := losses[side]()), torch.autograd.grad(loss, m.get_parameter(p + "k_proj.weight"))[0]]
+    peer.train()
+    def losses(samples, tiles):
+        batch, (tokens, labels) = pack(samples, tiles, device), padded(samples)
+        supervised, mask = int((labels != IGNORE).sum()), torch.tensor([[len(t)] for t, _ in samples])
+        inputs = {name: x.to(device) for name, x in dict(
+            input_ids=tokens, attention_mask=torch.arange(tokens.shape[1]) < mask, pixel_values=normalize(tiles),
+            labels=F.pad(labels[:, :-1], (1, 0), value=IGNORE)).items()}                        # they shift themselves
+        return dict(ours=lambda: model(**batch) / supervised,
+                    transformers=lambda f=peer: f(**inputs, use_cache=False).loss)
+    few = losses(samples[:1], tiles[:SIZES[size][3]]) if size == "2b" else losses(samples, tiles)
+    ours, theirs = ([(loss := few[side]()), torch.autograd.grad(loss, m.get_parameter(p + "k_proj.weight"))[0]]
                     for side, m, p in (("ours", model, "language_model.model.layers.0.self_attn."),
                                        ("transformers", peer, "model.language_model.layers.0.self_attn.")))
     assert (off := error(ours, theirs)) <= 1e-4, f"loss or gradient differ by {off:.2g} in fp32"     # test_parity's
-    if cfg.compiled and size == "7m":
-        compiled = torch.compile(peer)
-        losses["transformers, compiled"] = lambda: compiled(**inputs).loss
-    if device.type == "cuda": compile_blocks(model)
+    losses = losses(samples, tiles)
+    if device.type == "cuda":
+        compile_blocks(model)
+        losses["transformers, cudnn"] = sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION],
+                                                    set_priority=True)(losses["transformers"])
+    if cfg.compiled and compiled:
+        losses["transformers, compiled"] = functools.partial(losses["transformers"], torch.compile(peer))
     adam = torch.optim.AdamW(peer.parameters(), lr=1e-6, fused=True)
     sides = {side: functools.partial(step, loss, optimizer if side == "ours" else adam, dtype, device)
              for side, loss in losses.items()}
@@ -470,13 +485,15 @@ def parts(device):
     """{part: (function, {row: what the function takes after the row's name})}; a function yields its rows."""
     cuda, size, kinds = device.type == "cuda", "2b" if device.type == "cuda" else "toy", dict(
         fp32=torch.float32, bf16=torch.bfloat16)
-    steps = [(size, stage) for stage in STAGES] + [("8b", "advance")] * cuda
+    steps = [(size, stage) for stage in STAGES] + [("2b_mix", "alignment"), ("2b", "sft", "selective"),
+                                                   ("8b", "advance", "selective")] * cuda
     return {"attn": (attn, ATTN[device.type]), "ce": (ce, dict(ce_frozen=[False], ce_trains=[True])),
             "train": (train, {"_".join(step): step for step in steps}),
             "stages": (stages, {s: [s] for s in ([size] if cuda else [size, "25m"])}),
-            "warmup": (warmup, {size: [size]}),
-            "vs-hf": (vs_hf, {f"{size}_{kind}": (size, kinds[kind]) for size, kind in [
-                ("7m", "fp32"), ("7m", "bf16"), ("25m", "bf16")] + [("2b", "bf16")] * cuda}),
+            "warmup": (warmup, {s: [s] for s in ["2b_mix" if cuda else size]}),
+            "vs-hf": (vs_hf, {"_".join((size, kind, *more)): (size, kinds[kind], size == "7m" or bool(more))
+                              for size, kind, *more in [("2b", "bf16")] * cuda + [
+                ("7m", "fp32"), ("7m", "bf16"), ("25m", "bf16")] + [("2b", "bf16", "compiled")] * cuda}),
             "pack": (packing, {"8k": (8192, 48), "16k": (16384, 64), "8k_28_tiles": (8192, 28),
                                "16k_56_tiles": (16384, 56)}),
             "image": (image_path, dict(images_per_s_core=[])),

@@ -58,7 +58,7 @@ class RunConfig:
     max_tiles: int = 12  # tiles per image, at most, the thumbnail not counted
     thumbnail: bool = True  # add the whole picture as a last tile when there are several
     image_as: Literal["pixels", "blank", "words"] = "pixels"  # blank: gray, a control; words: toy cells, for its LLM
-    cell_labels: Literal["none", "also", "only"] = "none"  # toy: each visual token predicts the word of its own cell
+    cell_labels: Literal["none", "also", "only"] = "none"  # toy: each visual token predicts a word of its own cell
     shuffle: bool = True  # False: samples in the order of the files
     pad_packs: bool = False  # fill each pack up with unsupervised tokens: one shape for torch.compile
     shuffle_window: int = 16384  # samples planned into packs at a time

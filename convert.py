@@ -36,8 +36,7 @@ class Assemble:
 
 def assemble(cfg):
     for name in ("vision", "llm", "out"):
-        if not getattr(cfg, name):
-            raise ValueError(f"--{name}=DIR is missing; {USAGE}")
+        if not getattr(cfg, name): raise ValueError(f"--{name}=DIR is missing; {USAGE}")
     spare_the_source(cfg.out, cfg.vision, cfg.llm)
     (vision, *_, ours), (_, llm, _, theirs) = map(inspect_folder, (cfg.vision, cfg.llm))
     if not vision or not llm:
@@ -166,8 +165,7 @@ def export(source, target, transformers):
         return save_folder(state, vision, llm, target, source, template, dtype, raw, {
             **prompt_files(words, template, "<image>"), **added, "config.json": config,
             "configuration_internvl_chat.py": CONFIGURATION})
-    if llm.tie_embeddings:
-        state.pop(HEAD)
+    if llm.tie_embeddings: state.pop(HEAD)
     config = dict(
         architectures=["InternVLForConditionalGeneration"], model_type="internvl", image_token_id=tokenizer.image_id,
         torch_dtype=str(dtype).removeprefix("torch."), image_seq_length=vision.tokens_per_tile,

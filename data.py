@@ -106,8 +106,7 @@ def chat_ids(tokenizer, template, turns, n_tiles, tokens_per_tile):
 def place_images(turns, n_images):
     """Turns whose `<image>` placeholders number n_images; if none is written, one per image heads the first turn."""
     written = sum(user.count("<image>") for user, _ in turns)
-    if written == 0:
-        return [("<image>\n" * n_images + turns[0][0], turns[0][1]), *turns[1:]]
+    if written == 0: return [("<image>\n" * n_images + turns[0][0], turns[0][1]), *turns[1:]]
     if written != n_images:
         raise ValueError(f"human turns: {written} <image> placeholders for {n_images} images; write one each, or none")
     return turns
@@ -159,14 +158,17 @@ def render(row, tokenizer, template, n_tiles, tokens_per_tile, image_as="pixels"
     n_tiles: tiles of each of the row's images. Returns (ids (T,), labels (T,)), int64; labels[t] is the token that
     position t must predict, IGNORE where nothing is supervised: only answers and their <|im_end|> are.
     image_as "words": a visual token for each of the row's `cells`, see cell_words (text-only base models).
-    cell_labels "also": the label of each visual token is its cell's first word; "only": nothing else is supervised."""
+    cell_labels "also": the label of each visual token is its cell's first word; "only": nothing else is supervised, and
+    of every second visual token, the first or the second by the row's id, it is the last word."""
     if cell_labels != "none" and n_tiles: need_cells(row)
     ids, targets = map(np.array, _render(*_what(row, tokenizer, template, n_tiles, tokens_per_tile, image_as)))
     labels, visual = np.append(targets[1:], IGNORE), ids == tokenizer.image_id
     if cell_labels == "only":
         labels[:] = IGNORE
     if cell_labels != "none" and visual.any():                         # not while an index is made, without tiles
-        labels[visual] = np.concatenate([cell_words(cells, tokenizer)[:, 0] for cells in row["cells"]])
+        words = np.concatenate([cell_words(cells, tokenizer) for cells in row["cells"]])               # (tokens, W)
+        last = (np.arange(len(words)) + sum(row["id"].encode())) % 2 * (cell_labels == "only") == 1
+        labels[visual] = np.where(last, words[:, -1], words[:, 0])
     return ids, labels
 
 def cell_words(cells, tokenizer):
@@ -471,8 +473,7 @@ META = dict(annotation=(str,), root=(str,), repeat_time=(int, float), length=(in
 
 def fill_in(path):
     """The paths of a pattern with `*` or `{000..012}`; what is there as it is written goes first (`[1].jsonl`)."""
-    if os.path.exists(path):
-        return [path]
+    if os.path.exists(path): return [path]
     if braces := re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", path):
         before, first, last, after = braces.groups()
         return [f"{before}{i:0{len(first)}d}{after}" for i in range(int(first), int(last) + 1)]
@@ -574,8 +575,7 @@ def fill_packs(tokens, tiles, tokens_per_pack, tiles_per_pack):
         while True:
             if (more := WAITING - len(waiting)) and come < n:
                 waiting, come = waiting + keys[come:come + more], come + more
-            if room < least or not waiting or (order := sorted(waiting))[0] > room:
-                break
+            if room < least or not waiting or (order := sorted(waiting))[0] > room: break
             best, chosen, i, j = 0, (), 0, bisect.bisect(order, room) - 1     # j: the longest that fits
             for a in order[j::-1]:
                 if tiles[a & low] <= tile_room:
@@ -591,8 +591,7 @@ def fill_packs(tokens, tiles, tokens_per_pack, tiles_per_pack):
                         best, chosen = a + b, (a, b)
                     i += 1
                     a = order[i]
-            if not chosen:
-                break
+            if not chosen: break
             for a in chosen:
                 waiting.remove(a)
                 pack.append(i := a & low)

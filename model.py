@@ -85,8 +85,7 @@ class Block(nn.Module):
 
 def kept_rows(p):
     """(what this rank keeps of a parameter, which rows of the whole they are): all, unless FSDP has sharded it."""
-    if not isinstance(p, DTensor):
-        return p, slice(0, len(p))
+    if not isinstance(p, DTensor): return p, slice(0, len(p))
     local, most = p.to_local(), -(-len(p) // p.device_mesh.size())
     first = min(len(p), most * p.device_mesh.get_local_rank())
     return local, slice(first, first + len(local))
@@ -152,8 +151,7 @@ class VLM(nn.Module):
     def noisy(self, x):
         """x (..., C), in training with normal noise of up to embed_noise times its size, each row a level of its own.
         NEFTune (arXiv 2310.05914) has one level. A base trained so gets on well with a fresh projector."""
-        if not (self.embed_noise and self.training):
-            return x
+        if not (self.embed_noise and self.training): return x
         level = self.embed_noise * torch.rand_like(x[..., :1]) * x.detach().square().mean(-1, True).sqrt()
         return x + level * torch.randn_like(x)
 
@@ -234,7 +232,7 @@ def train_flops(vision, llm, n_tiles, lengths, n_supervised, train=(True, True, 
     lengths: tokens of each document; n_supervised: rows through the head; train: (vision, projector, llm) trainable.
     Counted: matmuls at 2 per weight and row forward, the same again for each gradient that is needed (input, weight),
     attention over visible pairs only (forward 4*D per head and pair, backward twice that). Not counted: lookups,
-    norms, recomputation, padding. The last block counts in full, as is usual. vision=None for a text-only model."""
+    norms, recomputation, padding, what the last block skips. vision=None for a text-only model."""
     flops, (train_vit, train_mlp1, train_llm), backward = 0, train, any(train)
     if vision:
         C, L, rows = vision.dim, vision.n_patches + 1, n_tiles * vision.tokens_per_tile
@@ -244,7 +242,8 @@ def train_flops(vision, llm, n_tiles, lengths, n_supervised, train=(True, True, 
         flops += 2 * rows * vision.downsample ** 2 * C * llm.dim * (1 + train_vit + train_mlp1)
         flops += 2 * rows * llm.dim ** 2 * (1 + (train_vit or train_mlp1) + train_mlp1)
     weights = llm.n_layers * (2 * llm.dim * llm.head_dim * (llm.n_heads + llm.n_kv_heads) + 3 * llm.dim * llm.ffn_dim)
-    matmuls = 2 * (weights * sum(lengths) + llm.dim * llm.vocab_size * n_supervised)
+    tail = bool(llm.n_layers) * llm.dim * (llm.n_heads * llm.head_dim + 3 * llm.ffn_dim)    # only for supervised rows
+    matmuls = 2 * (weights * sum(lengths) + (tail + llm.dim * llm.vocab_size) * n_supervised - tail * sum(lengths))
     attn = llm.n_layers * 4 * llm.n_heads * llm.head_dim * sum(n * (n + 1) // 2 for n in lengths)
     return flops + matmuls * (1 + backward + train_llm) + attn * (1 + 2 * backward)
 
@@ -281,8 +280,7 @@ def decode(model, requests, max_new_tokens, stop_ids, temperature=0.0, top_p=1.0
                                   torch.Generator().manual_seed(seed + number)]
             else:
                 slots = [i for i in range(S) if rows[i]]
-                if not slots:
-                    break
+                if not slots: break
                 if not ahead and 2 * len(slots) <= S and not on_gpu:        # nobody follows: a smaller batch, copied at
                     cache, tokens, rows = cache[:, :, slots], tokens[slots], [rows[i] for i in slots]   # most once per
                     S, slots = len(slots), range(len(slots))                                            # halving
@@ -358,8 +356,7 @@ def graph_step(model, tokens, positions, cache, graphs):
 
 def sample(logits, temperature, top_p, top_k, noise):
     """logits (S, V), noise (S,) uniform in [0, 1) -> token ids (S,). Greedy at temperature 0."""
-    if temperature == 0:
-        return logits.argmax(-1)
+    if temperature == 0: return logits.argmax(-1)
     p, ids = (logits / temperature).softmax(-1).sort(-1, descending=True)
     p[:, 1:] = p[:, 1:].masked_fill((p.cumsum(-1) - p)[:, 1:] >= top_p, 0.0)    # the first token always stays
     if top_k:

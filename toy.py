@@ -75,8 +75,7 @@ class Board:
 
 def make_word(rng, length):
     """A random word of `length` letters, half of them pronounceable."""
-    if rng.random() < 0.5:
-        return "".join(rng.choice(LETTERS) for _ in range(length))
+    if rng.random() < 0.5: return "".join(rng.choice(LETTERS) for _ in range(length))
     vowels, consonants = "AEUY", "BCDFGHJKLMNPRSTVWXZ"
     start = rng.random() < 0.5
     return "".join(rng.choice(vowels if (i + start) % 2 else consonants) for i in range(length))
@@ -131,8 +130,7 @@ def draw_board(rng, kind, held_out, easy=False):
     """A board of the wanted side of the split, by rejection."""
     while True:
         board = make_board(rng, kind, easy)
-        if board.held_out() == held_out:
-            return board
+        if board.held_out() == held_out: return board
 
 # ---- pixels -------------------------------------------------------------------------------------------------------
 _fonts = {}
@@ -233,8 +231,7 @@ def alt_text(board, rng):
 
 def transcription(board):
     """All text of the picture in reading order; empty for scenes and charts."""
-    if board.kind in ("sign", "note"):
-        return " ".join(board.things)
+    if board.kind in ("sign", "note"): return " ".join(board.things)
     if board.kind in ("list", "table"):
         return " ".join(f"{label}{a}{b}" for label, a, b in board.things)
     return ""
@@ -252,8 +249,7 @@ def named(thing):
 def count_question(board, rng):
     """Number of things of one colour, of one kind, or of all."""
     test = rng.randrange(5)
-    if test == 0:
-        return "How many shapes are there?", str(len(board.things))
+    if test == 0: return "How many shapes are there?", str(len(board.things))
     if test < 3:
         color = rng.choice([t[1] for t in board.things] + [rng.choice(list(COLORS))])
         return f"How many {color} shapes are there?", str(sum(t[1] == color for t in board.things))
@@ -519,8 +515,7 @@ def bench_row(name, seed, i):
         row = {"index": i, "category": kind}
         if name == "toy_general":
             ask = choice_question(board, rng)
-            if ask is None:
-                continue
+            if ask is None: continue
             row |= {"question": ask[0], "answer": ask[2], **dict(zip("ABCD", ask[1]))}
         else:
             question, answer = {"toy_ocr": reading_question, "toy_chart": chart_question, "toy_count": count_question,
@@ -534,8 +529,7 @@ def write_benchmarks(cfg):
     """Held-out questions in the tab-separated form of VLMEvalKit: image (base64), cells, question, A..D, answer, ..."""
     for name in tqdm(BENCHMARKS, desc="toy benchmarks"):
         path = Path(cfg.out) / f"{name}.tsv"
-        if path.exists():
-            continue
+        if path.exists(): continue
         with open(f"{path}.tmp", "w", newline="") as file:
             options = "ABCD" if name == "toy_general" else ""
             columns = ["index", "image", "cells", "question", *options, "answer", "category"]

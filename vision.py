@@ -33,8 +33,7 @@ def _read(source, read):
         name, file = f"image of {len(source)} bytes", io.BytesIO(source)
     try:
         with Image.open(file, formats=FORMATS) as image:
-            if image.width * image.height <= MAX_PIXELS:
-                return read(image)
+            if image.width * image.height <= MAX_PIXELS: return read(image)
         problem = f"{image.width}x{image.height} is more than {MAX_PIXELS / 1e6:.0f} megapixels; shrink it first"
     except UnidentifiedImageError:
         problem = f"not a picture in one of the formats {', '.join(FORMATS)}"
@@ -202,8 +201,7 @@ class VisionBlock(nn.Module):
 
 def drop_path(x, rate):
     """Stochastic depth (arXiv 1603.09382): drop a tile's residual branch with probability `rate`, scale the others."""
-    if rate == 0.0:
-        return x
+    if rate == 0.0: return x
     keep = torch.rand(x.shape[0], 1, 1, device=x.device) >= rate
     return x * (keep / (1 - rate)).to(x.dtype)
 

@@ -231,8 +231,7 @@ def config_json(vision, llm, dtype, template="sailvl-chat", extra=None):
         torch_dtype=kind, use_flash_attn=False, dropout=0.0, attention_dropout=0.0, drop_path_rate=0.0, num_channels=3)
     t = llm and dict(zip(LLM_NAMES, astuple(llm))) | LLM_FIXED | dict(
         torch_dtype=kind, attention_dropout=0.0, initializer_range=0.02, use_cache=True)
-    if vision is None or llm is None:
-        return v or t
+    if vision is None or llm is None: return v or t
     return {name: (extra or {}).get(name, value) for name, value in TOP_DEFAULTS.items()} | TOP_FIXED | dict(
         architectures=["InternVLChatModel"], model_type="internvl_chat", torch_dtype=kind, template=template,
         downsample_ratio=1 / vision.downsample, force_image_size=vision.image_size,

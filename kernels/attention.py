@@ -112,8 +112,7 @@ def _batched(q, k, v, causal):
 @torch.inference_mode(False)        # what is cached by an evaluation may be saved for a backward pass later
 def _mask(L, groups, causal, dtype):
     """What is added to the scores, (1, groups*L, L): 0, and -inf in the future. Without a future a single 0."""
-    if not causal:
-        return torch.zeros(1, 1, 1, dtype=dtype)
+    if not causal: return torch.zeros(1, 1, 1, dtype=dtype)
     return torch.full((L, L), float("-inf"), dtype=dtype).triu(1).repeat(groups, 1)[None]
 
 @functools.lru_cache(64)
