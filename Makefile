@@ -27,14 +27,14 @@ demo: $(VENV)/run.done
 
 # the same for longer, and beside it a model trained blind, on gray tiles, for as many steps
 demo-long: $(VENV)/run.done
-	@$(MAKE) --no-print-directory five-stages DEMO=out/demo-long SHARDS=shards/toy_long N=6000 BLIND=yes \
+	@$(MAKE) --no-print-directory five-stages DEMO=out/demo-long SHARDS=shards/toy_long N=6000 BENCH=--n_bench=600 BLIND=yes \
 	    PRETRAIN="--tokens_per_pack=640 --alignment.steps=200 --advance.steps=250" \
 	    SFT="--tokens_per_pack=800 --knowledge.steps=460 --instruction.steps=690 --preference.steps=200"
 
 five-stages:
 	@start=$$SECONDS; set -e; \
 	[ -f $(DEMO)/start/config.json ] || $(BIN)/python convert.py assemble --vision=config/toy_vit --llm=config/toy_llm --out=$(DEMO)/start & \
-	$(BIN)/python toy.py --out=$(SHARDS) --n=$(N); \
+	$(BIN)/python toy.py --out=$(SHARDS) --n=$(N) $(BENCH); \
 	wait $$!; \
 	pretrain="$(RUN) train.py config/toy.py --init_from=$(DEMO)/start --data=$(SHARDS)/pretrain-*.tar $(PRETRAIN)"; \
 	sft="$(RUN) sft.py config/toy_sft.py $(SFT)"; \
