@@ -16,7 +16,7 @@ import common, configurator
 from assistant import Assistant
 from data import IMAGE_SUFFIXES
 
-HELP = "/image PATH adds a picture, /tiles N sets the most tiles of the next one, /reset starts anew, Ctrl-D ends"
+HELP = "/image PATH adds a picture, /tiles N sets the most tiles of the next (0: as at first), /reset starts anew, Ctrl-D ends"
 
 @dataclasses.dataclass(slots=True)
 class Config:
@@ -91,6 +91,7 @@ def batch(cfg):
 def chat(assistant, cfg):
     """Read questions from stdin until it ends; only answers go to stdout."""
     turns, seen, new = [], [], [assistant.tiles(path) for path in cfg.image]   # dialogue, its pictures, newer ones
+    own = assistant.max_tiles
     note(HELP)
     while True:
         try:
@@ -100,9 +101,9 @@ def chat(assistant, cfg):
                 new.append(assistant.tiles(os.path.expanduser(value.strip(" '\""))))
                 note(f"{value}: {(n := len(new[-1]))} tile{'s' * (n > 1)}, "
                      f"{n * assistant.model.vision.tokens_per_tile} tokens")
-            elif command == "/tiles" and value.isdigit() and int(value) > 0:
-                assistant.max_tiles = int(value)
-                note(f"at most {value} tiles from the next picture on")
+            elif command == "/tiles" and value.isdigit():
+                assistant.max_tiles = int(value) or own
+                note(f"at most {assistant.max_tiles} tiles from the next picture on")
             elif command == "/reset":
                 turns, seen, new = [], [], []
                 note("a new dialogue, without pictures")
