@@ -16,7 +16,7 @@ import common, configurator
 from assistant import Assistant
 from data import IMAGE_SUFFIXES
 
-HELP = "/image PATH adds a picture, /tiles N sets the most tiles of the next (0: as at first), /reset starts anew, Ctrl-D ends"
+HELP = "/image PATH adds a picture, /tiles N limits later ones (0: as at first), /reset starts anew, Ctrl-D ends"
 
 @dataclasses.dataclass(slots=True)
 class Config:
