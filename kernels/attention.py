@@ -121,12 +121,13 @@ def _plan(borders, causal, device):
     """Group documents by length. -> (gather (rows,), scatter (T,), [(documents, padded length), ...]).
     Row i of the padded groups is token gather[i] of the pack; token t sits in row scatter[t]. A group holds documents
     at least 5/8 as long as its longest; padding repeats a document's own last token, on the right, where a causal
-    mask hides it. Without a causal mask only equal lengths share a group. Every layer asks again, hence the cache."""
+    mask hides it. Longer ones than SHORT, and all without a causal mask, share a group only where they are equally
+    long. Every layer asks again, hence the cache."""
     documents = sorted(((end - start, start) for start, end in zip(borders, borders[1:]) if end > start), reverse=True)
     gather, scatter, groups, row = [], torch.empty(borders[-1], dtype=torch.long), [], 0
     while documents:
         length = documents[0][0]
-        group = [d for d in documents if (d[0] * 8 >= length * 5 if causal else d[0] == length)]
+        group = [d for d in documents if (d[0] * 8 >= length * 5 if causal and length <= SHORT else d[0] == length)]
         documents = documents[len(group):]
         for n, start in group:
             gather.append(torch.arange(start, start + length).clamp(max=start + n - 1))
