@@ -257,7 +257,7 @@ def train(cfg, device, name, size, stage, checkpointing="none"):
 def stages(cfg, device, name, size):
     """Seconds of a step with frozen parts beside one in which all train, over the same ratio of FLOPs: 1 is ideal."""
     dtype, (samples, tiles) = common.compute_dtype("auto", device), random_samples(size)
-    if size == "2b": samples, tiles = samples[:3], tiles[:21]   # three models with their moments lie beside them
+    if size == "2b": samples, tiles = samples[:3], tiles[:3 * SIZES[size][3]]   # three models and their moments
     batch, lengths, sides, flops = pack(samples, tiles, device), [len(t) for t, _ in samples], {}, {}
     supervised = int((batch["labels"] != IGNORE).sum())
     for stage, trains in STAGES.items():
@@ -299,7 +299,7 @@ def vs_hf(cfg, device, name, size, dtype, compiled=False):
     (samples, tiles), (model, optimizer) = random_samples(size), build(size, "sft", dtype, device)
     peer, _ = export_and_load(model.state_dict(), SIZES[size][:2], torch.float32, device)
     peer.train()
-    def losses(samples, tiles):
+    def losses_of(samples, tiles):
         batch, (tokens, labels) = pack(samples, tiles, device), padded(samples)
         supervised, mask = int((labels != IGNORE).sum()), torch.tensor([[len(t)] for t, _ in samples])
         inputs = {name: x.to(device) for name, x in dict(
@@ -307,12 +307,12 @@ def vs_hf(cfg, device, name, size, dtype, compiled=False):
             labels=F.pad(labels[:, :-1], (1, 0), value=IGNORE)).items()}                        # they shift themselves
         return dict(ours=lambda: model(**batch) / supervised,
                     transformers=lambda f=peer: f(**inputs, use_cache=False).loss)
-    few = losses(samples[:1], tiles[:SIZES[size][3]]) if size == "2b" else losses(samples, tiles)
+    losses = losses_of(samples, tiles)
+    few = losses_of(samples[:1], tiles[:SIZES[size][3]]) if size == "2b" else losses
     ours, theirs = ([(loss := few[side]()), torch.autograd.grad(loss, m.get_parameter(p + "k_proj.weight"))[0]]
                     for side, m, p in (("ours", model, "language_model.model.layers.0.self_attn."),
                                        ("transformers", peer, "model.language_model.layers.0.self_attn.")))
     assert (off := error(ours, theirs)) <= 1e-4, f"loss or gradient differ by {off:.2g} in fp32"     # test_parity's
-    losses = losses(samples, tiles)
     if device.type == "cuda":
         compile_blocks(model)
         losses["transformers, cudnn"] = sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION],
@@ -483,17 +483,17 @@ def loader(cfg, device, name, workers):
 
 def parts(device):
     """{part: (function, {row: what the function takes after the row's name})}; a function yields its rows."""
-    cuda, size, kinds = device.type == "cuda", "2b" if device.type == "cuda" else "toy", dict(
-        fp32=torch.float32, bf16=torch.bfloat16)
+    cuda, fp32, bf16 = device.type == "cuda", torch.float32, torch.bfloat16
+    size, kinds = "2b" if cuda else "toy", dict(fp32=fp32, bf16=bf16)
     steps = [(size, stage) for stage in STAGES] + [("2b_mix", "alignment"), ("2b", "sft", "selective"),
                                                    ("8b", "advance", "selective")] * cuda
     return {"attn": (attn, ATTN[device.type]), "ce": (ce, dict(ce_frozen=[False], ce_trains=[True])),
             "train": (train, {"_".join(step): step for step in steps}),
             "stages": (stages, {s: [s] for s in ([size] if cuda else [size, "25m"])}),
-            "warmup": (warmup, {s: [s] for s in ["2b_mix" if cuda else size]}),
-            "vs-hf": (vs_hf, {"_".join((size, kind, *more)): (size, kinds[kind], size == "7m" or bool(more))
-                              for size, kind, *more in [("2b", "bf16")] * cuda + [
-                ("7m", "fp32"), ("7m", "bf16"), ("25m", "bf16")] + [("2b", "bf16", "compiled")] * cuda}),
+            "warmup": (warmup, {"2b_mix": ["2b_mix"]} if cuda else {size: [size]}),
+            "vs-hf": (vs_hf, {row: more for row, more in {
+                "2b_bf16": ("2b", bf16), "7m_fp32": ("7m", fp32, True), "7m_bf16": ("7m", bf16, True),
+                "25m_bf16": ("25m", bf16), "2b_bf16_compiled": ("2b", bf16, True)}.items() if cuda or more[0] != "2b"}),
             "pack": (packing, {"8k": (8192, 48), "16k": (16384, 64), "8k_28_tiles": (8192, 28),
                                "16k_56_tiles": (16384, 56)}),
             "image": (image_path, dict(images_per_s_core=[])),

@@ -309,8 +309,8 @@ def attribute_question(board, rng):
 
 def drill_turns(board, rng):
     """Turns about what a language base learns last (LOG.md): places, what is next to a thing, colours, counts."""
-    where = [ask for ask in place_questions(board) if "corner" in ask[0]]
-    beside = [ask for ask in place_questions(board) if "just" in ask[0]]
+    places = place_questions(board)
+    where, beside = ([ask for ask in places if word in ask[0]] for word in ("corner", "just"))
     for t in only(board.things, lambda t: t[1:3]):
         where.append((f"Where is the {named(t)}?", here := place(*t[3:]), list(PLACES)))
         for direction, spot, there in neighbours(board, t):            # the way to a neighbour, whole and in part
