@@ -84,14 +84,12 @@ def mathvista(prediction, row, recent=False):
         read = option_letter(prediction, dict(zip(string.ascii_uppercase, as_list(row["choices"]))), recent)
         return read, read == row["answer_option"] != ""
     if (cast := {"integer": int, "float": float}.get(row["answer_type"])) is None: return prediction, False
+    read = ""
     try:
-        read = cast(prediction)
-    except ValueError:
-        return "", False
-    try:
-        return str(read), read == cast(row["answer"])
-    except ValueError:                                                 # a reference that is not of its type
-        return str(read), False
+        read = str(number := cast(prediction))
+        return read, number == cast(row["answer"])
+    except ValueError:                                                 # of the prediction, or of the reference
+        return read, False
 
 def punctuation(text):
     """process_punctuation of vlmeval/smp: a mark beside a space goes, any other becomes a space; all go if there is a
@@ -338,7 +336,7 @@ def find(name, protocol="sailvl-2024-12"):
 
 def benchmark_names(text, protocol="sailvl-2024-12"):
     """Comma list -> names; `toy` is the five toy ones, `all` the 18 of the paper."""
-    sets = {"toy": [*TOY], "all": [*PAPER]} if find("MME", protocol) else {}       # which refuses a wrong protocol
+    sets = {"toy": [*TOY], "all": [*PAPER]} if protocol in PROTOCOLS else {}       # else find refuses it
     parts = [sets.get(word.strip()) or [find(word.strip(), protocol)[0]] for word in text.split(",")]
     return [*dict.fromkeys(name for part in parts for name in part)]
 

@@ -2,7 +2,7 @@
 
 Source of the measures: SAIL-VL (arXiv 2501.05952) compares caption sets by unique n-grams, nouns, verbs and adjectives.
 """
-import collections, html, importlib, re
+import collections, functools, hashlib, html, importlib, re
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +17,18 @@ def words(text):
     """Lower-case words; a Chinese, Japanese or Korean character is a word of its own."""
     return WORD.findall(text.lower())
 
-def ngram_keys(lists, n, ids):
-    """A 64-bit key of every n-gram of lists of words, and the list each is in: two arrays. ids: {word: number}."""
-    flat = np.fromiter((ids.setdefault(w, len(ids) + 1) for words in lists for w in words), np.uint64)
+@functools.lru_cache(2 ** 18)
+def word_key(word):
+    """A 64-bit number that depends on nothing but the word."""
+    return int.from_bytes(hashlib.blake2b(word.encode("utf-8", "replace"), digest_size=8).digest(), "little")
+
+def ngram_keys(lists, n):
+    """A 64-bit key of every n-gram of lists of words."""
+    flat = np.fromiter((word_key(word) for words in lists for word in words), np.uint64)
     owner = np.repeat(np.arange(len(lists)), [*map(len, lists)])
     m, keys = max(0, len(flat) - n + 1), np.zeros(max(0, len(flat) - n + 1), np.uint64)
     for k in range(n): keys = (keys ^ flat[k:k + m]) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(k)   # wraps around
-    inside = owner[:m] == owner[n - 1:n - 1 + m]
-    return keys[inside], owner[:m][inside]
+    return keys[owner[:m] == owner[n - 1:n - 1 + m]]                     # an n-gram is inside one list
 
 def repetition(text, n=3):
     """Share of a caption's n-grams that were there before: 0 where none repeats, near 1 in a loop."""
@@ -50,17 +54,15 @@ def tagger():
 
 def statistics(texts, tag=None):
     """The diversity table of a set of captions: counts of captions, words, unique n-grams, equal captions, lengths."""
-    lists, ids = [words(t) for t in texts], {}
+    lists = [words(t) for t in texts]
     lengths = np.array([*map(len, lists)] or [0])
     out = {"captions": len(texts), "words": int(lengths.sum()), "mean_words": round(float(lengths.mean()), 2),
            "words_5_50_95": [int(q) for q in np.percentile(lengths, (5, 50, 95))],
            "equal_to_another": len(texts) - len({*texts})}
-    out |= {f"unique_{n}grams": len(np.unique(ngram_keys(lists, n, ids)[0])) for n in (1, 2, 3, 4)}
+    out |= {f"unique_{n}grams": len(np.unique(ngram_keys(lists, n))) for n in (1, 2, 3, 4)}
     if tag:
-        kinds = collections.defaultdict(set)
-        for listed in lists:
-            for word, kind in tag(listed): kinds[kind[:2]].add(word)
-        out |= {f"unique_{name}": len(kinds[kind]) for name, kind in TAGS.items()}
+        found = {(word, kind[:2]) for listed in lists for word, kind in tag(listed)}
+        out |= {f"unique_{name}": sum(kind == short for _, kind in found) for name, short in TAGS.items()}
     return out
 
 def agreement(texts, references, tag=None):

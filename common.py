@@ -149,15 +149,13 @@ def compute_dtype(name, device):
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
 # outputs that selective checkpointing keeps: matmuls and fused attention are what is dear to compute twice
-DEAR = ("aten.mm aten.addmm sail_vl.attention aten._scaled_dot_product_flash_attention "
-        "aten._scaled_dot_product_efficient_attention aten._scaled_dot_product_flash_attention_for_cpu "
-        "aten._scaled_dot_product_cudnn_attention").split()
+DEAR = ("mm addmm _scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention "
+        "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_cudnn_attention").split()
 
 def dear_operations():
-    """Those of them that there are: ours is registered by kernels/attention.py."""
-    found = (functools.reduce(lambda x, part: getattr(x, part, None), f"{name}.default".split("."), torch.ops)
-             for name in DEAR)
-    return [op for op in found if op]
+    """PyTorch's, and ours where kernels/attention.py has registered it."""
+    found = [getattr(torch.ops.aten, name) for name in DEAR] + [getattr(torch.ops.sail_vl, "attention", None)]
+    return [op.default for op in found if op is not None]
 
 def parallelize(model, cfg, dist):
     """Move the model to its device and spread it over the ranks; returns the module to call. On a fresh model in each
@@ -272,6 +270,12 @@ def write_atomic(path, text):
 def sha256(path):
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
+def weights_hash(folder):
+    """sha256 of a model folder's safetensors file; of the digests, one after the other, where there are several."""
+    digests = [sha256(path) for path in sorted(Path(folder).glob("*.safetensors"))]
+    if not digests: raise FileNotFoundError(f"no *.safetensors in {folder!r}; give the model folder, --model=DIR")
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
 def tensors_of(model, optimizer):
     """{name: live tensor} of weights and AdamW moments; the names are the same for a plain, DDP or FSDP model. Rates,
     betas and decay are not among them: on resume the configuration's count."""
@@ -331,16 +335,12 @@ def save_checkpoint(out_dir, step, model, optimizer, state, dist, keep, before=N
             check_room(tmp.parent, sum(t.nbytes for t in everything.values()), "a checkpoint")
         except OSError as e:
             problem = str(e)
-    every = gather((state, problem), dist)
-    future = concurrent.futures.Future()
-    if every[0][1]:
-        future.set_exception(OSError(every[0][1]))
-    else:
-        copied = copy and not wait and memory_for(tensors)
-        tensors = {name: t.to("cpu", copy=True) for name, t in tensors.items()} if copied else tensors
-        thread = concurrent.futures.ThreadPoolExecutor(1)  # the last rank had the last pack of the step: its state
-        future = thread.submit(write_checkpoint, final, tmp, step, tensors, every[-1][0], dist, keep)
-        thread.shutdown(wait=not copied)
+    states, problems = zip(*gather((state, problem), dist))
+    copied = copy and not wait and memory_for(tensors)
+    tensors = {name: t.to("cpu", copy=True) for name, t in tensors.items()} if copied else tensors
+    thread = concurrent.futures.ThreadPoolExecutor(1)  # the last rank had the last pack of the step: its state
+    future = thread.submit(write_checkpoint, final, tmp, step, tensors, states[-1], dist, keep, problems[0])
+    thread.shutdown(wait=not copied)
     if wait: future.result()
     return future
 
@@ -352,8 +352,9 @@ def saved(future):
         print(f"WARNING: NO CHECKPOINT: {e}. The earlier ones are whole; the next save tries again", file=sys.stderr,
               flush=True)
 
-def write_checkpoint(final, tmp, step, tensors, state, dist, keep):
+def write_checkpoint(final, tmp, step, tensors, state, dist, keep, problem):
     """The slow part of save_checkpoint, on all ranks: files, hashes, manifest, new name, `latest`, in this order."""
+    if problem: raise OSError(problem)  # no room on rank 0: all ranks give up alike
     try:
         dcp.save(tensors, checkpoint_id=tmp, process_group=dist.background, no_dist=not td.is_initialized())
         files = list(tmp.glob(f"__{dist.rank}_*.distcp"))  # fsynced; each rank reads back what it wrote
@@ -453,10 +454,10 @@ class Preemption:
             signal.signal(number, lambda number, frame: self.signals.append(number))
 
     def stop_requested(self, dist):
-        """True on all ranks, which all call it once per step, when any was asked to stop. Raises RunStopped in a worker
+        """True on all ranks, which all call it once per step, when any was asked to stop. Raises ValueError in a worker
         whose torchrun has died: an orphan must not write into the folder of the job that takes its place."""
         if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent:
-            raise RunStopped("torchrun has ended, so this worker ends too; the same command goes on")
+            raise ValueError("torchrun has ended, so this worker ends too; the same command goes on")
         return all_reduce_sum(torch.tensor(len(self.signals), device=dist.device), dist).item() > 0
 
 def watch(cfg, dist, note):
@@ -471,9 +472,6 @@ def watch(cfg, dist, note):
     if note:
         (file := open(path, "wb", buffering=0)).write(f"{note}\n".encode())
         faulthandler.dump_traceback_later(cfg.timeout_s, file=file, exit=not td.is_initialized())  # keeps it open
-
-class RunStopped(ValueError):
-    """The run ended itself; the message says why."""
 
 def open_log(out_dir):
     """Open log.jsonl for appending; a last line torn by a crash is cut off first."""
@@ -569,7 +567,7 @@ def open_run(cfg, origins, stages, dist, values):
     problem = None
     try:
         if dist.is_main: lock_run_folder(out)
-    except ValueError as e:
+    except (ValueError, OSError) as e:
         problem = e
     if problem := gather(problem, dist)[0]: raise problem  # on every rank: one line each, no lost connection
     old = read_run_config(out).get("config", values)
@@ -628,10 +626,10 @@ def announce(cfg, values, origins, name, model, stage, packs, state, first_step,
 
 def check_quarantine(state, packs, out_dir):
     """Stop a run whose data are rotten: max(100, 1 %) of the rows in the index, or of the samples seen, are unreadable.
-    Raises RunStopped."""
+    Raises ValueError."""
     for bad, n in ((packs.n_bad, packs.n), (state["quarantined"], state["samples_seen"])):
         if bad > max(100, 0.01 * n):
-            raise RunStopped(f"{bad} unreadable samples of {n}: see {out_dir}/bad_samples.jsonl, mend or remove them")
+            raise ValueError(f"{bad} unreadable samples of {n}: see {out_dir}/bad_samples.jsonl, mend or remove them")
 
 SPIKE = 6  # standard deviations
 

@@ -67,6 +67,8 @@ def configure(cfg, argv=None):
             value = cast(value, tp, f"{where}: {key}", text=origin == "command line")
             if type(value) is tuple and origins[key] == origin == "command line":
                 value = getattr(owner, attr) + value  # a repeated flag adds
+            if key.split(".")[-1] in SOURCES and origins[key] == origin == "command line":  # bash's work on a{0..9}
+                raise ConfigError(f"more than one --{key}: put it in quotes, --{key}='A-{{000..099}}.tar,B.jsonl'")
             setattr(owner, attr, value)
             origins[key] = origin
             return
@@ -86,18 +88,18 @@ def configure(cfg, argv=None):
         if not re.match(r"--[\w.]+=|[^-].*\.py$", arg):
             flag = arg.strip("-").partition("=")[0] or "key"
             raise ConfigError(f"{arg}: not understood; write a flag as --{flag}=value, a config file as NAME.py")
-    # config files, then flags, a preset before the fields that it sets
-    for arg in sorted(argv, key=lambda arg: arg.startswith("-") and 1 + ("." in arg.partition("=")[0])):
-        if not arg.startswith("-"):
-            run_file(arg, cfg, put)
-        elif arg not in ("--debug=True", "--debug=False"):  # launch() reads these
-            put(*arg[2:].split("=", 1), arg, "command line")
+    for path in (arg for arg in argv if not arg.startswith("-")): run_file(path, cfg, put)
+    flags = [arg for arg in argv if arg.startswith("-") and arg not in ("--debug=True", "--debug=False")]  # launch's
+    for flag in sorted(flags, key=lambda flag: "." in flag.partition("=")[0]):  # a preset before the fields it sets
+        put(*flag[2:].split("=", 1), flag, "command line")
     for key, value in resolved(cfg).items():
         least = key in AT_LEAST_ONE or key.endswith(".steps")
         if isinstance(value, (int, float)) and value < least:
             raise ConfigError(f"{origins[key]}: {key}={value} must be at least {least:d}")
     return origins
 
+# files, patterns of which may have braces
+SOURCES = "data val_data in references".split()
 # no number may be negative; these may not be 0 either
 AT_LEAST_ONE = set("""tokens_per_pack max_tiles_per_pack min_tiles shuffle_window grad_accum_steps save_every val_every
     val_packs print_every keep timeout_s rounds batch_size batch_tokens llm.n_heads llm.n_kv_heads llm.dim llm.head_dim

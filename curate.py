@@ -32,7 +32,7 @@ from tqdm import tqdm
 import captions, common
 from assistant import Assistant
 from configurator import configure, launch
-from data import IMAGE_SUFFIXES, MAX_BYTES, TOY_TOKENIZER, UNREADABLE, Tokenizer, add_member, conversation, expand
+from data import IMAGE_SUFFIXES, MAX_BYTES, TOY_TOKENIZER, UNREADABLE, Tokenizer, add_record, conversation, expand
 from data import image_names, open_sources, open_tar, read_json, tar_key
 from judge import ATTEMPTS, KINDS, Judge, Replies, key_of
 from vision import load_image, make_tiles, normalize, picture_uri
@@ -151,27 +151,21 @@ def add(tar, row, pictures, keys):
     keys.add(key := str(row["id"]) if fits else f"row-{len(keys):06d}")
     suffixes = [s if (s := os.path.splitext(name)[1].lower()) in IMAGE_SUFFIXES else f".{KINDS.get(data[:2], 'jpeg')}"
                 for name, data in pictures.items()]                    # else no stage would see that it is a picture
-    names = [f"{key}.{k}{s}" for k, s in enumerate(suffixes)] if len(suffixes) > 1 else [f"{key}{s}" for s in suffixes]
-    row = {**row, **({"image": names} if len(names) > 1 else {"image": names[0]} if names else {})}
-    text = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace")
-    for name, content in [(f"{key}.json", text), *zip(names, pictures.values())]:
-        add_member(tar, name, content)
+    add_record(tar, key, row, [*zip(suffixes, pictures.values())])
 
 def write_shard(out, unit, work):
     """Everything `work` yields for a unit, kept or dropped: then fsync, then rename, the shard itself last."""
-    counts, began, keys = collections.Counter({"in": 0, "out": 0}), time.time(), set()
-    tmp, bad = out / ".shards" / f"{unit.name}.tar", out / "dropped" / f"{unit.name}.tmp"
-    with open(tmp, "wb") as file, open(bad, "w", encoding="utf-8", errors="replace") as dropped:
+    counts, began, keys, lost = collections.Counter({"in": 0, "out": 0}), time.time(), set(), []
+    with open(tmp := out / ".shards" / f"{unit.name}.tar", "wb") as file:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for row, pictures, reason in work(unit, counts):
-                if reason: dropped.write(json.dumps({**row, "reason": reason}, ensure_ascii=False) + "\n")
+                if reason: lost.append(json.dumps({**row, "reason": reason}) + "\n")
                 else: add(tar, row, pictures, keys)
                 counts.update(["in", f"dropped {reason}" if reason else "out"])
-        for f in (file, dropped):
-            f.flush()
-            os.fsync(f.fileno())
+        file.flush()
+        os.fsync(file.fileno())
     (out / f"{unit.name}.tar").unlink(missing_ok=True)                 # of an input that is no longer so
-    os.replace(bad, out / "dropped" / f"{unit.name}.jsonl")
+    common.write_atomic(out / "dropped" / f"{unit.name}.jsonl", "".join(lost))
     facts = {**counts, "seconds": time.time() - began, "input": state_of(unit)}
     common.write_atomic(out / ".shards" / f"{unit.name}.json", json.dumps(facts))
     os.replace(tmp, out / f"{unit.name}.tar")
@@ -307,15 +301,10 @@ INDEX = np.dtype([("id", "S20"), ("source", "u4"), ("hash", "u8"), ("tone", "u1"
 
 def minhash(text):
     """(MINHASHES,) uint32: the smallest value of each of so many hash functions over the word 3-grams of a text."""
-    keys = captions.ngram_keys([captions.words(text)], 3, HashedWords())[0]
+    keys = captions.ngram_keys([captions.words(text)], 3)
     if not len(keys): return np.zeros(MINHASHES, np.uint32)
     salt = np.random.default_rng(1).integers(1, 2 ** 63, (MINHASHES, 1), dtype=np.uint64) | np.uint64(1)
     return ((keys * salt) >> np.uint64(32)).min(1).astype(np.uint32)   # multiply-shift (Dietzfelbinger et al., 1997)
-
-class HashedWords(dict):
-    """{word: number} in which a word's number depends on nothing but the word."""
-    def setdefault(self, word, _):
-        return int.from_bytes(hashlib.blake2b(word.encode("utf-8", "replace"), digest_size=8).digest(), "little")
 
 def make_index(cfg, units):
     """What dedup and select know of each row, on disk beside the shards: INDEX array (n,), mapped into memory."""
@@ -415,16 +404,15 @@ def dedup(cfg):
 # ---- select ---------------------------------------------------------------------------------------------------------
 def kmeans(x, k, seed, steps=10, sample=100_000):
     """x (n, C) -> cluster (n,) int64 of each row; centres are fitted on a sample."""
-    draw = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    some = torch.from_numpy(np.array(x[draw[:sample].sort()[0].numpy()], np.float32))
-    centres = some[torch.randperm(len(some), generator=torch.Generator().manual_seed(seed))[:k]].clone()   # (k, C)
+    x, draw = torch.from_numpy(x), lambda n: torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    some = x[draw(len(x))[:sample].sort()[0]]
+    centres = some[draw(len(some))[:k]].clone()                                                # (k, C)
     nearest = lambda rows: torch.cat([torch.cdist(part, centres).argmin(1) for part in rows.split(8192)])
     for _ in range(steps):
         one_hot = torch.nn.functional.one_hot(nearest(some), len(centres)).float()             # (sample, k)
         full = (size := one_hot.sum(0)) > 0
         centres[full] = (one_hot.T @ some)[full] / size[full, None]
-    return np.concatenate([nearest(torch.from_numpy(np.array(part, np.float32))).numpy()
-                           for part in np.split(x, range(8192, len(x), 8192))])
+    return nearest(x).numpy()
 
 def fair_shares(sizes, n):
     """How many to take of each cell (cells,) so that n are taken and no cell gives more than another that could."""
@@ -471,7 +459,7 @@ def select(cfg):
         for i, (row, pictures, reason) in enumerate(read_unit(unit), starts[unit.name]):
             yield {**row, "cluster": int(cells[i])}, pictures, reason or (None if keep[i] else "not_selected")
     run_stage(cfg, "select", work, alone=True, n=cfg.n, clusters=cfg.clusters, seed=cfg.seed, inputs=state_of_all(cfg),
-              model=model_hash(cfg.model) if cfg.model else "hashes")
+              model=common.weights_hash(cfg.model)[:16] if cfg.model else "hashes")
 
 # ---- asking: annotate, recaption, score, sft-quality ----------------------------------------------------------------
 REFUSAL = re.compile(r"\W*((i['’]?m|i am) (sorry|unable|not able)|sorry|i (can['’]?t|cannot|won['’]?t)\b|很?抱歉|对不起)",
@@ -480,13 +468,8 @@ REFUSAL = re.compile(r"\W*((i['’]?m|i am) (sorry|unable|not able)|sorry|i (can
 def load_model(cfg):
     """The Assistant of --model on this process' GPU, or the CPU; processes share nothing but the folder they write."""
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda": torch.cuda.set_device(device)            # kernels and graphs run on the current one
     return Assistant(cfg.model, device, common.compute_dtype(cfg.dtype, device), max_tiles=cfg.max_tiles)
-
-def model_hash(folder):
-    """sha256 of a model folder's weights, file by file."""
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files: raise FileNotFoundError(f"no *.safetensors in {folder!r}; give a model folder, --model=DIR")
-    return hashlib.sha256("".join(map(common.sha256, files)).encode()).hexdigest()[:16]
 
 class Local:
     """A model folder that is asked like judge.Judge: the same jobs, the same log, batches instead of threads."""
@@ -525,16 +508,14 @@ class Local:
             self.replies.add(keys[asked[number]], reply=self.assistant.tokenizer.decode(ids).strip(),
                              finish="length" if len(ids) >= most else "stop", usage={"completion_tokens": len(ids)})
 
-def read_prompts(cfg, names): return {n: (Path(cfg.prompts) / f"{n}.txt").read_text("utf-8").strip() for n in names}
-
 def ask_rows(cfg, stage, question, valid, take, names):
     """question(row, prompts) -> (name of the prompt, text); take(row, reply, name, text) puts a valid one into the
     row and returns a reason to drop it, or None. names: of the prompts in --prompts."""
-    texts = read_prompts(cfg, names)
+    texts = {name: (Path(cfg.prompts) / f"{name}.txt").read_text("utf-8").strip() for name in names}
     hashes = {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
     if bool(cfg.model) == bool(cfg.endpoint):
         raise ValueError(f"{stage} asks a model: give --model=FOLDER, or --endpoint=URL and --endpoint_model=NAME")
-    name = model_hash(cfg.model) if cfg.model else cfg.endpoint_model
+    name = common.weights_hash(cfg.model)[:16] if cfg.model else cfg.endpoint_model
     assistant, replies = functools.cache(lambda: load_model(cfg)), Path(cfg.out) / "replies"
     def work(unit, counts):
         records, cache = [*read_unit(unit)], replies / f"{unit.name}.jsonl"
@@ -625,8 +606,8 @@ def fault(cfg, row):
     text, scores = told(row)
     for name, least in (("richness", cfg.min_richness), ("alignment", cfg.min_alignment)):
         if least and scores.get(name, 0) < least: return f"low_{name}" if name in scores else "not_scored"
-    if not cfg.min_words <= len(captions.words(text)) <= cfg.max_words:
-        return "too_short" if len(captions.words(text)) < cfg.min_words else "too_long"
+    if (n := len(captions.words(text))) < cfg.min_words: return "too_short"
+    if n > cfg.max_words: return "too_long"
     if captions.repetition(text) > cfg.max_repetition: return "repetitive"
     return "other_script" if captions.script_share(text, cfg.script) < cfg.min_script else None
 
@@ -634,7 +615,7 @@ def filter_rows(cfg):
     """Thresholds; then, against homogenisation, captions with a very common 4-gram are thinned out by lot, which is not
     the lot of `select`, for that has kept low ones."""
     mask = np.uint64(2 ** 22 - 1)                                      # counters; few collide where n-grams are common
-    grams = lambda row: np.unique(captions.ngram_keys([captions.words(told(row)[0])], 4, HashedWords())[0] & mask)
+    grams = lambda row: np.unique(captions.ngram_keys([captions.words(told(row)[0])], 4) & mask)
     @functools.cache
     def common_grams():
         counts, n = np.zeros(int(mask) + 1, np.int64), 0
@@ -674,10 +655,11 @@ def report(cfg):
                 with contextlib.suppress(ValueError):
                     shown[key] = picture_uri(load_image(next(iter(pictures.values()))))
     numbers = {name: captions.statistics([*texts.values()], tag) for name, texts in sets.items()}
-    common_ids = {name: [i for i in texts if i in right] for name, texts in sets.items()}
-    agree = {f"{name}, {what}": {"captions": len(common_ids[name]), **values} for name, texts in sets.items() if right
-             for what, values in captions.agreement([texts[i] for i in common_ids[name]],
-                                                    [right[i] for i in common_ids[name]], tag).items()}
+    agree = {}
+    for name, texts in sets.items():
+        ids = [i for i in texts if i in right]
+        found = captions.agreement([texts[i] for i in ids], [right[i] for i in ids], tag)
+        agree |= {f"{name}, {what}": {"captions": len(ids), **values} for what, values in found.items()}
     tables = {"Diversity": numbers, **({"Scores": scores} if scores else {}), **({"Agreement": agree} if agree else {})}
     out = Path(cfg.out or "out/captions")
     out.mkdir(parents=True, exist_ok=True)
@@ -685,7 +667,7 @@ def report(cfg):
     common.write_atomic(out / "report.json", json.dumps({"note": note, **tables}, indent=1) + "\n")
     for title, rows in tables.items():
         for name, row in rows.items(): print(f"{title} {name}: " + ", ".join(f"{k} {v}" for k, v in row.items()))
-    if right and not any(common_ids.values()): note += "; no caption has an id of the references"
+    if right and not agree: note += "; no caption has an id of the references"
     print(f"{note}\nwrote {out / 'report.html'} and {out / 'report.json'}")
 
 # ---- three tiers of choosing fine-tuning data -----------------------------------------------------------------------
@@ -727,14 +709,14 @@ def tiers(cfg, tier):
         for g in groups: measure(f"half_{g}", everything | {g: 0.5})
     else:
         first, *others = groups
-        kept, best = [first], measure(first, {first: 1.0})
+        kept, best = [first], measure(first, {first: 1.0}) or 0.0
         for g in others:                                               # printed only: as if every one were kept
             now = measure("+".join([*kept, g]), dict.fromkeys([*kept, g], 1.0))
-            if now is None or now >= best: kept, best = [*kept, g], now
+            if now is None or now >= best: kept, best = [*kept, g], now or 0.0
         print(f"kept: {', '.join(kept)}" if cfg.run else "with --run=True a set stays only if the score does not fall")
     ranked = sorted(results.items(), key=lambda item: -(item[1] or 0))
     common.write_atomic(out / "ranking.json", json.dumps(ranked, indent=1) + "\n")
-    for mix, value in ranked if cfg.run else (): print(f"{value:8.2f}  {mix}")
+    for mix, value in ranked if cfg.run else (): print(f"{value or 0:8.2f}  {mix}")
 
 STAGES = {"collect": collect, "dedup": dedup, "select": select, "annotate": lambda cfg: caption(cfg, "annotate"),
           "recaption": lambda cfg: caption(cfg, "recaption"), "score": lambda cfg: score(cfg, "score", "score"),
@@ -745,8 +727,6 @@ def main():
     stage, *flags = sys.argv[1:] or [""]
     if stage not in STAGES and stage not in ("-h", "--help"):
         raise ValueError(f"usage: python curate.py {'|'.join(STAGES)} --in=... --out=...; --help lists all settings")
-    if sum(flag.startswith("--in=") for flag in flags) > 1:            # bash makes many words of a{0..9}
-        raise ValueError("more than one --in: put it in quotes, --in='A-{000..099}.tar,B.jsonl'")
     configure(cfg := Config(), flags or ["--help"])
     STAGES[stage](cfg)
 

@@ -101,7 +101,7 @@ def chat_ids(tokenizer, template, turns, n_tiles, tokens_per_tile):
     """Prompt ids up to and including `assistant\\n` for turns [(user, assistant), ..., (user, None)].
     n_tiles: tiles of each image, in the order of the `<image>` placeholders; without any, the images go first."""
     images = [[tokenizer.image_id] * (n * tokens_per_tile) for n in n_tiles]
-    return _render(tokenizer, template, place_images(turns, len(images)), images)[0]
+    return join(segments(tokenizer, template, place_images(turns, len(images)), images))[0]
 
 def place_images(turns, n_images):
     """Turns whose `<image>` placeholders number n_images; if none is written, one per image heads the first turn."""
@@ -121,24 +121,24 @@ def _fixed(tokenizer, template):
     marks = start, end, *_ = [[tokenizer.special[t]] for t in ("<|im_start|>", "<|im_end|>", "<img>", "</img>")]
     return start + system + end, sep + start, end + sep + start + head, *marks
 
-def _segments(tokenizer, template, turns, images, system=None):
+def segments(tokenizer, template, turns, images, system=None):
     """Yield (ids, whether they are supervised) in order. images: the ids between <img> and </img>."""
     intro, ask, answer, start, end, img, img_end = _fixed(tokenizer, template)
     images, encode = iter(images), tokenizer.encode
     yield start + encode("system\n" + system) + end if system else intro, False
     for user, assistant in turns:
         before, *after = ("user\n" + user).split("<image>")
-        yield from ((ask, False), (encode(before), False))
+        yield ask + encode(before), False
         for text in after:
             yield img + next(images) + img_end + encode(text), False
         yield answer, False
         if assistant is not None:
             yield encode(assistant) + end, True
 
-def _render(*what):
-    """(ids, targets) of _segments(*what): targets[t] is ids[t] where supervised, else IGNORE."""
+def join(segments):
+    """(ids, targets) of segments: targets[t] is ids[t] where supervised, else IGNORE."""
     ids, targets = [], []
-    for new, supervised in _segments(*what):
+    for new, supervised in segments:
         ids += new
         targets += new if supervised else [IGNORE] * len(new)
     return ids, targets
@@ -147,11 +147,12 @@ def need_cells(row):
     if not row.get("cells"):
         raise ValueError("--image_as=words and --cell_labels need `cells`, which only toy data has")
 
-def _what(row, tokenizer, template, n_tiles, tokens_per_tile, image_as):
+def row_segments(row, tokenizer, template, n_tiles, tokens_per_tile, image_as):
+    """The segments of a record. image_as "words": one visual token for each of its cells."""
     if image_as == "words": need_cells(row)
     counts = map(len, row["cells"]) if image_as == "words" else (n * tokens_per_tile for n in n_tiles)
     images, (system, turns) = [[tokenizer.image_id] * n for n in counts], conversation(row)
-    return tokenizer, template, place_images(turns, len(images)), images, system
+    return segments(tokenizer, template, place_images(turns, len(images)), images, system)
 
 def render(row, tokenizer, template, n_tiles, tokens_per_tile, image_as="pixels", cell_labels="none"):
     """Token ids and labels of a record in one pass, so that they cannot disagree.
@@ -161,7 +162,7 @@ def render(row, tokenizer, template, n_tiles, tokens_per_tile, image_as="pixels"
     cell_labels "also": the label of each visual token is its cell's first word; "only": nothing else is supervised, and
     of every second visual token, the first or the second by the row's id, it is the last word."""
     if cell_labels != "none" and n_tiles: need_cells(row)
-    ids, targets = map(np.array, _render(*_what(row, tokenizer, template, n_tiles, tokens_per_tile, image_as)))
+    ids, targets = map(np.array, join(row_segments(row, tokenizer, template, n_tiles, tokens_per_tile, image_as)))
     labels, visual = np.append(targets[1:], IGNORE), ids == tokenizer.image_id
     if cell_labels == "only":
         labels[:] = IGNORE
@@ -258,6 +259,13 @@ def open_tar(path):
 def tar_key(member):
     """What the files of one record share: the path up to the first dot, as WebDataset has it."""
     return re.match(r"(?:.*/)?[^./]*", member.name)[0]
+
+def add_record(tar, key, row, pictures):
+    """Add KEY.json and its pictures, [(suffix, bytes), ...]: KEY.jpg, or KEY.0.jpg, KEY.1.jpg; `image` names them."""
+    names = [f"{key}.{k}{suffix}" if len(pictures) > 1 else key + suffix for k, (suffix, _) in enumerate(pictures)]
+    row = row | ({"image": names if len(names) > 1 else names[0]} if names else {})
+    add_member(tar, f"{key}.json", json.dumps(row, ensure_ascii=False).encode("utf-8", "replace"))
+    for name, (_, content) in zip(names, pictures): add_member(tar, name, content)
 
 def add_member(tar, name, content):
     """Add a file of these bytes to an open tar; no owner, no time: the same bytes every time."""
@@ -374,8 +382,8 @@ class Source:
             names = [os.path.basename(name) for name in image_names(row)]
             places = [pictures[name] for name in names if name in pictures] or pictures.values()
             found = [(*place, *image_size(self._read(*place))) for place in places]
-        what = _what(row, tokenizer, template, [0] * len(found), 0, image_as)
-        return sum([len(ids) for ids, _ in _segments(*what)]), found
+        parts = row_segments(row, tokenizer, template, [0] * len(found), 0, image_as)
+        return sum([len(ids) for ids, _ in parts]), found
 
     def _measure_all(self, records, first, *reading):
         """(rows, images, bad) of some records in order; `first` is the number of the first of them."""
@@ -496,7 +504,8 @@ def open_sources(spec, tokenizer, template, image_as="pixels"):
         raise ValueError(f"--template={template}: unknown, choose from {', '.join(TEMPLATES)}")
     sources, reading = [], (tokenizer, template, image_as)
     for name, path in expand(spec):
-        if path.suffix.lower() != ".json" or not path.is_file() or open(path).read(99).lstrip()[:1] != "{":
+        if path.suffix.lower() != ".json" or not path.is_file() or open(
+                path, encoding="utf-8-sig").read(99).lstrip()[:1] != "{":
             sources.append(Source(name or path.stem, path, *reading))
             continue
         for key, item in read_json(path).items():                      # InternVL meta: paths as written, else beside it
@@ -550,8 +559,10 @@ def uncollected():
     """Plans are many small objects, for which Python would look through all that is loaded, again and again."""
     was = gc.isenabled()
     gc.disable()
-    yield
-    if was: gc.enable()
+    try:
+        yield
+    finally:
+        if was: gc.enable()
 
 def fill_packs(tokens, tiles, tokens_per_pack, tiles_per_pack):
     """Lists of indices of the samples in each pack, for samples in random order, none longer than a pack.
@@ -732,7 +743,7 @@ class Packs(torch.utils.data.Dataset):
         or int64 (visual tokens, W) of words;
         ids; bad: samples that failed to decode and are left out; size: how much of everything there is; lengths: tokens
         of each sample."""
-        samples, words, ids, bad, n_cells, filled = [], [], [], [], [], 0
+        samples, answers, words, ids, bad, filled = [], [], [], [], [], 0
         n, side, slot = sum([sum(n_tiles) for *_, n_tiles in pack.samples]), self.tile_size, None
         if n and torch.utils.data.get_worker_info():                   # written where Loader finds them
             slot = pack.number % len(self.slots)
@@ -756,7 +767,8 @@ class Packs(torch.utils.data.Dataset):
                 bad.append({"source": source.name, "id": row["id"], "reason": f"{type(e).__name__}: {e}"[:300]})
                 continue
             samples.append(sample)
-            n_cells.append(sum(map(len, row["cells"])) if self.cell_labels != "none" else 0)
+            cells = sum(map(len, row.get("cells", ()))) if self.cell_labels != "none" else 0
+            answers.append(max(1, (sample[1] != IGNORE).sum() - cells))    # supervised tokens, labels of cells apart
             words, filled = words + new if self.image_as == "words" else [], end
             ids.append(str(row["id"]))
         if not samples:                                                # nothing readable: one token that asks nothing
@@ -766,7 +778,7 @@ class Packs(torch.utils.data.Dataset):
             samples.append((np.full(room, self.tokenizer.eos_id), np.full(room, IGNORE)))
         tokens, labels = map(np.concatenate, zip(*samples))
         lengths = [len(x) for x, _ in samples]
-        answers = [max(1, (y != IGNORE).sum() - n) for (_, y), n in zip(samples, [*n_cells, 0, 0])]
+        answers += [1] * (len(samples) - len(answers))                 # of documents that ask nothing
         weights = [{"token": 1.0, "sample": 1 / n, "sqrt": n ** -0.5}[self.loss_weight] for n in answers]
         weights = np.repeat(np.array(weights, np.float32), lengths)
         arrays = {"tokens": tokens, "labels": labels, "positions": np.concatenate([np.arange(n) for n in lengths]),

@@ -8,8 +8,8 @@
 benchmarks.py holds the protocols and the scorers. An interrupted run goes on at the first row that has no prediction
 yet. Shapes: T tokens of a prompt, N tiles.
 """
-import base64, collections, contextlib, csv, dataclasses, hashlib, http.client, io, itertools, json, os, sys, time
-import urllib.error, urllib.request
+import base64, collections, contextlib, csv, dataclasses, hashlib, http.client, io, itertools, json, os
+import shutil, sys, time, urllib.error, urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
@@ -22,7 +22,7 @@ import common, configurator
 from assistant import Assistant
 from benchmarks import (ADDRESS, PAPER, PROTOCOLS, PUBLISHED, TOY, as_list, averages, benchmark_names, build_prompt,
                         chance_level, find, needs, options, protocol_hash, read_answers, score_rows)
-from data import _render, cell_words, place_images
+from data import cell_words, join, place_images, segments
 from judge import connect
 from vision import GRAY, _read, load_image, make_tiles, picture_uri
 
@@ -79,11 +79,9 @@ def download(b, folder, base):
         with urllib.request.urlopen(request, timeout=60) as web:
             have *= web.status == 206                                  # else the server sends all of it again
             total = have + int(web.headers.get("Content-Length") or 0)
-            with open(part, "ab" if have else "wb") as f, tqdm(initial=have, total=total, desc=b.file, unit="B",
-                                                                unit_scale=True, disable=None) as bar:
-                while block := web.read(1 << 20):
-                    f.write(block)
-                    bar.update(len(block))
+            with open(part, "ab" if have else "wb") as f, tqdm.wrapattr(
+                    f, "write", total=total, initial=have, desc=b.file, disable=None) as out:
+                shutil.copyfileobj(web, out, 1 << 20)
         if part.stat().st_size < total: raise OSError(f"cut off at {part.stat().st_size} of {total} bytes")
     except (OSError, http.client.HTTPException) as e:
         if getattr(e, "code", 0) != 416:                               # 416: nothing was left to send
@@ -95,13 +93,11 @@ def download(b, folder, base):
 
 def records(path, start=0):
     """(offset in bytes, line, fields) of a tab-separated file's rows from an offset on. ValueError with the line."""
-    at, reader = start, None
     def lines():
-        nonlocal at                                                    # start is that of the record that is being read
-        for line in f:
-            at += len(line)
-            yield line.decode("utf-8-sig" if at == len(line) else "utf-8")
-        if start < at: raise csv.Error("a field's opening quotation mark has no partner; the rows after are in it")
+        while line := f.readline():
+            yield line.decode("utf-8-sig" if f.tell() == len(line) else "utf-8")
+        if start < f.tell():                                           # start: of the record that is being read
+            raise csv.Error("a field's opening quotation mark has no partner; the rows after are in it")
     csv.field_size_limit(2**31 - 1)                                    # pictures are base64 columns
     with open(path, "rb") as f:
         f.seek(start)
@@ -109,7 +105,7 @@ def records(path, start=0):
         try:
             for fields in reader:
                 yield start, reader.line_num, fields
-                start = at
+                start = f.tell()
         except (csv.Error, UnicodeDecodeError) as e:
             raise ValueError(f"{path} line {reader.line_num + 1}: not a UTF-8 tab-separated file: {e}") from e
 
@@ -181,13 +177,13 @@ def make_prompt(assistant, row, image, text, max_tiles=0, blind=False, b=TOY["to
     if vision is None:                                                 # words in the place of the visual tokens
         cells = ["Empty " + cell.split()[1] if blind else cell for cell in row["cells"].split("|")]
         images = [[assistant.tokenizer.image_id] * len(cells)] * bool(image)
-        ids, _ = _render(assistant.tokenizer, assistant.template, place_images(turns, len(images)), images)
+        ids, _ = join(segments(assistant.tokenizer, assistant.template, place_images(turns, len(images)), images))
         return ids, torch.from_numpy(cell_words(cells, assistant.tokenizer)) if image else None
     if image:
         pictures = [open_picture(row, one, b.jpeg) for one in image]
         pictures[0] = pictures[0].resize([b.upscale * n for n in pictures[0].size], Image.Resampling.BILINEAR)
         most = max(1, min(max_tiles or b.tiles, 64 // len(pictures)))
-        tiles = [make_tiles(picture, 1, most, vision.image_size, True) for picture in pictures]
+        tiles = [make_tiles(picture, 1, most, vision.image_size, assistant.thumbnail) for picture in pictures]
         tiles = [GRAY.expand_as(t) for t in tiles] if blind else tiles
     return assistant.prompt(turns, tiles)
 
@@ -251,12 +247,6 @@ def report_html(results, cards, free):
     return Path(__file__).with_name("report_page.html").read_text(encoding="utf-8").replace("<!--data-->", data)
 
 # ---- the run -------------------------------------------------------------------------------------------------------
-def weights_hash(folder):
-    """sha256 of a model folder's safetensors file; of the digests, one after the other, where there are several."""
-    digests = [common.sha256(path) for path in sorted(Path(folder).glob("*.safetensors"))]
-    if not digests: raise FileNotFoundError(f"no *.safetensors in {folder!r}; give the model folder, --model=DIR")
-    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-
 def score_file(argv):
     """`eval.py score`: a predictions file -> {"benchmark", "score", "details", "protocol", ...}, a reason if None."""
     configurator.configure(cfg := ScoreConfig(), argv)
@@ -295,7 +285,8 @@ def main():
     data = {name: read_rows(path, cfg.limit, table[name], *["cells"] * (not pixels)) for name, path in paths.items()}
     jobs = [(folder, [name]) for name, folder in (("untrained", cfg.untrained), ("trained_blind", cfg.trained_blind))
             if folder] + [(cfg.model, ["blind"] * cfg.controls + ["model"])]
-    weights, files = {folder: weights_hash(folder) for folder, _ in jobs}, {name: md5(p) for name, p in paths.items()}
+    weights = {folder: common.weights_hash(folder) for folder, _ in jobs}
+    files = {name: md5(path) for name, path in paths.items()}
     for name, found in files.items():
         if table[name].md5 not in ("", found):
             print(f"warning: {paths[name]} has MD5 {found}, the protocol's is {table[name].md5}", file=sys.stderr)
@@ -306,8 +297,8 @@ def main():
     for folder, variants in jobs:
         assistant = Assistant(folder, dist.device, dtype, vision=pixels)
         for variant, name in itertools.product(variants, paths):
-            facts = [weights[folder], protocol_hash([name], *changed), files[name], assistant.template]
-            key = hashlib.sha256(repr([*facts, dtype]).encode()).hexdigest()[:16]    # other runs share nothing
+            facts = [weights[folder], files[name], protocol_hash([name], *changed), assistant.template, dtype]
+            key = hashlib.sha256(repr([*facts, assistant.thumbnail]).encode()).hexdigest()[:16]  # others share nothing
             said = predict(name, data[name], assistant, key, cfg, dist, variant)
             answered[variant, name] = rows = [row | {"prediction": said[row["index"]]} for row, _ in data[name]]
             if variant == "model" and dist.is_main:

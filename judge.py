@@ -2,10 +2,10 @@
 
 For eval.py a judge of answers that no rule can read, for curate.py a captioner and a judge of captions. Replies are
 kept in a .jsonl, a line each, so that no question is asked twice and an interrupted run goes on.
-The key comes from the environment: JUDGE_API_KEY; for api.openai.com also OPENAI_API_KEY; else none is sent.
+The key comes from the environment: JUDGE_API_KEY; else none is sent.
 """
 import base64, collections, contextlib, hashlib, http.client, itertools, json, os, threading, time
-import urllib.error, urllib.parse, urllib.request
+import urllib.error, urllib.request
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -55,8 +55,7 @@ class Judge:
         body = {"model": self.model, "messages": [{"role": "user", "content": content if images else prompt}],
                 "temperature": temperature, "max_tokens": self.max_tokens}
         url = self.urls[next(self.turn) % len(self.urls)]
-        openai = urllib.parse.urlsplit(url).hostname == "api.openai.com"
-        secret = os.environ.get("JUDGE_API_KEY") or openai and os.environ.get("OPENAI_API_KEY")
+        secret = os.environ.get("JUDGE_API_KEY")
         headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {secret}"} if secret else {})}
         return urllib.request.Request(url, json.dumps(body).encode(), headers)
 
@@ -65,25 +64,24 @@ class Judge:
         picture was refused. ValueError when the endpoint refuses everything or stays away."""
         key = key_of(self.model, prompt, temperature, images)
         if key in self.replies.known: return self.replies.known[key]
-        for wait in [WAIT_S * 2 ** i for i in range(TRIES)]:
-            call = self.request(prompt, temperature, images)
+        for attempt in range(TRIES):
+            call, last = self.request(prompt, temperature, images), attempt == TRIES - 1
             with self.replies.lock: self.counts["calls"] += 1
             try:
                 with urllib.request.urlopen(call, timeout=TIMEOUT_S) as answer:
                     whole = json.load(answer)
                     choice, usage = whole["choices"][0], whole.get("usage") or {}
-                    text, finish = choice["message"]["content"] or "", choice.get("finish_reason")
+                    text, finish = "" + (choice["message"]["content"] or ""), choice.get("finish_reason")
                 break
             except urllib.error.HTTPError as e:
                 problem = f"HTTP {e.code} {e.reason}" + "; set JUDGE_API_KEY=..." * (e.code in (401, 403))
                 if images and e.code in REFUSED: return {"reply": "", "finish": f"http_{e.code}", "usage": {}}
-                if e.code < 500 and e.code not in (408, 409, 429): wait = 0        # asking again does not help
+                last = last or e.code < 500 and e.code not in (408, 409, 429)      # asking again does not help
             except (OSError, ValueError, LookupError, TypeError, AttributeError, http.client.HTTPException) as e:
                 problem = f"{type(e).__name__}: {e}"
-            if not wait or wait == WAIT_S * 2 ** (TRIES - 1):
-                raise ValueError(f"judge {call.full_url}: {problem}; replies so far are kept, run again to go on")
+            if last: raise ValueError(f"judge {call.full_url}: {problem}; replies so far are kept, run again to go on")
             with self.replies.lock: self.counts["retries"] += 1
-            time.sleep(wait)
+            time.sleep(WAIT_S * 2 ** attempt)
         shown = {} if images else {"prompt": prompt}                   # about pictures, prompts are files
         return self.replies.add(key, model=self.model, reply=text, finish=finish,
                                 usage={k: v for k, v in usage.items() if isinstance(v, int)}, **shown)
@@ -107,8 +105,8 @@ class Judge:
 
     def ask(self, prompts, valid):
         """Prompts and, for each, a test of the reply -> the first valid reply of each, "" where there was none."""
-        return [entry["reply"] if entry else "" for _, entry in sorted(self.each([*zip(prompts, valid)]),
-                                                                       key=lambda found: found[0])]
+        found = dict(self.each([*zip(prompts, valid)]))
+        return [found[i]["reply"] if found[i] else "" for i in range(len(prompts))]
 
 def connect(url, model, cache):
     """`ask` of that judge; None if there is neither url nor model."""

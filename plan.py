@@ -33,6 +33,8 @@ def print_plan(cfg, stages, world):
     units; activations of the fullest pack. FLOPs are strict (model.train_flops), for packs full of such samples; days
     at `mfu_assumed` of a GPU of 989 TFLOP/s."""
     vision, llm = read_configs(cfg.init_from)[:2] if cfg.init_from else (cfg.vision, cfg.llm)
+    if llm is None:
+        raise ValueError(f"{cfg.init_from} is a vision encoder alone; convert.py assemble joins it with the rest")
     with torch.device("meta"):
         model = VLM(None if cfg.image_as == "words" else vision, llm, 0)
     days, sharded = 0.0, cfg.parallel == "fsdp"

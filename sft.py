@@ -136,7 +136,7 @@ def main():
                 if step % cfg.print_every == 0 or "epoch" in row:
                     bar.write(common.format_step(row))
             if state["bad_steps"] >= 3:
-                raise common.RunStopped(f"three steps in a row without a finite loss or gradient, see {out}/log.jsonl")
+                raise ValueError(f"three steps in a row without a finite loss or gradient, see {out}/log.jsonl")
             common.check_quarantine(state, packs, out)
             stop = preemption.stop_requested(dist)
             if stop or step % cfg.save_every == 0 and finite:

@@ -3,7 +3,6 @@
     python toy.py --out=shards/toy --n=4000                    # training shards (tar) and benchmark files (tsv)
     python toy.py --out=shards/web --n=2000 --parts=web         # pictures with poor alt-text, and the truth beside
     python toy.py --out=shards/toy_text --n=100000 --parts=text  # the same questions with every picture given as words
-    python toy.py --out=config/toy_tokenizer --parts=tokenizer   # the small byte-level BPE of the toy language model
 
 Every picture is a board of 28-pixel cells, so that after 14-pixel patches and a 2x2 pixel shuffle one visual token sees
 one cell; a tile is 3x3 cells. Boards of 1x1 to 3x1 and 2x2 tiles go through the same dynamic tiling, thumbnail
@@ -14,7 +13,7 @@ are the exact truth: captions, alt-texts, transcriptions and question-answer tur
 A board is held out when a checksum of its truth says so, hence training and benchmark pictures are disjoint by
 construction, in any number, under any seed; words on signs are split by the word itself: benchmark words are unseen.
 """
-import base64, collections, csv, hashlib, io, json, os, random, re, tarfile, zlib
+import base64, csv, functools, hashlib, io, json, os, random, tarfile, zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from configurator import configure, launch
-from data import BYTE_ORDER, BYTE_TO_CHAR, SPECIAL_TOKENS, TEMPLATES, add_member
+from data import add_record
 
 @dataclass(slots=True)
 class Config:
@@ -32,10 +31,9 @@ class Config:
     n: int = 4000                    # samples of each training part
     n_bench: int = 200               # questions of each benchmark
     seed: int = 1                    # another seed: other samples, same world
-    parts: str = "pretrain,knowledge,instruction,preference,bench"  # also: web, text, drill (with pictures), tokenizer
+    parts: str = "pretrain,knowledge,instruction,preference,bench"  # also: web, text, drill (with pictures)
 
 CELL, SIDE = 28, 3                   # pixels of a cell, cells along a tile
-TILE = CELL * SIDE                   # 84 pixels
 KINDS = ("circle", "square", "triangle", "star", "cross")
 COLORS = {"red": (215, 35, 40), "green": (30, 150, 60), "blue": (40, 80, 215), "yellow": (240, 200, 20),
           "purple": (150, 50, 170), "black": (25, 25, 25)}
@@ -133,13 +131,7 @@ def draw_board(rng, kind, held_out, easy=False):
         if board.held_out() == held_out: return board
 
 # ---- pixels -------------------------------------------------------------------------------------------------------
-_fonts = {}
-
-def text(draw, x, y, word, size, ink, bold):
-    """Draw a word centred at (x, y)."""
-    if size not in _fonts:
-        _fonts[size] = ImageFont.load_default(size)
-    draw.text((x, y), word, fill=ink, font=_fonts[size], anchor="mm", stroke_width=bold)
+font = functools.cache(ImageFont.load_default)                         # of a size
 
 def shape(draw, kind, x, y, r, ink):
     if kind == "circle":
@@ -196,7 +188,8 @@ def render(board, rng):
             if len(word) == 1 or word in NUMBERS:
                 x, y = centre(row, column)
                 mark = str(NUMBERS.index(word)) if word in NUMBERS else word
-                text(draw, x + rng.randint(-2, 2), y + rng.randint(-2, 2), mark, size, ink, bold)
+                at = x + rng.randint(-2, 2), y + rng.randint(-2, 2)
+                draw.text(at, mark, fill=ink, font=font(size), anchor="mm", stroke_width=bold)
     if rng.random() < 0.2:                                             # pictures come in odd sizes too
         image = image.resize((round(wide * rng.uniform(0.96, 1.05)), round(high * rng.uniform(0.96, 1.05))))
     pixels = np.asarray(image, np.int16)
@@ -240,11 +233,8 @@ def transcription(board):
 LETTER_HINT = "Answer with the option's letter from the given choices directly."
 SHORT_HINT = "Answer the question using a single word or phrase."
 
-def yes(flag):
-    return "Yes" if flag else "No"
-
-def named(thing):
-    return f"{thing[1]} {thing[2]}"
+def yes(flag): return "Yes" if flag else "No"
+def named(thing): return f"{thing[1]} {thing[2]}"
 
 def count_question(board, rng):
     """Number of things of one colour, of one kind, or of all."""
@@ -271,8 +261,7 @@ def only(things, key):
     """The things that nothing else is like."""
     return [t for t in things if sum(key(u) == key(t) for u in things) == 1]
 
-def place(row, column):
-    return PLACES[row % SIDE * SIDE + column % SIDE]
+def place(row, column): return PLACES[row % SIDE * SIDE + column % SIDE]
 
 def neighbours(board, thing):
     """Yield (direction, place, what is there or "nothing") of the cells beside a thing, inside its tile."""
@@ -361,7 +350,7 @@ def as_choice(ask, board, n, rng, near=False):
     question, answer, pool = ask
     if "nothing" in pool:                                              # prefer distractors that are in the picture
         seen = [p for p in dict.fromkeys(named(t) for t in board.things) if p != answer]
-        pool = [*dict.fromkeys([*list(dict.fromkeys(seen + rng.sample(pool, 5) + ["nothing"]))[:7], answer])]
+        pool = [*dict.fromkeys(seen + rng.sample(pool, 5) + ["nothing"])][:7]
     wrong = [p for p in pool if p != answer]
     if near:
         seen = {word for t in board.things for word in (t[1], t[2], named(t))}
@@ -455,17 +444,14 @@ def record(seed, part, i, easy=False):
         rng.shuffle(talk)
         if of_all and level not in ("pretrain", "drill") and rng.random() < 0.35:
             talk.append(("Describe the image.", caption(board)))       # last, so that no answer can be read from it
-    conversations = []
-    for k, (question, answer) in enumerate(talk):
-        conversations.append({"from": "human", "value": ("<image>\n" * len(boards) if k == 0 else "") + question})
-        conversations.append({"from": "gpt", "value": answer})
+    talk[0] = "<image>\n" * len(boards) + talk[0][0], talk[0][1]
+    conversations = [{"from": who, "value": text} for turn in talk for who, text in zip(("human", "gpt"), turn)]
     row = {"id": f"{part}-{i:08d}", "cells": [b.words() for b in boards], "alt_text": alt_text(board, rng),
            "caption": caption(board), "ocr": transcription(board), "conversations": conversations}
     return row, [(b, rng) for b in boards]
 
 def jpeg(image):
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=92)
+    image.save(file := io.BytesIO(), "JPEG", quality=92)
     return file.getvalue()
 
 def write_shard(cfg, part, start, stop, path):
@@ -474,15 +460,11 @@ def write_shard(cfg, part, start, stop, path):
     with tarfile.open(f"{path}.tmp", "w", format=tarfile.USTAR_FORMAT) as tar:
         for i in range(start, stop):
             row, boards = record(cfg.seed, part, i)
-            names = [f"{row['id']}.{k}.jpg" if len(boards) > 1 else f"{row['id']}.jpg" for k in range(len(boards))]
-            row["image"] = names if len(names) > 1 else names[0]
-            files = [(name, jpeg(render(board, rng))) for name, (board, rng) in zip(names, boards)]
+            pictures = [(".jpg", jpeg(render(board, rng))) for board, rng in boards]
             if part == "web":                                          # as the web has it; the truth stands apart
-                truth.append({"sha256": hashlib.sha256(files[0][1]).hexdigest(), "caption": row["caption"]})
+                truth.append({"sha256": hashlib.sha256(pictures[0][1]).hexdigest(), "caption": row["caption"]})
                 row = {"id": row["id"], "caption": row["alt_text"]}
-            files.insert(0, (f"{row['id']}.json", json.dumps(row).encode()))
-            for name, data in files:
-                add_member(tar, name, data)
+            add_record(tar, row["id"], row, pictures)
     if truth: path.with_suffix(".truth.jsonl").write_text("".join(json.dumps(row) + "\n" for row in truth))
     os.replace(f"{path}.tmp", path)
 
@@ -508,9 +490,8 @@ def bench_row(name, seed, i):
     """Question i of a benchmark about a held-out board: (row without its picture, board, rng)."""
     rng = random.Random(f"{seed}/{name}/{i}")
     while True:
-        kind = {"toy_general": "scene", "toy_count": "scene", "toy_halluc": "scene",
-                "toy_ocr": rng.choice(["sign", "sign", "note", "list", "table"]),
-                "toy_chart": rng.choice(["bars", "line"])}[name]
+        text, chart = rng.choice(["sign", "sign", "note", "list", "table"]), rng.choice(["bars", "line"])
+        kind = {"toy_ocr": text, "toy_chart": chart}.get(name, "scene")    # both are drawn for all: part of the world
         board = draw_board(rng, kind, True)
         row = {"index": i, "category": kind}
         if name == "toy_general":
@@ -541,64 +522,11 @@ def write_benchmarks(cfg):
                 out.writerow({**row, "image": image, "cells": "|".join(board.words())})
         os.replace(f"{path}.tmp", path)
 
-# ---- tokenizer ----------------------------------------------------------------------------------------------------
-def write_tokenizer(cfg, n_texts=3000, min_count=20):
-    """Train the toy byte-level BPE and write the files of a Qwen tokenizer folder, special tokens included.
-
-    Upper-case letters never merge, so an unseen word is read and written letter by letter, while every cell word and
-    every common word is one token.
-    """
-    pieces = re.compile(r"[^\r\n\w]?[^\W\d_]+|\d| ?[^\s\w]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-    counts = collections.Counter({" " + word: 10 ** 6 for word in CELL_WORDS + PLACE_WORDS})
-    for i in range(n_texts):
-        row, _ = record(cfg.seed, "text", i)
-        for turn in row["conversations"]:
-            counts.update(pieces.findall(turn["value"]))
-    for template in TEMPLATES.values():
-        counts.update(dict.fromkeys(pieces.findall("system\n" + template["system"] + "\nuser\nassistant\n"), 10 ** 5))
-    words = {tuple(bytes([b]) for b in piece.encode()): n for piece, n in counts.items()
-             if n >= min_count and not re.fullmatch(r"[A-Z]+|\W[A-Z]{2,}", piece)}
-    vocabulary, merges = [bytes([b]) for b in BYTE_ORDER], []
-    while any(len(word) > 1 for word in words):
-        pairs = collections.Counter()
-        for word, n in words.items():
-            for pair in zip(word, word[1:]):
-                pairs[pair] += n
-        (a, b), _ = max(pairs.items(), key=lambda item: (item[1], item[0]))
-        merges.append((a, b))
-        vocabulary.append(a + b)
-        merged = {}
-        for word, n in words.items():
-            parts, i = [], 0
-            while i < len(word):
-                both = word[i:i + 2] == (a, b)
-                parts.append(a + b if both else word[i])
-                i += 1 + both
-            merged[tuple(parts)] = n
-        words = merged
-    spell = lambda piece: "".join(BYTE_TO_CHAR[b] for b in piece)
-    out, base = Path(cfg.out), len(vocabulary)
-    special = {token: base + k for k, token in enumerate(SPECIAL_TOKENS)}
-    (out / "vocab.json").write_text(json.dumps({spell(p): i for i, p in enumerate(vocabulary)}, ensure_ascii=False))
-    (out / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{spell(a)} {spell(b)}\n" for a, b in merges))
-    (out / "added_tokens.json").write_text(json.dumps(special, indent=2))
-    (out / "special_tokens_map.json").write_text(json.dumps(
-        {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}, indent=2))
-    (out / "tokenizer_config.json").write_text(json.dumps(
-        {"tokenizer_class": "Qwen2Tokenizer", "add_bos_token": False, "bos_token": None, "unk_token": None,
-         "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "errors": "replace", "model_max_length": 131072,
-         "clean_up_tokenization_spaces": False, "split_special_tokens": False,
-         "added_tokens_decoder": {str(i): {"content": token, "lstrip": False, "normalized": False, "rstrip": False,
-                                           "single_word": False, "special": True} for token, i in special.items()}},
-        indent=2))
-    print(f"{out}: {base} pieces, {len(merges)} merges, {len(special)} special tokens")
-
 # ---- main ---------------------------------------------------------------------------------------------------------
 def main():
-    cfg = Config()
-    configure(cfg)
+    configure(cfg := Config())
     out, parts = Path(cfg.out), cfg.parts.split(",")
-    writers = {"bench": write_benchmarks, "text": write_text, "tokenizer": write_tokenizer}
+    writers = {"bench": write_benchmarks, "text": write_text}
     for part in parts:
         if part not in (*LEVELS, "web", "drill", *writers):
             raise ValueError(f"unknown part {part!r}: choose from {', '.join([*LEVELS, 'web', 'drill', *writers])}")

@@ -4,7 +4,7 @@
 names are ours, a language model (Qwen2ForCausalLM) and a ViT (InternVisionModel) as they are released, whose names are
 ours without the prefix. Every stored tensor is used once and every parameter filled once, or the folder is refused.
 """
-import json, os, shutil
+import glob, json, os, shutil
 from dataclasses import astuple, fields
 from pathlib import Path
 
@@ -36,8 +36,8 @@ LLM_FIXED = dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2", hidden_
                  rope_scaling=None)
 TOP_FIXED = dict(ps_version="v2", select_layer=-1, dynamic_image_size=True, pad2square=False)
 TOP_DEFAULTS = dict(min_dynamic_patch=1, max_dynamic_patch=12, use_thumbnail=True, use_backbone_lora=0, use_llm_lora=0)
-VISION_KINDS, LLM_KINDS = ({name: field.type for name, field in zip(names, fields(cls))}
-                           for names, cls in ((VISION_NAMES, VisionConfig), (LLM_NAMES, LLMConfig)))
+VISION_KINDS = {name: field.type for name, field in zip(VISION_NAMES, fields(VisionConfig))}
+LLM_KINDS = {name: field.type for name, field in zip(LLM_NAMES, fields(LLMConfig))}
 TOP_KINDS = dict(min_dynamic_patch=int, max_dynamic_patch=int, use_thumbnail=bool, template=str)
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -258,7 +258,7 @@ def write_folder(tensors, config, out_dir, tokenizer_dir, dtype, files=None):
     if out.exists() and any(out.iterdir()) and not model:
         raise ValueError(f"{out} exists and is not a model folder; choose another name or remove it")
     new, old = (out.with_name(f".{out.name}.{word}-{os.getpid()}") for word in ("tmp", "old"))
-    for left in out.parent.glob(f".{out.name}.*-*"):                        # by a write that was killed
+    for left in out.parent.glob(f".{glob.escape(out.name)}.???-*"):          # by a write that was killed
         shutil.rmtree(left)
     new.mkdir(parents=True)
     try:
@@ -293,8 +293,6 @@ def _write_shards(tensors, folder, dtype):
     for i, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         part = {name: tensors[name].detach().to("cpu", dtype).contiguous() for name in names}
-        part = {name: tensor.clone() if tensor.nbytes < tensor.untyped_storage().nbytes() else tensor
-                for name, tensor in part.items()}                           # a part of something cannot be saved
         try:
             save_file(part, folder / file, metadata=dict(format="pt"))
         except SafetensorError as e:

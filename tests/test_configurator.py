@@ -201,3 +201,10 @@ def test_a_dataclass_that_would_swallow_typing_errors_is_a_bug():
 
     with pytest.raises(AssertionError, match="slots=True"):
         configure(Open(), [])
+
+
+@pytest.mark.parametrize(("script", "flag"), [("train", "data"), ("sft", "knowledge.data"), ("curate", "in")])
+def test_braces_without_quotes_which_bash_makes_flags_of_are_refused(script, flag):
+    cfg = __import__(script).Config()
+    with pytest.raises(ConfigError, match=f"more than one --{flag}: put it in quotes, --{flag}='A-"):
+        configure(cfg, [f"--{flag}=a-0.tar", f"--{flag}=a-1.tar"])

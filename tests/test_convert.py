@@ -158,13 +158,17 @@ def test_saving_replaces_an_old_model_folder_and_nothing_else(tmp_path, monkeypa
     assert torch.equal(W.load_folder(folder)[0].mlp1[1].weight, tiny(seed=1).mlp1[1].weight)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/a.txt").write_text("mine")
+    (tmp_path / ".m.jsonl.index-1").mkdir()                            # of the data file beside it
+    (tmp_path / ".m.tmp-1").mkdir()                                    # of a write that was killed
+    save(folder, tiny(seed=1))
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".m.jsonl.index-1", "m", "notes"]
     with pytest.raises(ValueError, match="exists and is not a model folder"):
         save(tmp_path / "notes", tiny())
     monkeypatch.setattr(W, "save_file", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         save(folder, tiny(seed=2))
     assert torch.equal(W.load_folder(folder)[0].mlp1[1].weight, tiny(seed=1).mlp1[1].weight)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "notes"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".m.jsonl.index-1", "m", "notes"]
 
 
 @pytest.mark.parametrize("change, words", [

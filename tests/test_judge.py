@@ -11,7 +11,7 @@ from judge import Judge
 def endpoint(monkeypatch):
     """A local OpenAI-compatible endpoint: answer(prompt, temperature) -> text, or an int as HTTP status."""
     monkeypatch.setattr(J, "WAIT_S", 0.01)
-    for name in ("JUDGE_API_KEY", "OPENAI_API_KEY"): monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("JUDGE_API_KEY", raising=False)
     state = SimpleNamespace(answer=lambda prompt, temperature: "A", asked=[], keys=[])
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
@@ -48,7 +48,7 @@ def test_replies_are_kept_and_asked_only_once(endpoint, tmp_path, monkeypatch):
     assert endpoint.keys[-1] == "Bearer secret" and "secret" not in (tmp_path / "x" / "j.jsonl").read_text()
 
 def test_a_busy_or_broken_endpoint_is_asked_again(endpoint, tmp_path):
-    replies = [429, 503, "torn", None, "B"]
+    replies = [429, 503, "torn", [{"type": "text"}], None, "B"]
     endpoint.answer = lambda prompt, temperature: replies.pop(0)
     one = Judge(endpoint.url, "m", tmp_path / "j.jsonl", threads=1)
     assert one.ask(["q"], [lambda reply: reply == "B"]) == ["B"] and not replies        # None is a reply, and not valid

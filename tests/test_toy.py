@@ -1,4 +1,5 @@
 """toy.py: exact truth, determinism, a clean split, real tiling."""
+import json
 import random
 import re
 import time
@@ -148,8 +149,13 @@ def test_words_and_cell_labels_stand_where_the_visual_tokens_stand(tmp_path):
     assert (batches["pixels", "also"]["weights"] == plain["weights"]).all()        # answers weigh what they weighed
 
 
-def test_rows_without_cells_cannot_be_labelled_with_cells():
+def test_rows_without_cells_cannot_be_labelled_with_cells(tmp_path):
     row = {"id": "a", "image": "a.png", "caption": "a cat"}
+    (tmp_path / "text.jsonl").write_text(json.dumps({"id": "b", "conversations": [
+        {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}))
+    packs = Packs(open_sources(f"{tmp_path}/text.jsonl", TOY, "sailvl-chat"), TOY, "sailvl-chat", tile_size=84,
+                  tokens_per_tile=9, tokens_per_pack=400, tiles_per_pack=9, cell_labels="also")
+    assert packs[next(packs.sequence())]["ids"] == ["b"]               # text alone has no cells and needs none
     for how in (dict(image_as="words"), dict(cell_labels="also")):
         with pytest.raises(ValueError, match="need `cells`, which only toy data has"):
             render(row, TOY, "sailvl-chat", [1], 9, **how)

@@ -26,7 +26,8 @@ def argv(out, shards, *more, stages=("alignment", "advance"), steps=4):
     lrs = {"alignment": ["projector"], "advance": ["vision", "projector"]}
     flags = [f"--{s}.steps={steps}" for s in stages] + [f"--stages={','.join(stages)}"]
     flags += [f"--{s}.lr_{m}=1e-3" for s in stages for m in lrs.get(s, ["vision", "projector", "llm"])]
-    return [*TINY, f"--out_dir={out}", f"--data={shards}", *flags, *more]
+    flags += [f"--data={shards}"] * (not any(str(flag).startswith("--data=") for flag in more))
+    return [*TINY, f"--out_dir={out}", *flags, *more]
 
 
 def run(script, arguments, monkeypatch):
@@ -184,6 +185,7 @@ def test_the_loss_falls(tmp_path, shards, monkeypatch):
     (["--llm=toi"], "toy"),
     (["--stages=alignmnt"], "unknown stage 'alignmnt'"),
     (["--init_from=nowhere"], "nowhere is not a folder"),
+    (["--init_from=config/toy_vit", "--dry_run=True"], "config/toy_vit is a vision encoder alone; convert.py assemble"),
     (["--data=nowhere.jsonl"], "does not exist"),
     (["--data="], "no data"),
     (["config/nothing.py"], "config/nothing.py"),
@@ -197,7 +199,7 @@ def test_the_loss_falls(tmp_path, shards, monkeypatch):
 ])
 def test_a_mistake_gets_one_clear_line_and_writes_no_weights(tmp_path, shards, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["train.py", *argv(tmp_path / "run", shards), *arguments])
+    monkeypatch.setattr(sys, "argv", ["train.py", *argv(tmp_path / "run", shards, *arguments)])
     from configurator import launch as guarded
     with pytest.raises(SystemExit) as stop:
         guarded(train.main)
