@@ -10,7 +10,7 @@ DEMO   := out/demo
 SHARDS := shards/toy
 N      := 3000
 
-.PHONY: demo demo-long five-stages curate-demo captions-chain test test-nightly lint toy-bases bench gpu
+.PHONY: demo demo-long five-stages scaling-demo curate-demo captions-chain test test-nightly lint toy-bases bench gpu
 .DELETE_ON_ERROR:
 
 $(VENV)/run.done: requirements.txt
@@ -47,7 +47,7 @@ five-stages:
 	    $$sft --image_as=blank --init_from=$(DEMO)/blind/pretrain/advance --out_dir=$(DEMO)/blind/sft; fi; \
 	rm -rf $(DEMO)/model; cp -r $(DEMO)/sft/preference $(DEMO)/model; \
 	cat $(DEMO)/pretrain/log.jsonl $(DEMO)/sft/log.jsonl > $(DEMO)/log.jsonl; \
-	$(BIN)/python common.py plot $(DEMO)/log.jsonl $(DEMO)/loss.png & \
+	$(BIN)/python -c "import common; common.plot_loss('$(DEMO)/log.jsonl', '$(DEMO)/loss.png')" & \
 	$(RUN) eval.py --model=$(DEMO)/model --untrained=$(DEMO)/start --controls=True $(if $(BLIND),--trained_blind=$(DEMO)/blind/sft/preference) \
 	    --data_dir=$(SHARDS) --benchmarks=toy --out_dir=$(DEMO) $(EVAL); \
 	wait $$!; \
@@ -60,6 +60,16 @@ CURATE := out/curate
 WEB    := shards/toy_web
 N_WEB  := 2400
 SEEDS  := 1 2
+
+# the second claim in miniature: alignment and advance of 10 to 160 steps each, then the same fine-tuning, twice
+scaling-demo: $(VENV)/run.done
+	$(BIN)/python toy.py --out=$(SHARDS) --n=$(N)
+	[ -f out/scaling/start/config.json ] || $(BIN)/python convert.py assemble --vision=config/toy_vit --llm=config/toy_llm --out=out/scaling/start
+	OMP_NUM_THREADS=1 $(BIN)/python scaling.py plan --run=True --processes=2 --steps=10,20,40,80,160 --seeds=1,2 \
+	    --train="config/toy.py --init_from=out/scaling/start --data='$(SHARDS)/pretrain-*.tar'" \
+	    --sft="config/toy_sft.py --stages=knowledge --knowledge.steps=60" --model=sft/knowledge --eval="--data_dir=$(SHARDS) --benchmarks=toy"
+	$(BIN)/python scaling.py fit
+	$(BIN)/python scaling.py plot
 
 curate-demo: $(VENV)/run.done
 	@$(MAKE) --no-print-directory captions-chain

@@ -21,6 +21,7 @@ import time, types
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ TOKENIZER = Path(__file__).resolve().parent / "config" / "toy_tokenizer"
 
 @dataclass(slots=True)
 class Config:
-    device: str = "auto"  # auto: cuda where there is one, else cpu
+    device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda where there is one, else cpu
     rounds: int = 7  # interleaved rounds, of which the median counts
     rows: str = ""  # only rows whose name begins with one of these, separated by commas
     compiled: bool = True  # vs-hf: beside the compiled peer as well, a minute or two of compilation
@@ -189,6 +190,7 @@ SIZES = {"7m": (VisionConfig(112, dim=192, n_layers=4, n_heads=3, ffn_dim=768),
          "2b": (VisionConfig(), LLMConfig(), 8, 7, (128, 384)),
          "2b_mix": (VisionConfig(), LLMConfig(), 6, (0, 1, 1, 3, 5, 7), (64, 512)),
          "8b": (VisionConfig(), LLMConfig(**LLMConfig.PRESETS["qwen2.5-7b"]), 8, 7, (128, 384))}
+SIZES["7m_mix"] = *SIZES["7m"][:2], 12, *SIZES["2b_mix"][3:]
 STAGES = dict(alignment=(0, 1, 0), advance=(1, 1, 0), sft=(1, 1, 1))        # which of ViT, projector, LLM train
 
 def random_samples(size, seed=0):
@@ -375,17 +377,6 @@ def knapsack(tokens, tiles, T, N):
         packs, a = packs + [x[2] for x in bins if x[2]], b
     return packs
 
-def next_fit(tokens, tiles, T, N):
-    """In order: what does not fit begins a new pack."""
-    packs, room, tile_room = [], 0, 0
-    for i, (t, n) in enumerate(zip(tokens, tiles)):
-        if t > room or n > tile_room:
-            packs.append([])
-            room, tile_room = T, N
-        packs[-1].append(i)
-        room, tile_room = room - t, tile_room - n
-    return packs
-
 def batches_of_8(tokens, tiles, T, N):
     return [range(i, min(i + 8, len(tokens))) for i in range(0, len(tokens), 8)]
 
@@ -401,7 +392,7 @@ def packing(cfg, device, name, T, N):
         planned = []
         for w in range(-(-packs.n // packs.window)): planned += packs.plan_window(0, w, len(planned) % 8)[0]
         return planned
-    for side, plan in {"ours": ours, "knapsack": knapsack, "next-fit": next_fit, "padded 8": batches_of_8}.items():
+    for side, plan in {"ours": ours, "knapsack": knapsack, "padded 8": batches_of_8}.items():
         times = []
         for _ in range(cfg.rounds if side == "ours" else 1):
             start = time.process_time()
@@ -485,8 +476,8 @@ def parts(device):
     """{part: (function, {row: what the function takes after the row's name})}; a function yields its rows."""
     cuda, fp32, bf16 = device.type == "cuda", torch.float32, torch.bfloat16
     size, kinds = "2b" if cuda else "toy", dict(fp32=fp32, bf16=bf16)
-    steps = [(size, stage) for stage in STAGES] + [("2b_mix", "alignment"), ("2b", "sft", "selective"),
-                                                   ("8b", "advance", "selective")] * cuda
+    steps = [(size, stage) for stage in STAGES] + ([("2b_mix", "alignment"), ("2b", "sft", "selective"),
+                                                    ("8b", "advance", "selective")] if cuda else [("7m_mix", "sft")])
     return {"attn": (attn, ATTN[device.type]), "ce": (ce, dict(ce_frozen=[False], ce_trains=[True])),
             "train": (train, {"_".join(step): step for step in steps}),
             "stages": (stages, {s: [s] for s in ([size] if cuda else [size, "25m"])}),

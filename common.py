@@ -1,7 +1,4 @@
-"""Leaf functions shared by train.py and sft.py: settings, distributed set-up, optimizer, checkpoints, log, plot.
-
-    python common.py plot out/run/log.jsonl loss.png
-"""
+"""Leaf functions shared by train.py and sft.py: settings, distributed set-up, optimizer, checkpoints, log, plot."""
 import collections, concurrent.futures, contextlib, datetime, faulthandler, fcntl, functools, hashlib
 import importlib.metadata, itertools, json, math, os, platform, re, resource, shutil, signal, subprocess, sys, time
 import warnings
@@ -22,7 +19,7 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled")  # DCP on one
 # ---- settings -------------------------------------------------------------------------------------------------------
 @dataclass(slots=True)
 class Stage:
-    """One stage of a run. A learning rate of 0 freezes the module; where 0 or "" says so, the run's own value holds."""
+    """One stage of a run. A learning rate of 0 freezes the module."""
     steps: int = 1000  # optimizer updates in this stage
     data: str = ""  # sources as name=path pairs separated by commas; "": the run's
     lr_vision: float = 0.0  # peak learning rate of the ViT; 0: frozen
@@ -32,9 +29,6 @@ class Stage:
     min_lr_ratio: float = 0.0  # the cosine ends at this share of the peak
     weight_decay: float = 0.01  # on matrices only
     drop_path: float = 0.0  # stochastic depth of the ViT, linear over its depth
-    tokens_per_pack: int = 0  # 0: the run's
-    max_tiles: int = 0  # tiles per image, 0: the run's
-    grad_accum_steps: int = 0  # 0: the run's
 
 @dataclass(slots=True)
 class RunConfig:
@@ -72,7 +66,7 @@ class RunConfig:
     eps: float = 1e-8  # AdamW
     grad_clip: float = 1.0  # global gradient norm; 0: no clipping
     # machine
-    device: str = "auto"  # auto: cuda where there is one, else cpu
+    device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda where there is one, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the arithmetic; auto: bfloat16 on cuda, else float32
     parallel: Literal["ddp", "fsdp"] = "ddp"  # under torchrun: weights copied or sharded over ranks
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile per block; auto: on cuda only
@@ -102,8 +96,6 @@ class Dist:
 def setup_distributed(device="auto", timeout_s=600):
     """Join torchrun's process group where there is one (nccl on CUDA, gloo on CPU). Returns Dist."""
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    if device not in ("auto", "cuda", "cpu"):
-        raise ValueError(f"--device={device}: write auto, cuda or cpu")
     gpu = device == "cuda" or device == "auto" and torch.cuda.is_available()
     if gpu and local >= (n := torch.cuda.device_count()):
         raise ValueError(f"process {local} of this machine finds {n} GPUs; use --nproc_per_node={n} or --device=cpu")
@@ -778,9 +770,3 @@ def plot_loss(log_path, png_path):
     ax.set(xlabel="step", ylabel="loss (nats per supervised token)")
     if curves: ax.legend(frameon=False)
     ax.figure.savefig(png_path, dpi=120)
-
-if __name__ == "__main__":
-    if len(sys.argv) != 4 or sys.argv[1] != "plot" or not os.path.isfile(sys.argv[2]):
-        print("error: write python common.py plot LOG.jsonl OUT.png; the log must exist", file=sys.stderr)
-        sys.exit(2)
-    plot_loss(*sys.argv[2:])

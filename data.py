@@ -849,11 +849,11 @@ def held_out(packs, n, dist):
         yield model_inputs(batch, dist.device), counts * batch["size"]["weight"]
 
 def stage_packs(cfg, stage, tokenizer, vision, packs_per_step, data=""):
-    """The Packs of one stage of a run: the stage's own data and budgets where it sets them, else the run's."""
+    """The Packs of one stage of a run: the stage's own data where it names some, else the run's."""
     sources = open_sources(data or stage.data or cfg.data, tokenizer, cfg.template, cfg.image_as)
     return Packs(sources, tokenizer, cfg.template, tile_size=vision.image_size, tokens_per_tile=vision.tokens_per_tile,
-                 min_tiles=cfg.min_tiles, max_tiles=stage.max_tiles or cfg.max_tiles, thumbnail=cfg.thumbnail,
-                 tokens_per_pack=stage.tokens_per_pack or cfg.tokens_per_pack, tiles_per_pack=cfg.max_tiles_per_pack,
+                 min_tiles=cfg.min_tiles, max_tiles=cfg.max_tiles, thumbnail=cfg.thumbnail,
+                 tokens_per_pack=cfg.tokens_per_pack, tiles_per_pack=cfg.max_tiles_per_pack,
                  seed=cfg.seed, image_as=cfg.image_as, cell_labels=cfg.cell_labels,
                  packs_per_step=packs_per_step, window=cfg.shuffle_window, shuffle=cfg.shuffle, pad=cfg.pad_packs,
                  loss_weight=cfg.loss_weight)

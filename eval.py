@@ -50,7 +50,7 @@ class Config:
     batch_tokens: int = 2 ** 19           # and their prompts and longest answers: 15 GB of cache (2B), 30 GB (8B)
     report_rows: int = 40                 # pictures per benchmark in report.html
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"    # auto: bfloat16 on a GPU, else float32
-    device: str = "auto"                  # auto | cpu | cuda
+    device: Literal["auto", "cuda", "cpu"] = "auto"           # auto: cuda where there is one
     threads: int = 0                      # CPU threads of torch; 0 = torch's default
     num_workers: int = 2                  # threads that decode pictures
     timeout_s: int = 1800                 # how long ranks wait for each other

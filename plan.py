@@ -41,10 +41,10 @@ def print_plan(cfg, stages, world):
     for name, stage in stages:
         rows = common.print_stage_table(name, model, stage)
         state = sum(16 * trainable + 2 * (n - trainable) for _, n, trainable, _, _ in rows) / (world if sharded else 1)
-        pack, steps = stage.tokens_per_pack or cfg.tokens_per_pack, common.stage_steps(cfg, stage)
+        pack, steps = cfg.tokens_per_pack, common.stage_steps(cfg, stage)
         tokens = min(TOKENS, pack)
         tiles = max(1, min(TILES, tokens // vision.tokens_per_tile)) if model.vision else 0
-        samples = pack // tokens * (stage.grad_accum_steps or cfg.grad_accum_steps) * world
+        samples = pack // tokens * cfg.grad_accum_steps * world
         trained = tuple(lr > 0 for lr in (stage.lr_vision, stage.lr_projector, stage.lr_llm))
         flops = samples * train_flops(model.vision, model.llm, tiles, [tokens], SUPERVISED, trained)  # of one step
         stage_days = steps * flops / world / (cfg.mfu_assumed * 989e12) / 86400

@@ -32,7 +32,7 @@ class Config:
     max_tiles: int = 0                    # most tiles of a picture, thumbnail not counted; 0 = as the model folder says
     batch_size: int = 16                  # questions answered together, with --out
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"    # auto: bfloat16 on a GPU, float32 elsewhere
-    device: str = "auto"                  # auto | cpu | cuda
+    device: Literal["auto", "cuda", "cpu"] = "auto"           # auto: cuda where there is one
 
 def note(text): print(text, file=sys.stderr)
 

@@ -56,7 +56,7 @@ def main():
 
     for name, stage in stages:
         # ---- one stage: model, data, optimizer ----------------------------------------------------------------------
-        steps, accum = common.stage_steps(cfg, stage), stage.grad_accum_steps or cfg.grad_accum_steps
+        steps, accum = common.stage_steps(cfg, stage), cfg.grad_accum_steps
         later -= steps
         if (out / name / "config.json").exists():
             common.say(dist, f"{name}: finished before, in {out / name}; remove that folder to train it again")

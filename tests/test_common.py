@@ -561,8 +561,9 @@ def test_seeds_depend_on_every_part():
 
 def test_without_torchrun_there_is_one_rank_and_no_process_group():
     assert common.setup_distributed("cpu") == ALONE and not td.is_initialized()
-    with pytest.raises(ValueError, match="--device=tpu"):
-        common.setup_distributed("tpu")
+    from configurator import configure
+    with pytest.raises(ValueError, match="device must be one of auto, cuda, cpu, got 'tpu'"):
+        configure(common.RunConfig(), ["--device=tpu"])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,132 @@
+"""Does a score grow with the logarithm of the pretraining data? Plan the runs, fit score = a + b log10(tokens), plot.
+
+    python scaling.py plan --steps=1000,4000,16000 --train="config/pretrain_2b.py --init_from=start_2b --data=c.json" \
+        --sft="config/sft_2b.py --knowledge.data=k.json --instruction.data=i.json --preference.data=p.json" \
+        --eval="--data_dir=LMUData --benchmarks=all" --processes=8
+    python scaling.py plan ... --run=True            # runs what is not finished; the same command goes on
+    python scaling.py fit --out_dir=out/scaling      # lines with errors, and the largest budget predicted by the others
+    python scaling.py plot --out_dir=out/scaling     # scaling.png, in out_dir
+
+SAIL-VL's second claim (arXiv 2501.05952): scores rise by as much for each tenfold of the data, from billions to 655B
+tokens, also after the same fine-tuning. Each point is a run of its own with a whole schedule, for what a cosine is
+stopped in before its end is worth less than a run that was meant to end there.
+"""
+import contextlib, json, shlex, subprocess, sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common import write_atomic
+from configurator import configure, launch
+from data import read_json
+
+@dataclass(slots=True)
+class Config:
+    out_dir: str = "out/scaling"  # a folder for each point, fit.json, scaling.png
+    steps: str = ""  # budgets: steps of every stage of pretraining, separated by commas
+    seeds: str = "1"  # each budget is run with each of them
+    train: str = ""  # words for train.py
+    stages: str = "alignment,advance"  # of train.py, each of so many steps, 3 % of them warm-up
+    sft: str = ""  # words for sft.py, after each pretraining; "": the pretrained model is evaluated
+    model: str = "sft/preference"  # which is evaluated: the last of fine-tuning, or of pretraining: pretrain/advance
+    eval: str = ""  # words for eval.py
+    processes: int = 1  # of torchrun on this machine
+    run: bool = False  # run the commands instead of printing them
+
+# ---- plan ------------------------------------------------------------------------------------------------------------
+def commands(cfg, folder, steps, seed):
+    """The command lines of a point: pretraining, fine-tuning where there is one, benchmarks."""
+    stages, out = cfg.stages.split(","), f"--out_dir={folder}"
+    budget = [f"--{stage}.{key}={n}" for stage in stages for key, n in (("steps", steps),
+                                                                         ("warmup_steps", -(-3 * steps // 100)))]
+    budget += [f"--stages={cfg.stages}", f"--seed={seed}"]
+    train = ["train.py", *shlex.split(cfg.train), *budget, f"{out}/pretrain"]
+    start = f"--init_from={folder}/pretrain/{stages[-1]}"
+    sft = [["sft.py", *shlex.split(cfg.sft), start, f"--seed={seed}", f"{out}/sft"]] * bool(cfg.sft)
+    return [train, *sft, ["eval.py", *shlex.split(cfg.eval), f"--model={folder}/{cfg.model}", f"{out}/eval"]]
+
+def plan(cfg):
+    """Print or run the commands of all points, the smallest budget first; a finished point is passed over."""
+    if not (cfg.train and cfg.eval and cfg.steps):
+        raise ValueError('give --steps=1000,4000,16000, --train="CONFIG ..." and --eval="..."')
+    budgets, seeds = ([int(word) for word in text.split(",")] for text in (cfg.steps, cfg.seeds))
+    many = ["--standalone", f"--nproc_per_node={cfg.processes}"] if cfg.processes > 1 else []
+    for steps, seed in ((steps, seed) for steps in sorted(budgets) for seed in seeds):
+        folder = Path(cfg.out_dir) / f"{steps}_steps_seed_{seed}"
+        if (folder / "eval" / "results.json").exists(): continue
+        for command in commands(cfg, folder, steps, seed):
+            print(shlex.join([*(["torchrun", *many] if many else ["python"]), *command]), flush=True)
+            module = ["-m", "torch.distributed.run", *many] if many else []
+            if cfg.run and subprocess.run([sys.executable, *module, *command]).returncode:
+                raise ValueError(f"{folder}: {command[0]} failed, see above; run again to go on")
+
+# ---- fit, plot -------------------------------------------------------------------------------------------------------
+def points(cfg):
+    """-> (tokens (n,) of all stages of pretraining, {benchmark: scores (n,)}) of the points that are finished."""
+    tokens, scores = [], defaultdict(list)
+    for path in sorted(Path(cfg.out_dir).glob("*/eval/results.json")):
+        seen, results = {}, read_json(path, dict)
+        for line in (path.parent.parent / "pretrain" / "log.jsonl").read_text().splitlines():
+            with contextlib.suppress(ValueError):  # of a disk that was full
+                row = json.loads(line)
+                seen[row["stage"]] = row["tokens_seen"]
+        tokens.append(sum(seen.values()))
+        for name in ("overall", *results["n"]): scores[name].append(results[name])
+    if len(budgets := {*tokens}) < 3:
+        raise ValueError(f"{cfg.out_dir} has {len(budgets)} finished budgets, a line takes 3: plan --run=True")
+    return np.array(tokens), {name: np.array(values) for name, values in scores.items() if None not in values}
+
+def line(x, y):
+    """Least squares of y = a + b x -> (a, b, standard error of b, share of the variance that the line explains)."""
+    x0, y0 = x - x.mean(), y - y.mean()
+    b = (x0 * y0).sum() / (x0 ** 2).sum()
+    left, whole = ((y0 - b * x0) ** 2).sum(), max((y0 ** 2).sum(), 1e-9)
+    return y.mean() - b * x.mean(), b, (left / (len(x) - 2) / (x0 ** 2).sum()) ** 0.5, 1 - left / whole
+
+def fit(cfg):
+    """Print a line for each benchmark and write fit.json. linear_r2: of a + b tokens, what the logarithm must beat."""
+    tokens, scores = points(cfg)
+    x, largest, rows = np.log10(tokens), tokens == tokens.max(), []
+    for name, y in scores.items():
+        _, b, error, r2 = line(x, y)
+        row = dict(benchmark=name, points=len(y), per_tenfold=b, standard_error=error, r2=r2)
+        row |= dict(linear_r2=line(tokens, y)[3])
+        if len({*tokens[~largest]}) > 2:
+            low, rise, *_ = line(x[~largest], y[~largest])
+            row |= dict(largest_predicted=low + rise * x.max(), largest_measured=y[largest].mean())
+        rows.append({k: round(float(v), 3) if isinstance(v, float) else v for k, v in row.items()})
+    print(f"{len(tokens)} points, {tokens.min():,} to {tokens.max():,} tokens", "", sep="\n")
+    for cells in rows[0], dict.fromkeys(rows[0], "---"), *rows:
+        print("| " + " | ".join(map(str, cells if cells is rows[0] else cells.values())) + " |")
+    write_atomic(Path(cfg.out_dir) / "fit.json", json.dumps(rows, indent=1) + "\n")
+    print(json.dumps(rows))
+
+def plot(cfg):
+    """scaling.png: the scores of all points over their tokens, with the fitted lines."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("scaling.png takes matplotlib: pip install matplotlib") from None
+    tokens, scores = points(cfg)
+    ax, ends = Figure(figsize=(7, 4.5), layout="constrained").subplots(), np.array([tokens.min(), tokens.max()])
+    for name, y in scores.items():
+        a, b, *_ = line(np.log10(tokens), y)
+        dots, = ax.plot(tokens, y, "o", ms=4, label=f"{name}: {b:+.1f} per tenfold")
+        ax.plot(ends, a + b * np.log10(ends), lw=2.5 if name == "overall" else 1, color=dots.get_color())
+    ax.set(xscale="log", xlabel="tokens of pretraining", ylabel="score")
+    ax.legend(frameon=False)
+    ax.figure.savefig(path := Path(cfg.out_dir) / "scaling.png", dpi=120)
+    print(f"wrote {path}")
+
+PARTS = dict(plan=plan, fit=fit, plot=plot)
+
+def main():
+    part, *flags = sys.argv[1:] or [""]
+    if part not in PARTS: raise ValueError(f"write scaling.py {'|'.join(PARTS)} [--out_dir=DIR ...]; or plan --help")
+    configure(cfg := Config(), flags)
+    PARTS[part](cfg)
+
+if __name__ == "__main__":
+    launch(main)
