@@ -259,12 +259,12 @@ def write_atomic(path, text):
     os.fsync(folder)
     os.close(folder)
 
-def sha256(path):
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+def file_hash(path, kind="sha256"):
+    with open(path, "rb") as f: return hashlib.file_digest(f, kind).hexdigest()
 
 def weights_hash(folder):
     """sha256 of a model folder's safetensors file; of the digests, one after the other, where there are several."""
-    digests = [sha256(path) for path in sorted(Path(folder).glob("*.safetensors"))]
+    digests = [file_hash(path) for path in sorted(Path(folder).glob("*.safetensors"))]
     if not digests: raise FileNotFoundError(f"no *.safetensors in {folder!r}; give the model folder, --model=DIR")
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
@@ -353,7 +353,7 @@ def write_checkpoint(final, tmp, step, tensors, state, dist, keep, problem):
         if dist.is_main:
             write_atomic(tmp / "state.json", json.dumps(state))
             files += [tmp / ".metadata", tmp / "state.json"]
-        written = {f.name: [f.stat().st_size, sha256(f)] for f in files}
+        written = {f.name: [f.stat().st_size, file_hash(f)] for f in files}
     except (dcp.CheckpointException, OSError) as e:
         written = str(next(iter(e.failures.values()))[0] if isinstance(e, dcp.CheckpointException) else e)
     parts = gather(written, dist, dist.background)
@@ -380,7 +380,7 @@ def damage(path, hashes=True, dist=Dist()):
         if lacks := {"state.json", ".metadata"} - manifest["files"].keys(): return f"no {lacks.pop()} in the manifest"
         for i, (name, (size, digest)) in enumerate(sorted(manifest["files"].items())):
             if (path / name).stat().st_size != size or (
-                    hashes and i % dist.world == dist.rank and sha256(path / name) != digest):
+                    hashes and i % dist.world == dist.rank and file_hash(path / name) != digest):
                 return f"{name} has changed since it was written"
     except Exception as e:
         return f"{type(e).__name__}: {e}"

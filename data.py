@@ -34,7 +34,7 @@ def read_json(path, kind=object):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a {kind.__name__}; copy it again")
     return content
 
-def sha256(value):
+def json_hash(value):
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 # ---- tokenizer ----------------------------------------------------------------------------------------------------
@@ -75,7 +75,7 @@ class Tokenizer:
         self.special_ids = set(self.special.values())
         self.n_vocab = max(self.special_ids) + 1
         self.eos_id, self.image_id = self.special["<|im_end|>"], self.special["<IMG_CONTEXT>"]
-        self.hash = sha256([sorted(pieces.items()), self.special])[:12]
+        self.hash = json_hash([sorted(pieces.items()), self.special])[:12]
 
     def encode(self, text):
         try:
@@ -299,7 +299,7 @@ class Source:
             with contextlib.suppress(OSError):                         # a dangling link, or gone meanwhile
                 if S_ISREG((known := file.stat()).st_mode): about.append([str(file), known.st_size, known.st_mtime_ns])
         beside = self.path.parent if os.access(self.path.parent, os.W_OK) else Path("shards/index")  # read-only data
-        self.index = beside / f".{self.path.name}.index-{sha256([*about, ROW.descr, 2])[:12]}"
+        self.index = beside / f".{self.path.name}.index-{json_hash([*about, ROW.descr, 2])[:12]}"
         self.index.mkdir(parents=True, exist_ok=True)
         with open(self.index / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -430,7 +430,7 @@ class Source:
         bar.close()
         for name in ("rows", "images"):                                # renamed: a run may have the old ones mapped
             os.replace(self.index / f"new_{name}.bin", self.index / f"{name}.bin")
-        meta = {"bad": bad, "digest": sha256([digest.hexdigest() for digest in hashes])}
+        meta = {"bad": bad, "digest": json_hash([digest.hexdigest() for digest in hashes])}
         (self.index / "meta.tmp").write_text(json.dumps(meta))
         os.replace(self.index / "meta.tmp", self.index / "meta.json")  # which says that the index is whole
 
@@ -650,7 +650,7 @@ class Packs(torch.utils.data.Dataset):
         if self.n == 0 or self.n_bad == sum(len(s.rows) for s in sources):
             raise ValueError(f"no usable sample in {', '.join(str(s.path) for s in sources)} ({self.n} rows, "
                              f"{self.n_bad} unreadable); try: python data.py check {sources[0].path}")
-        self.fingerprint = sha256([[s.name, s.meta["digest"], s.repeat, s.weight, s.max_tiles] for s in sources] + [
+        self.fingerprint = json_hash([[s.name, s.meta["digest"], s.repeat, s.weight, s.max_tiles] for s in sources] + [
             seed, shuffle, window, packs_per_step, tokens_per_pack, tiles_per_pack, min_tiles, max_tiles, thumbnail,
         ])[:16]
 

@@ -64,9 +64,6 @@ class ScoreConfig:
     judge_model: str = ""                 # as above
 
 # ---- benchmark files -------------------------------------------------------------------------------------------------
-def md5(path):
-    with open(path, "rb") as f: return hashlib.file_digest(f, "md5").hexdigest()
-
 def download(b, folder, base):
     """Fetch a benchmark's file, with progress, from where an earlier try stopped; refuse it if its MD5 is another."""
     url = f"{base.rstrip('/') or f'{ADDRESS}/{b.folder}'}/{b.file}.tsv"
@@ -86,7 +83,7 @@ def download(b, folder, base):
     except (OSError, http.client.HTTPException) as e:
         if getattr(e, "code", 0) != 416:                               # 416: nothing was left to send
             raise ValueError(f"{url}: {e}; run again to go on, or {by_hand}") from e
-    if (found := md5(part)) != b.md5:
+    if (found := common.file_hash(part, "md5")) != b.md5:
         part.unlink()
         raise ValueError(f"{url}: MD5 {found} is not that of the protocol, removed; run again, or {by_hand}")
     os.replace(part, part.with_suffix(''))
@@ -286,7 +283,7 @@ def main():
     jobs = [(folder, [name]) for name, folder in (("untrained", cfg.untrained), ("trained_blind", cfg.trained_blind))
             if folder] + [(cfg.model, ["blind"] * cfg.controls + ["model"])]
     weights = {folder: common.weights_hash(folder) for folder, _ in jobs}
-    files = {name: md5(path) for name, path in paths.items()}
+    files = {name: common.file_hash(path, "md5") for name, path in paths.items()}
     for name, found in files.items():
         if table[name].md5 not in ("", found):
             print(f"warning: {paths[name]} has MD5 {found}, the protocol's is {table[name].md5}", file=sys.stderr)

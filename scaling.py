@@ -38,9 +38,8 @@ class Config:
 # ---- plan ------------------------------------------------------------------------------------------------------------
 def commands(cfg, folder, steps, seed):
     """The command lines of a point: pretraining, fine-tuning where there is one, benchmarks."""
-    stages, out = cfg.stages.split(","), f"--out_dir={folder}"
-    budget = [f"--{stage}.{key}={n}" for stage in stages for key, n in (("steps", steps),
-                                                                         ("warmup_steps", -(-3 * steps // 100)))]
+    stages, warmup, out = cfg.stages.split(","), -(-3 * steps // 100), f"--out_dir={folder}"
+    budget = [f"--{stage}.{key}={n}" for stage in stages for key, n in (("steps", steps), ("warmup_steps", warmup))]
     budget += [f"--stages={cfg.stages}", f"--seed={seed}"]
     train = ["train.py", *shlex.split(cfg.train), *budget, f"{out}/pretrain"]
     start = f"--init_from={folder}/pretrain/{stages[-1]}"

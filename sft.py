@@ -8,7 +8,7 @@
 A one-stage run to compare with: --stages=knowledge --knowledge.data=a.jsonl,b.jsonl,c.jsonl. The run folder, the loop
 and the way it goes on are those of train.py; the two differ in their settings only, and a test holds them to it.
 """
-import contextlib, math, os
+import math, os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,7 +46,7 @@ def main():
     preemption = common.Preemption()
     dist = common.setup_distributed(cfg.device, cfg.timeout_s)
     dtype = common.compute_dtype(cfg.dtype, dist.device)
-    autocast = torch.autocast(dist.device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+    autocast = torch.autocast(dist.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
     out, peak = Path(cfg.out_dir), common.peak_flops(dist.device)
     values = resolved(cfg)
     checkpoint, began = common.open_run(cfg, origins, stages, dist, values)  # the newest good one

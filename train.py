@@ -10,7 +10,7 @@ Everything of a run is in --out_dir: log.jsonl, config.json, checkpoints/, bad_s
 stage, a model folder of the stage's name. The same command goes on where it stopped. `base` is the stage that made the
 toy world's own ViT and language model (config/toy_vit.py, config/toy_llm.py).
 """
-import contextlib, math, os
+import math, os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -50,7 +50,7 @@ def main():
     preemption = common.Preemption()
     dist = common.setup_distributed(cfg.device, cfg.timeout_s)
     dtype = common.compute_dtype(cfg.dtype, dist.device)
-    autocast = torch.autocast(dist.device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+    autocast = torch.autocast(dist.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
     out, peak = Path(cfg.out_dir), common.peak_flops(dist.device)
     values = resolved(cfg)
     checkpoint, began = common.open_run(cfg, origins, stages, dist, values)  # the newest good one

@@ -92,10 +92,9 @@ def _read_config(path, raw):
         section = raw.get("llm_config", raw)
         rope = section.get("rope_parameters") or {}                         # where transformers 5 keeps it
         _values(path, rope, dict(rope_type="default"), {})
-        dim, heads = section.get("hidden_size"), section.get("num_attention_heads")
         llm = LLMConfig(*_values(
             f"{path}: language model", section, LLM_FIXED, LLM_KINDS, rms_norm_eps=1e-6, tie_word_embeddings=False,
-            head_dim=dim // heads if type(dim) is type(heads) is int and heads else 0,
+            head_dim=(section.get("hidden_size") or 0) // (section.get("num_attention_heads") or 1),
             rope_theta=rope.get("rope_theta", 1e4), max_position_embeddings=32768))
     if vision and llm:
         _values(path, raw, TOP_FIXED | dict(force_image_size=vision.image_size), TOP_KINDS, **TOP_DEFAULTS, template="")
