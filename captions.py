@@ -1,4 +1,4 @@
-"""Texts of captions: words, diversity, agreement with references, what is wrong with one, a page to look at them.
+"""Texts of captions: words, diversity, agreement with references, what is wrong with one, a page that shows them.
 
 Source of the measures: SAIL-VL (arXiv 2501.05952) compares caption sets by unique n-grams, nouns, verbs and adjectives.
 """

@@ -2,7 +2,7 @@
 
     python convert.py assemble --vision=InternViT-300M-448px --llm=Qwen2.5-1.5B-Instruct --out=start_2b
     python convert.py check start_2b
-    python convert.py export out/sft/model exported --layout=transformers
+    python convert.py export out/demo/model exported --layout=transformers
 
 assemble joins a released ViT and a released language model (each may also be a whole model folder, of which that part
 is taken) with a fresh projector and adds the image tokens to the tokenizer. export writes InternVL's layout, made for

@@ -1,11 +1,11 @@
 """From raw pictures to a scored, deduplicated caption set: stages that read shards and write shards (SAIL-Caption).
 
-    python curate.py collect   --in=web=laion/*.tar,photos.jsonl --out=shards/collected
+    python curate.py collect   --in='web=laion/*.tar,photos.jsonl' --out=shards/collected
     python curate.py dedup     --in=shards/collected --out=shards/unique
     python curate.py select    --in=shards/unique --out=shards/picked --n=100000
     python curate.py annotate  --in=shards/picked --out=shards/reference --endpoint=http://HOST/v1 --endpoint_model=NAME
-    python sft.py config/captioner.py --init_from=MODEL_FOLDER --data=shards/reference/*.tar
-    torchrun --nproc_per_node=8 curate.py recaption --in=shards/unique --out=shards/captions --model=out/captioner/...
+    python sft.py config/captioner.py --init_from=MODEL_FOLDER --data='shards/reference/*.tar'
+    python curate.py recaption --in=shards/unique --out=shards/captions --model=out/captioner/instruction
     python curate.py score     --in=shards/captions --out=shards/scored --endpoint=http://HOST/v1 --endpoint_model=NAME
     python curate.py filter    --in=shards/scored --out=shards/final --min_richness=3 --min_alignment=3
     python curate.py report    --in=before=shards/unique,after=shards/final --out=out/captions

@@ -1,6 +1,6 @@
 """Benchmarks: reading their files, batched generation, results.json and report.html.
 
-    python eval.py --model=out/demo/model --data_dir=out/demo/bench --benchmarks=toy --out_dir=out/demo
+    python eval.py --model=out/demo/model --data_dir=shards/toy --benchmarks=toy --out_dir=out/demo
     torchrun --nproc_per_node=8 eval.py --model=DIR --data_dir=LMUData --benchmarks=all --out_dir=DIR \\
         [--download=True] [--judge=http://127.0.0.1:8000/v1 --judge_model=NAME]
     python eval.py score --benchmark=DocVQA_VAL --predictions=DIR/DocVQA_VAL.tsv

@@ -1,7 +1,7 @@
 """Supervised fine-tuning, a curriculum of rising complexity: knowledge -> instruction -> preference; everything trains.
 
     torchrun --nproc_per_node=8 sft.py config/sft_2b.py --init_from=out/pretrain_2b/advance    # 8 GPUs
-    python sft.py config/sft_2b.py --init_from=MODEL_FOLDER --data=my.jsonl --stages=instruction --grad_accum_steps=64
+    python sft.py config/sft_2b.py config/sft_one_gpu.py --init_from=SAIL-VL-2B --data=my.jsonl    # one of 80 GB
     python sft.py config/toy_sft.py                                            # CPU, a minute
     python sft.py config/sft_2b.py --dry_run=True                              # parameters, memory, FLOPs, days
 

@@ -1,7 +1,7 @@
 """Pretraining in two stages: alignment (projector), then advance (ViT + projector). The language model stays frozen.
 
-    torchrun --nproc_per_node=8 train.py config/pretrain_2b.py                 # 8 GPUs
-    python train.py config/pretrain_2b.py --grad_accum_steps=512               # 1 GPU, the same global batch
+    torchrun --nproc_per_node=8 train.py config/pretrain_2b.py --init_from=start_2b --data=captions.json     # 8 GPUs
+    python train.py config/pretrain_2b.py --init_from=start_2b --data=captions.json --grad_accum_steps=512   # 1 GPU
     python train.py config/toy.py                                              # CPU, a minute
     python train.py config/pretrain_2b.py --dry_run=True                       # parameters, memory, FLOPs, days
     python train.py config/pretrain_2b.py --stages=advance --init_from=out/pretrain_2b/alignment

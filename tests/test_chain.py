@@ -35,7 +35,7 @@ def test_the_language_base_answers_every_benchmark_from_words_alone(world, monke
     call(evaluation, monkeypatch, "--model=config/toy_llm", "--image_as=words", f"--data_dir={world}/toy",
          "--benchmarks=toy", f"--out_dir={tmp_path}")
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["overall"] >= 90, results                           # 95 when it was made, see README
+    assert results["overall"] >= 90, results                           # 98 and more when it was made, see README
 
 
 def test_five_stages_evaluation_and_an_answer_run_end_to_end(world, monkeypatch, capsys):
