@@ -547,9 +547,9 @@ def open_run(cfg, origins, stages, dist, values):
     """Take the run folder and tell which of `values` an earlier start had otherwise; returns the newest good checkpoint
     in it (None: start anew) and the number of ranks that the run began on. All ranks call it."""
     out, start = Path(cfg.out_dir), cfg.init_from or cfg.tokenizer
-    if not os.path.isdir(start):
-        raise ValueError(f"{start or '(none)'} is not a folder: give --init_from=MODEL_FOLDER, or --tokenizer=FOLDER "
-                         "for random weights")
+    if not os.path.isdir(start) or (Path(start) / "checkpoints").exists():
+        raise ValueError(f"{start or 'nothing'} is not a model folder: give --init_from=FOLDER, the one of a run being "
+                         "RUN/STAGE, or --tokenizer=FOLDER for random weights")
     for name, stage in stages:
         if not (cfg.data or stage.data):
             raise ValueError(f"stage {name} has no data: give --data=PATH or {name}.data in the config")
@@ -613,7 +613,7 @@ def announce(cfg, values, origins, name, model, stage, packs, state, first_step,
         if state["step"] == 0:
             log_bad(out_dir, [bad for source in packs.sources for bad in source.meta["bad"]])
         print_stage_table(name, model, stage)
-        print(f"{packs.n:,} samples in {len(packs.sources)} sources, {packs.n_bad} unreadable; "
+        print(f"{packs.n:,} samples in {(n := len(packs.sources))} source{'s' * (n > 1)}, {packs.n_bad} unreadable; "
               f"{'goes on at' if state['step'] else 'starts at'} step {state['step']}", flush=True)
 
 def check_quarantine(state, packs, out_dir):

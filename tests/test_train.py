@@ -184,7 +184,7 @@ def test_the_loss_falls(tmp_path, shards, monkeypatch):
     (["--seed=abc"], "whole number"),
     (["--llm=toi"], "toy"),
     (["--stages=alignmnt"], "unknown stage 'alignmnt'"),
-    (["--init_from=nowhere"], "nowhere is not a folder"),
+    (["--init_from=nowhere"], "nowhere is not a model folder"),
     (["--init_from=config/toy_vit", "--dry_run=True"], "config/toy_vit is a vision encoder alone; convert.py assemble"),
     (["--data=nowhere.jsonl"], "does not exist"),
     (["--data="], "no data"),
