@@ -180,7 +180,8 @@ def ce(cfg, device, name, trains):
     yield row | dict(peer_error=errors["plain"]) | memory
 
 # ---- train, warmup, vs-hf --------------------------------------------------------------------------------------------
-# name: (ViT, LLM, samples, tiles of each or a mixture to draw them from, text tokens of each (from, to))
+# name: (ViT, LLM, samples, tiles of each or a mixture to draw them from, text tokens of each (from, to));
+# None: as the length file's first samples have them
 SIZES = {"7m": (VisionConfig(112, dim=192, n_layers=4, n_heads=3, ffn_dim=768),
                 LLMConfig(8192, 256, 4, 4, 2, 64, 768, tie_embeddings=True), 16, 1, (24, 120)),
          "25m": (VisionConfig(112, dim=256, n_layers=6, n_heads=4, ffn_dim=1024),
@@ -190,7 +191,7 @@ SIZES = {"7m": (VisionConfig(112, dim=192, n_layers=4, n_heads=3, ffn_dim=768),
          "2b": (VisionConfig(), LLMConfig(), 8, 7, (128, 384)),
          "2b_mix": (VisionConfig(), LLMConfig(), 6, (0, 1, 1, 3, 5, 7), (64, 512)),
          "8b": (VisionConfig(), LLMConfig(**LLMConfig.PRESETS["qwen2.5-7b"]), 8, 7, (128, 384))}
-SIZES["7m_mix"] = *SIZES["7m"][:2], 12, *SIZES["2b_mix"][3:]
+SIZES["7m_mix"] = *SIZES["7m"][:2], 32, None, None
 STAGES = dict(alignment=(0, 1, 0), advance=(1, 1, 0), sft=(1, 1, 1))        # which of ViT, projector, LLM train
 
 def random_samples(size, seed=0):
@@ -198,7 +199,12 @@ def random_samples(size, seed=0):
     (vision, _, n, tiles, text), g, samples = SIZES[size], torch.Generator().manual_seed(seed), []
     choices = tiles if isinstance(tiles, tuple) else (tiles,)
     tiles = [choices[i] for i in torch.randint(len(choices), (n,), generator=g)]
-    for i, length in enumerate(torch.randint(text[0], text[1] + 1, (n,), generator=g).tolist()):
+    if text:
+        lengths = torch.randint(text[0], text[1] + 1, (n,), generator=g).tolist()
+    else:
+        lengths, grid = (file := length_file(n)).rows["tokens"].tolist(), -(-file.images["width"] // 448)
+        tiles = ((grid + (grid > 1)) * file.rows["n_images"]).tolist()     # with the thumbnail
+    for i, length in enumerate(lengths):
         image = torch.full((tiles[i] * vision.tokens_per_tile,), image_token_id(TOKENIZER))
         tokens = torch.cat([image, torch.randint(0, 1000, (length,), generator=g)])
         labels = torch.full_like(tokens, IGNORE)
@@ -242,10 +248,13 @@ def train(cfg, device, name, size, stage, checkpointing="none"):
     dtype, cuda = common.compute_dtype("auto", device), device.type == "cuda"
     (model, optimizer), (samples, tiles) = build(size, stage, dtype, device), random_samples(size)
     common.parallelize(model, common.RunConfig(activation_checkpointing=checkpointing), common.Dist(device=device))
-    packs = {"ours": pack(samples, tiles, device), "ours, padded": pack([*zip(*padded(samples))], tiles, device)}
-    supervised, lengths = int((packs["ours"]["labels"] != IGNORE).sum()), [len(t) for t, _ in samples]
-    sides = {side: lambda p=p: step(lambda: model(**p) / supervised, optimizer, dtype, device)
-             for side, p in packs.items()}
+    eights = [samples[i:i + 8] for i in range(0, len(samples), 8)]      # batches, each padded to its longest sample
+    count = lambda batch: sum(int((t == model.image_token_id).sum()) for t, _ in batch) // model.vision.tokens_per_tile
+    packs = {"ours": [pack(samples, tiles, device)], "ours, padded": [
+        pack([*zip(*padded(batch))], part, device) for batch, part in zip(eights, tiles.split([*map(count, eights)]))]}
+    supervised, lengths = sum(int((y != IGNORE).sum()) for _, y in samples), [len(t) for t, _ in samples]
+    sides = {side: lambda ps=ps: step(lambda: sum(model(**p) for p in ps) / supervised, optimizer, dtype, device)
+             for side, ps in packs.items()}
     if cuda:
         compile_blocks(model)
         torch.cuda.reset_peak_memory_stats()

@@ -566,11 +566,11 @@ def open_run(cfg, origins, stages, dist, values):
     if changed := [f"{k}: {old.get(k)!r} -> {v!r}" for k, v in values.items() if old.get(k) != v]:
         say(dist, f"settings that changed since this run was started: {'; '.join(changed)}")
     checkpoint = find_checkpoint(out, dist, cfg.resume == "strict")
-    if cfg.resume == "never" and (checkpoint or any((out / name / "config.json").exists() for name, _ in stages)):
+    finished = any((out / name / "config.json").exists() for name, _ in stages)
+    if cfg.resume == "never" and (checkpoint or finished):
         raise ValueError(f"{out} holds an earlier run and --resume=never; choose another --out_dir or remove it")
-    if checkpoint: return checkpoint, read_state(checkpoint).get("world", dist.world)
-    earlier = read_run_config(out).get("world", dist.world)  # a stage was finished before anything was saved
-    return None, earlier if any((out / name / "config.json").exists() for name, _ in stages) else dist.world
+    state = read_state(checkpoint) if checkpoint else read_run_config(out) if finished else {}
+    return checkpoint, state.get("world", dist.world)
 
 def micro_batches(accum, began, name, checkpoint, dist):
     """(micro-batches of a step here, ranks the run began on). On other ranks a step keeps its packs, so that a run that

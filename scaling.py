@@ -90,8 +90,7 @@ def fit(cfg):
     x, largest, rows = np.log10(tokens), tokens == tokens.max(), []
     for name, y in scores.items():
         _, b, error, r2 = line(x, y)
-        row = dict(benchmark=name, points=len(y), per_tenfold=b, standard_error=error, r2=r2)
-        row |= dict(linear_r2=line(tokens, y)[3])
+        row = dict(benchmark=name, points=len(y), per_tenfold=b, error=error, r2=r2, linear_r2=line(tokens, y)[3])
         if len({*tokens[~largest]}) > 2:
             low, rise, *_ = line(x[~largest], y[~largest])
             row |= dict(largest_predicted=low + rise * x.max(), largest_measured=y[largest].mean())

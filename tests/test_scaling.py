@@ -68,13 +68,13 @@ def test_the_fit_finds_slope_error_and_the_largest_budget_by_the_others(tmp_path
     text = capsys.readouterr().out
     overall, pope = json.loads(text.splitlines()[-1])                   # MME has no score and no line
     assert overall["benchmark"] == "overall" and overall["points"] == 10 and pope["per_tenfold"] == 0
-    assert abs(overall["per_tenfold"] - 8) < 3 * overall["standard_error"] < 1
+    assert abs(overall["per_tenfold"] - 8) < 3 * overall["error"] < 1
     assert overall["r2"] > 0.99 > 0.7 > overall["linear_r2"]
     assert abs(overall["largest_predicted"] - overall["largest_measured"]) < 1.5
     x = np.log10(np.repeat([640, 6400, 64000, 640000, 6400000], 2))
     wanted, covariance = np.polyfit(x, 20 + 8 * x + noise, 1, cov=True)   # numpy's own fit
     assert overall["per_tenfold"] == pytest.approx(wanted[0], abs=1e-3)
-    assert overall["standard_error"] == pytest.approx(covariance[0, 0] ** 0.5, abs=1e-3)
+    assert overall["error"] == pytest.approx(covariance[0, 0] ** 0.5, abs=1e-3)
     assert json.loads((tmp_path / "fit.json").read_text()) == [overall, pope]
     pytest.importorskip("matplotlib")
     command(monkeypatch, "plot", f"--out_dir={tmp_path}")
