@@ -52,52 +52,52 @@ def plan(cfg):
         raise ValueError('give --steps=1000,4000,16000, --train="CONFIG ..." and --eval="..."')
     budgets, seeds = ([int(word) for word in text.split(",")] for text in (cfg.steps, cfg.seeds))
     many = ["--standalone", f"--nproc_per_node={cfg.processes}"] if cfg.processes > 1 else []
+    runner, module = (["torchrun", *many], ["-m", "torch.distributed.run", *many]) if many else (["python"], [])
     for steps, seed in ((steps, seed) for steps in sorted(budgets) for seed in seeds):
         folder = Path(cfg.out_dir) / f"{steps}_steps_seed_{seed}"
         if (folder / "eval" / "results.json").exists(): continue
         for command in commands(cfg, folder, steps, seed):
-            print(shlex.join([*(["torchrun", *many] if many else ["python"]), *command]), flush=True)
-            module = ["-m", "torch.distributed.run", *many] if many else []
+            print(shlex.join([*runner, *command]), flush=True)
             if cfg.run and subprocess.run([sys.executable, *module, *command]).returncode:
                 raise ValueError(f"{folder}: {command[0]} failed, see above; run again to go on")
 
 # ---- fit, plot -------------------------------------------------------------------------------------------------------
 def points(cfg):
-    """-> (tokens (n,) of all stages of pretraining, {benchmark: scores (n,)}) of the points that are finished."""
-    tokens, scores = [], defaultdict(list)
-    for path in sorted(Path(cfg.out_dir).glob("*/eval/results.json")):
+    """-> (steps, tokens of all pretraining, {benchmark: scores}), arrays (n,) of the points that are finished."""
+    steps, tokens, scores = [], [], defaultdict(list)
+    for path in sorted(Path(cfg.out_dir).glob("*_steps_seed_*/eval/results.json")):
+        steps.append(int(path.parts[-3].split("_")[0]))
         seen, results = {}, read_json(path, dict)
-        for line in (path.parent.parent / "pretrain" / "log.jsonl").read_text().splitlines():
+        for text in (path.parent.parent / "pretrain" / "log.jsonl").read_text().splitlines():
             with contextlib.suppress(ValueError):  # of a disk that was full
-                row = json.loads(line)
-                seen[row["stage"]] = row["tokens_seen"]
+                seen |= {(row := json.loads(text))["stage"]: row["tokens_seen"]}
         tokens.append(sum(seen.values()))
         for name in ("overall", *results["n"]): scores[name].append(results[name])
-    if len(budgets := {*tokens}) < 3:
-        raise ValueError(f"{cfg.out_dir} has {len(budgets)} finished budgets, a line takes 3: plan --run=True")
-    return np.array(tokens), {name: np.array(values) for name, values in scores.items() if None not in values}
+    if len({*steps}) < 3:
+        raise ValueError(f"{cfg.out_dir} has {len({*steps})} finished budgets, a line takes 3: plan --run=True")
+    scored = {name: np.array(values) for name, values in scores.items() if None not in values}
+    return np.array(steps), np.array(tokens), scored
 
 def line(x, y):
     """Least squares of y = a + b x -> (a, b, standard error of b, share of the variance that the line explains)."""
     x0, y0 = x - x.mean(), y - y.mean()
     b = (x0 * y0).sum() / (x0 ** 2).sum()
     left, whole = ((y0 - b * x0) ** 2).sum(), max((y0 ** 2).sum(), 1e-9)
-    return y.mean() - b * x.mean(), b, (left / (len(x) - 2) / (x0 ** 2).sum()) ** 0.5, 1 - left / whole
+    return y.mean() - b * x.mean(), b, (left / max(1, len(x) - 2) / (x0 ** 2).sum()) ** 0.5, 1 - left / whole
 
 def fit(cfg):
     """Print a line for each benchmark and write fit.json. linear_r2: of a + b tokens, what the logarithm must beat."""
-    tokens, scores = points(cfg)
-    x, largest, rows = np.log10(tokens), tokens == tokens.max(), []
+    steps, tokens, scores = points(cfg)
+    x, largest, rows = np.log10(tokens), steps == steps.max(), []
     for name, y in scores.items():
         _, b, error, r2 = line(x, y)
         row = dict(benchmark=name, points=len(y), per_tenfold=b, error=error, r2=r2, linear_r2=line(tokens, y)[3])
-        if len({*tokens[~largest]}) > 2:
-            low, rise, *_ = line(x[~largest], y[~largest])
-            row |= dict(largest_predicted=low + rise * x.max(), largest_measured=y[largest].mean())
+        low, rise, *_ = line(x[~largest], y[~largest])
+        row |= dict(largest_predicted=low + rise * x[largest].mean(), largest_measured=y[largest].mean())
         rows.append({k: round(float(v), 3) if isinstance(v, float) else v for k, v in row.items()})
     print(f"{len(tokens)} points, {tokens.min():,} to {tokens.max():,} tokens", "", sep="\n")
-    for cells in rows[0], dict.fromkeys(rows[0], "---"), *rows:
-        print("| " + " | ".join(map(str, cells if cells is rows[0] else cells.values())) + " |")
+    for cells in rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows):
+        print(f"| {' | '.join(map(str, cells))} |")
     write_atomic(Path(cfg.out_dir) / "fit.json", json.dumps(rows, indent=1) + "\n")
     print(json.dumps(rows))
 
@@ -107,7 +107,7 @@ def plot(cfg):
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("scaling.png takes matplotlib: pip install matplotlib") from None
-    tokens, scores = points(cfg)
+    _, tokens, scores = points(cfg)
     ax, ends = Figure(figsize=(7, 4.5), layout="constrained").subplots(), np.array([tokens.min(), tokens.max()])
     for name, y in scores.items():
         a, b, *_ = line(np.log10(tokens), y)

@@ -63,15 +63,21 @@ def test_a_plan_runs_what_is_missing_and_stops_where_something_fails(tmp_path, m
 def test_the_fit_finds_slope_error_and_the_largest_budget_by_the_others(tmp_path, monkeypatch, capsys):
     noise = np.random.default_rng(0).normal(0, 0.5, 10)
     for i, (steps, seed) in enumerate((s, seed) for s in (10, 100, 1000, 10000, 100000) for seed in (1, 2)):
-        finished(tmp_path, steps, seed, steps * 64, overall=20 + 8 * np.log10(steps * 64) + noise[i], MME=None, POPE=7.0)
+        tokens = steps * 64 + 2 * seed                                   # packs are not all equally full
+        finished(tmp_path, steps, seed, tokens, overall=20 + 8 * np.log10(tokens) + noise[i], MME=None, POPE=7.0)
     command(monkeypatch, "fit", f"--out_dir={tmp_path}")
     text = capsys.readouterr().out
+    table = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    assert [row[0] for row in table] == ["benchmark", "---", "overall", "POPE"] and {*map(len, table)} == {8}
     overall, pope = json.loads(text.splitlines()[-1])                   # MME has no score and no line
     assert overall["benchmark"] == "overall" and overall["points"] == 10 and pope["per_tenfold"] == 0
     assert abs(overall["per_tenfold"] - 8) < 3 * overall["error"] < 1
     assert overall["r2"] > 0.99 > 0.7 > overall["linear_r2"]
     assert abs(overall["largest_predicted"] - overall["largest_measured"]) < 1.5
-    x = np.log10(np.repeat([640, 6400, 64000, 640000, 6400000], 2))
+    x = np.log10([steps * 64 + 2 * seed for steps in (10, 100, 1000, 10000, 100000) for seed in (1, 2)])
+    predicted = np.poly1d(np.polyfit(x[:8], (20 + 8 * x + noise)[:8], 1))(x[8:]).mean()
+    assert overall["largest_predicted"] == pytest.approx(predicted, abs=1e-3)
+    assert overall["largest_measured"] == pytest.approx((20 + 8 * x + noise)[8:].mean(), abs=1e-3)
     wanted, covariance = np.polyfit(x, 20 + 8 * x + noise, 1, cov=True)   # numpy's own fit
     assert overall["per_tenfold"] == pytest.approx(wanted[0], abs=1e-3)
     assert overall["error"] == pytest.approx(covariance[0, 0] ** 0.5, abs=1e-3)
