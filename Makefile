@@ -133,7 +133,7 @@ gpu:
 	    "30 bench.py decode --rounds=5" "40 bench.py warmup"; do set -- $$part; seconds=$$1; shift; \
 	    timeout $$seconds $(BIN)/python "$$@" 2>&1 | tee -a $${OUT:-out/gpu}/rows.txt; done
 
-# how the two pretrained parts of the toy world in config/toy_vit and config/toy_llm were made: under half an hour each
+# parts like those in config/toy_vit and config/toy_llm, from scratch: under half an hour each (LOG.md: how good)
 toy-bases: $(VENV)/run.done
 	$(BIN)/python toy.py --out=shards/toy_llm --n=230000 --seed=102 --parts=text
 	OMP_NUM_THREADS=1 $(RUN) train.py config/toy_llm.py
