@@ -67,7 +67,7 @@ scaling-demo: $(VENV)/run.done
 	[ -f out/scaling/start/config.json ] || $(BIN)/python convert.py assemble --vision=config/toy_vit --llm=config/toy_llm --out=out/scaling/start
 	OMP_NUM_THREADS=1 $(BIN)/python scaling.py plan --run=True --processes=2 --steps=10,20,40,80,160 --seeds=1,2 \
 	    --train="config/toy.py --init_from=out/scaling/start --data='$(SHARDS)/pretrain-*.tar'" \
-	    --sft="config/toy_sft.py --stages=knowledge --knowledge.steps=60" --model=sft/knowledge --eval="--data_dir=$(SHARDS) --benchmarks=toy"
+	    --sft="config/toy_sft.py --stages=knowledge --knowledge.steps=60 --knowledge.data='$(SHARDS)/knowledge-*.tar'" --model=sft/knowledge --eval="--data_dir=$(SHARDS) --benchmarks=toy"
 	$(BIN)/python scaling.py fit
 	$(BIN)/python scaling.py plot
 
@@ -133,7 +133,7 @@ gpu:
 	    "30 bench.py decode --rounds=5" "40 bench.py warmup"; do set -- $$part; seconds=$$1; shift; \
 	    timeout $$seconds $(BIN)/python "$$@" 2>&1 | tee -a $${OUT:-out/gpu}/rows.txt; done
 
-# parts like those in config/toy_vit and config/toy_llm, from scratch: under half an hour each (LOG.md: how good)
+# parts like those in config/toy_vit and config/toy_llm, from scratch, half an hour each (LOG.md: how far the first went)
 toy-bases: $(VENV)/run.done
 	$(BIN)/python toy.py --out=shards/toy_llm --n=230000 --seed=102 --parts=text
 	OMP_NUM_THREADS=1 $(RUN) train.py config/toy_llm.py

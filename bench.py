@@ -122,17 +122,16 @@ def attention_sides(lengths, causal, device):
     mask = create_block_mask(visible, None, None, sum(lengths), sum(lengths), device)
     flex = torch.compile(functools.partial(flex_attention, block_mask=mask, enable_gqa=True))
     sides["flex"] = lambda *qkv: flex(*(x.transpose(0, 1)[None] for x in qkv))[0].transpose(0, 1)
+    ends, seen = cu.to(device), (-1, 0 if causal else -1)
     with contextlib.suppress(ImportError):                      # PyTorch's own, of flash-attn 2 or what is installed
         from torch.nn.attention.varlen import varlen_attn
-        ends, seen = cu.to(device), (-1, 0 if causal else -1)
         sides["varlen"] = lambda *qkv: varlen_attn(*qkv, ends, ends, L, L, window_size=seen, enable_gqa=True)
     with contextlib.suppress(ImportError):
         from flash_attn_interface import flash_attn_varlen_func as flash_3
-        sides["flash-attn 3"] = lambda *qkv: flash_3(*qkv, cu.to(device), cu.to(device), L, L, causal=causal)
+        sides["flash-attn 3"] = lambda *qkv: flash_3(*qkv, ends, ends, L, L, causal=causal)
     with contextlib.suppress(ImportError):
         from flash_attn import flash_attn_varlen_func
-        at = cu.to(device)
-        sides["flash-attn"] = lambda *qkv: flash_attn_varlen_func(*qkv, at, at, L, L, causal=causal)
+        sides["flash-attn"] = lambda *qkv: flash_attn_varlen_func(*qkv, ends, ends, L, L, causal=causal)
     return sides
 
 def attn(cfg, device, name, lengths, H, K, D, causal):
@@ -202,8 +201,9 @@ def random_samples(size, seed=0):
     if text:
         lengths = torch.randint(text[0], text[1] + 1, (n,), generator=g).tolist()
     else:
-        lengths, grid = (file := length_file(n)).rows["tokens"].tolist(), -(-file.images["width"] // 448)
-        tiles = ((grid + (grid > 1)) * file.rows["n_images"]).tolist()     # with the thumbnail
+        rows, images = (x[:n] for x in (length_file().rows, length_file().images))
+        lengths, grid = rows["tokens"].tolist(), rows["n_images"] * -(-images["width"] // 448)
+        tiles = (grid + (grid > 1)).tolist()                    # with the thumbnail
     for i, length in enumerate(lengths):
         image = torch.full((tiles[i] * vision.tokens_per_tile,), image_token_id(TOKENIZER))
         tokens = torch.cat([image, torch.randint(0, 1000, (length,), generator=g)])

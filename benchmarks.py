@@ -409,7 +409,6 @@ PUBLISHED = {name: {"source": source, **dict(zip(columns.split(), values))} for 
          ("InternVL2.5-MPO-8B", 74.3, 71.2, 76.3, 83.2, 69.7, 65.3, 83.3, 52.8, 82.89),
          ("Qwen2-VL-7B", 73.0, 68.5, 79.6, 71.0, 67.5, 58.3, 79.5, 50.9, 82.89),
          ("DeepSeekVL-2-Small", 72.7, 66.8, 79.0, 79.0, 65.3, 57.7, 78.1, 47.6, 76.75))),
-    ("wizwand.com on arXiv 2501.05952, size not stated", "OCRBench DocVQA_VAL POPE", (("SAIL-VL", 83.5, 92.2, 86.7),)),
     ("OpenCompass, in the README of AIDC-AI/Ovis-U1",
      "OpenCompass MMBench MMStar MMMU_VAL MathVista_MINI HallusionBench AI2D_TEST OCRBench MMVet", (
          ("SAIL-VL-2B, OpenCompass", 61, 73.7, 56.5, 44.1, 62.8, 45.9, 77.4, 83.1, 44.2),

@@ -17,7 +17,7 @@ def words(text):
     """Lower-case words; a Chinese, Japanese or Korean character is a word of its own."""
     return WORD.findall(text.lower())
 
-@functools.lru_cache(2 ** 18)
+@functools.lru_cache(2 ** 16)
 def word_key(word):
     """A 64-bit number that depends on nothing but the word."""
     return int.from_bytes(hashlib.blake2b(word.encode("utf-8", "replace"), digest_size=8).digest(), "little")

@@ -1,7 +1,7 @@
 """Leaf functions shared by train.py and sft.py: settings, distributed set-up, optimizer, checkpoints, log, plot."""
 import collections, concurrent.futures, contextlib, datetime, faulthandler, fcntl, functools, hashlib
-import importlib.metadata, itertools, json, math, os, platform, re, resource, shutil, signal, subprocess, sys, time
-import warnings
+import importlib.metadata, itertools, json, math, os, platform, re, resource, shutil, signal, subprocess, sys
+import time, warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -55,7 +55,6 @@ class RunConfig:
     cell_labels: Literal["none", "also", "only"] = "none"  # toy: each visual token predicts a word of its own cell
     shuffle: bool = True  # False: samples in the order of the files
     pad_packs: bool = False  # fill each pack up with unsupervised tokens: one shape for torch.compile
-    shuffle_window: int = 16384  # samples planned into packs at a time
     num_workers: int = 2  # processes per rank that decode and tile
     # optimization
     grad_accum_steps: int = 1  # micro-batches per step and rank; a run that goes on on other ranks keeps its batch
@@ -328,7 +327,7 @@ def save_checkpoint(out_dir, step, model, optimizer, state, dist, keep, before=N
         except OSError as e:
             problem = str(e)
     states, problems = zip(*gather((state, problem), dist))
-    copied = copy and not wait and memory_for(tensors)
+    copied = copy and not wait and not problems[0] and memory_for(tensors)
     tensors = {name: t.to("cpu", copy=True) for name, t in tensors.items()} if copied else tensors
     thread = concurrent.futures.ThreadPoolExecutor(1)  # the last rank had the last pack of the step: its state
     future = thread.submit(write_checkpoint, final, tmp, step, tensors, states[-1], dist, keep, problems[0])
@@ -547,7 +546,7 @@ def open_run(cfg, origins, stages, dist, values):
     """Take the run folder and tell which of `values` an earlier start had otherwise; returns the newest good checkpoint
     in it (None: start anew) and the number of ranks that the run began on. All ranks call it."""
     out, start = Path(cfg.out_dir), cfg.init_from or cfg.tokenizer
-    if not os.path.isdir(start) or (Path(start) / "checkpoints").exists():
+    if not os.path.isdir(start) or (Path(start) / "log.jsonl").exists():
         raise ValueError(f"{start or 'nothing'} is not a model folder: give --init_from=FOLDER, the one of a run being "
                          "RUN/STAGE, or --tokenizer=FOLDER for random weights")
     for name, stage in stages:

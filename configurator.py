@@ -101,10 +101,10 @@ def configure(cfg, argv=None):
 # files, patterns of which may have braces
 SOURCES = "data val_data in references".split()
 # no number may be negative; these may not be 0 either
-AT_LEAST_ONE = set("""tokens_per_pack max_tiles_per_pack min_tiles shuffle_window grad_accum_steps save_every val_every
-    val_packs print_every keep timeout_s rounds batch_size batch_tokens llm.n_heads llm.n_kv_heads llm.dim llm.head_dim
-    shard_size clusters workers
-    vision.image_size vision.patch_size vision.dim vision.n_heads vision.downsample""".split())
+AT_LEAST_ONE = set("""tokens_per_pack max_tiles_per_pack min_tiles grad_accum_steps save_every val_every val_packs
+    print_every keep timeout_s rounds batch_size batch_tokens llm.n_heads llm.n_kv_heads llm.dim llm.head_dim
+    shard_size clusters workers vision.image_size vision.patch_size vision.dim vision.n_heads
+    vision.downsample""".split())
 
 class View:
     """A nested dataclass as a config file sees it: reads pass through, assignments are checked and applied at once."""
@@ -162,15 +162,16 @@ def told(error):
     """An error that a user caused, in one line."""
     file = getattr(error, "filename", None)
     text = " ".join((f"{file}: {error.strerror}" if file else str(error) or type(error).__name__).split())
+    if isinstance(error, ModuleNotFoundError): text += f": pip install {error.name}"
     return text + " Was there memory left? Try fewer --num_workers" * text.startswith(KILLED)
 
 def launch(main):
-    """Run a script's main(). A user's error (ValueError, OSError) becomes one line on stderr and exit code 2, as does
-    that a data worker was killed, which PyTorch raises wherever the program is; Ctrl-C exit code 130; `--debug=True`
-    shows the traceback. Other exceptions are bugs and pass through."""
+    """Run a script's main(). A user's error (ValueError, OSError) becomes one line on stderr and exit code 2, as do a
+    package that is not installed and a data worker that was killed, which PyTorch raises wherever the program is;
+    Ctrl-C exit code 130; `--debug=True` shows the traceback. Other exceptions are bugs and pass through."""
     try:
         main()
-    except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as e:
+    except (ValueError, OSError, ModuleNotFoundError, RuntimeError, KeyboardInterrupt) as e:
         if "--debug=True" in sys.argv or isinstance(e, RuntimeError) and not str(e).startswith(KILLED): raise
         interrupted = isinstance(e, KeyboardInterrupt)
         print("interrupted" if interrupted else f"error: {told(e)}", file=sys.stderr)

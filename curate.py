@@ -17,7 +17,7 @@ whole or not at all; start a command again and it goes on; several processes, on
 the work.
 Shapes: n rows of all shards, C width of a feature.
 """
-import collections, contextlib, fcntl, functools, hashlib, itertools, json, os, re, shlex, subprocess, sys, tarfile
+import collections, contextlib, fcntl, functools, hashlib, itertools, json, os, re, shlex, sys, tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -35,6 +35,7 @@ from configurator import configure, launch
 from data import IMAGE_SUFFIXES, MAX_BYTES, TOY_TOKENIZER, UNREADABLE, Tokenizer, add_record, conversation, expand
 from data import image_names, open_sources, open_tar, read_json, tar_key
 from judge import ATTEMPTS, KINDS, Judge, Replies, key_of
+from plan import run_plan
 from vision import load_image, make_tiles, normalize, picture_uri
 
 @dataclass(slots=True)
@@ -155,17 +156,19 @@ def add(tar, row, pictures, keys):
 
 def write_shard(out, unit, work):
     """Everything `work` yields for a unit, kept or dropped: then fsync, then rename, the shard itself last."""
-    counts, began, keys, lost = collections.Counter({"in": 0, "out": 0}), time.time(), set(), []
-    with open(tmp := out / ".shards" / f"{unit.name}.tar", "wb") as file:
+    counts, began, keys = collections.Counter({"in": 0, "out": 0}), time.time(), set()
+    tmp, bad = out / ".shards" / f"{unit.name}.tar", out / "dropped" / f"{unit.name}.tmp"
+    with open(tmp, "wb") as file, open(bad, "w", encoding="utf-8", errors="replace") as dropped:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for row, pictures, reason in work(unit, counts):
-                if reason: lost.append(json.dumps({**row, "reason": reason}) + "\n")
+                if reason: dropped.write(json.dumps({**row, "reason": reason}, ensure_ascii=False) + "\n")
                 else: add(tar, row, pictures, keys)
                 counts.update(["in", f"dropped {reason}" if reason else "out"])
-        file.flush()
-        os.fsync(file.fileno())
+        for f in (file, dropped):
+            f.flush()
+            os.fsync(f.fileno())
     (out / f"{unit.name}.tar").unlink(missing_ok=True)                 # of an input that is no longer so
-    common.write_atomic(out / "dropped" / f"{unit.name}.jsonl", "".join(lost))
+    os.replace(bad, out / "dropped" / f"{unit.name}.jsonl")
     facts = {**counts, "seconds": time.time() - began, "input": state_of(unit)}
     common.write_atomic(out / ".shards" / f"{unit.name}.json", json.dumps(facts))
     os.replace(tmp, out / f"{unit.name}.tar")
@@ -268,7 +271,7 @@ def examine(cfg, unit, row, pictures, reason):
     return new, pictures, "too_small" if small else "too_narrow" if narrow else None
 
 def collect(cfg):
-    """Any source -> shards of pictures that decode, each file once, with its alt-text. Seen files: 80 bytes each."""
+    """Any source -> shards of pictures that decode, each file once, with its alt-text. Seen files: 100 bytes each."""
     seen, folder = set(), Path(cfg.out) / ".shards"
     again = {unit.name for unit in find_units(cfg) if not finished(folder.parent, unit)}   # their files are new
     for path in folder.glob("*.npy"):
@@ -679,20 +682,11 @@ def tiers(cfg, tier):
         meta = {f"{g}-{k}": {"root": f"{s.root.resolve()}", "annotation": f"{s.path.resolve()}",
                              "length": len(s.rows), "repeat_time": share * cut}
                 for g, share in shares.items() for k, s in enumerate(groups[g])}
-        (folder := out / mix).mkdir(parents=True, exist_ok=True)
+        folder = out / mix
         train = ["sft.py", *shlex.split(cfg.sft), f"--stages={cfg.stage}", f"--{cfg.stage}.data={folder / 'mix.json'}",
                  f"--out_dir={folder / 'sft'}"]
         test = ["eval.py", *shlex.split(cfg.eval), f"--model={folder}/sft/{cfg.stage}", f"--out_dir={folder / 'eval'}"]
-        made, plan = folder / "plan.json", json.dumps([meta, train, test])
-        if cfg.run and made.exists() and made.read_text() != plan:
-            raise ValueError(f"{folder} was run with other data or flags: remove it, or give another --out=DIR")
-        common.write_atomic(folder / "mix.json", json.dumps(meta, indent=1) + "\n")
-        if cfg.run: common.write_atomic(made, plan)
-        for command in (train, test):
-            print("python " + shlex.join(command), flush=True)
-            if cfg.run and not (folder / "eval" / "results.json").exists():
-                if subprocess.run([sys.executable, *command]).returncode:
-                    raise ValueError(f"{mix}: {command[0]} failed, see above; run again to go on")
+        run_plan(folder, [train, test], cfg.run, **{"mix.json": json.dumps(meta, indent=1) + "\n"})
         results[mix] = read_json(folder / "eval" / "results.json", dict)["overall"] if cfg.run else None
         return results[mix]
     if tier == "quick":
@@ -705,7 +699,7 @@ def tiers(cfg, tier):
         kept, best = [first], measure(first, {first: 1.0}) or 0.0
         for g in others:                                               # printed only: as if every one were kept
             now = measure("+".join([*kept, g]), dict.fromkeys([*kept, g], 1.0))
-            if now is None or now >= best: kept, best = [*kept, g], now or 0.0
+            if not cfg.run or (now or 0.0) >= best: kept, best = [*kept, g], now or 0.0
         print(f"kept: {', '.join(kept)}" if cfg.run else "with --run=True a set stays only if the score does not fall")
     ranked = sorted(results.items(), key=lambda item: -(item[1] or 0))
     common.write_atomic(out / "ranking.json", json.dumps(ranked, indent=1) + "\n")

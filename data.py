@@ -763,11 +763,11 @@ class Packs(torch.utils.data.Dataset):
                     new = [torch.from_numpy(cell_words(cells, self.tokenizer)) for cells in row["cells"]]
                 sample = render(row, self.tokenizer, self.template, n_tiles, self.tokens_per_tile, self.image_as,
                                 self.cell_labels)
+                cells = sum(map(len, row.get("cells") or ())) if self.cell_labels != "none" else 0
             except UNREADABLE as e:
                 bad.append({"source": source.name, "id": row["id"], "reason": f"{type(e).__name__}: {e}"[:300]})
                 continue
             samples.append(sample)
-            cells = sum(map(len, row.get("cells", ()))) if self.cell_labels != "none" else 0
             answers.append(max(1, (sample[1] != IGNORE).sum() - cells))    # supervised tokens, labels of cells apart
             words, filled = words + new if self.image_as == "words" else [], end
             ids.append(str(row["id"]))
@@ -855,7 +855,7 @@ def stage_packs(cfg, stage, tokenizer, vision, packs_per_step, data=""):
                  min_tiles=cfg.min_tiles, max_tiles=cfg.max_tiles, thumbnail=cfg.thumbnail,
                  tokens_per_pack=cfg.tokens_per_pack, tiles_per_pack=cfg.max_tiles_per_pack,
                  seed=cfg.seed, image_as=cfg.image_as, cell_labels=cfg.cell_labels,
-                 packs_per_step=packs_per_step, window=cfg.shuffle_window, shuffle=cfg.shuffle, pad=cfg.pad_packs,
+                 packs_per_step=packs_per_step, shuffle=cfg.shuffle, pad=cfg.pad_packs,
                  loss_weight=cfg.loss_weight)
 
 def model_inputs(batch, device):

@@ -1,4 +1,7 @@
-"""What a run will cost, before it runs: stage table, memory, FLOPs, tokens and days. Printed by `--dry_run=True`."""
+"""What a run will cost, printed by `--dry_run=True`: stage table, memory, FLOPs, days; and several runs in a row."""
+import json, shlex, subprocess, sys
+from pathlib import Path
+
 import torch
 
 import common
@@ -62,3 +65,19 @@ def print_plan(cfg, stages, world):
         days += stage_days
     print(f"{sum(1 for _ in model.parameters())} tensors, {sum(p.numel() for p in model.parameters()):,} parameters; "
           f"{days:.3g} days in all on {world} GPU{'s' * (world > 1)}")
+
+def run_plan(folder, commands, run, processes=1, **files):
+    """Print command lines that end in folder/eval/results.json, unless it is there, and with run=True run them. files:
+    {name: text} to be in the folder before. ValueError where a folder was run otherwise, or where a command fails."""
+    made, plan = Path(folder) / "plan.json", json.dumps([commands, files])
+    if made.exists() and made.read_text() != plan:
+        raise ValueError(f"{folder} was run with other data or flags: remove it, or give another --out")
+    if (made.parent / "eval" / "results.json").exists(): return
+    made.parent.mkdir(parents=True, exist_ok=True)
+    for name, text in (files | {made.name: plan} if run else files).items(): common.write_atomic(made.with_name(name), text)
+    many = ["--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    shown, module = (["torchrun", *many], ["-m", "torch.distributed.run", *many]) if many else (["python"], [])
+    for command in commands:
+        print(shlex.join([*shown, *command]), flush=True)
+        if run and subprocess.run([sys.executable, *module, *command]).returncode:
+            raise ValueError(f"{folder}: {command[0]} failed, see above; run again to go on")

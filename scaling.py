@@ -11,26 +11,26 @@ SAIL-VL's second claim (arXiv 2501.05952): scores rise by as much for each tenfo
 tokens, also after the same fine-tuning. Each point is a run of its own with a whole schedule, for what a cosine is
 stopped in before its end is worth less than a run that was meant to end there.
 """
-import contextlib, json, shlex, subprocess, sys
+import contextlib, json, re, shlex, sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from common import write_atomic
 from configurator import configure, launch
 from data import read_json
+from plan import run_plan
 
 @dataclass(slots=True)
 class Config:
-    out_dir: str = "out/scaling"  # a folder for each point, fit.json, scaling.png
+    out_dir: str = "out/scaling"  # a folder for each point; scaling.png
     steps: str = ""  # budgets: steps of every stage of pretraining, separated by commas
     seeds: str = "1"  # each budget is run with each of them
     train: str = ""  # words for train.py
     stages: str = "alignment,advance"  # of train.py, each of so many steps, 3 % of them warm-up
     sft: str = ""  # words for sft.py, after each pretraining; "": the pretrained model is evaluated
-    model: str = "sft/preference"  # which is evaluated: the last of fine-tuning, or of pretraining: pretrain/advance
+    model: str = ""  # which is evaluated: sft/STAGE or pretrain/STAGE; "": sft/preference, or the last of pretraining
     eval: str = ""  # words for eval.py
     processes: int = 1  # of torchrun on this machine
     run: bool = False  # run the commands instead of printing them
@@ -44,22 +44,17 @@ def commands(cfg, folder, steps, seed):
     train = ["train.py", *shlex.split(cfg.train), *budget, f"{out}/pretrain"]
     start = f"--init_from={folder}/pretrain/{stages[-1]}"
     sft = [["sft.py", *shlex.split(cfg.sft), start, f"--seed={seed}", f"{out}/sft"]] * bool(cfg.sft)
-    return [train, *sft, ["eval.py", *shlex.split(cfg.eval), f"--model={folder}/{cfg.model}", f"{out}/eval"]]
+    model = f"{folder}/{cfg.model or ('sft/preference' if cfg.sft else f'pretrain/{stages[-1]}')}"
+    return [train, *sft, ["eval.py", *shlex.split(cfg.eval), f"--model={model}", f"{out}/eval"]]
 
 def plan(cfg):
     """Print or run the commands of all points, the smallest budget first; a finished point is passed over."""
-    if not (cfg.train and cfg.eval and cfg.steps):
-        raise ValueError('give --steps=1000,4000,16000, --train="CONFIG ..." and --eval="..."')
+    if not (cfg.train and cfg.eval and re.fullmatch(r"\d+(,\d+)* \d+(,\d+)*", f"{cfg.steps} {cfg.seeds}")):
+        raise ValueError('give --steps=1000,4000,16000, --seeds=1,2, --train="CONFIG ..." and --eval="..."')
     budgets, seeds = ([int(word) for word in text.split(",")] for text in (cfg.steps, cfg.seeds))
-    many = ["--standalone", f"--nproc_per_node={cfg.processes}"] if cfg.processes > 1 else []
-    runner, module = (["torchrun", *many], ["-m", "torch.distributed.run", *many]) if many else (["python"], [])
     for steps, seed in ((steps, seed) for steps in sorted(budgets) for seed in seeds):
         folder = Path(cfg.out_dir) / f"{steps}_steps_seed_{seed}"
-        if (folder / "eval" / "results.json").exists(): continue
-        for command in commands(cfg, folder, steps, seed):
-            print(shlex.join([*runner, *command]), flush=True)
-            if cfg.run and subprocess.run([sys.executable, *module, *command]).returncode:
-                raise ValueError(f"{folder}: {command[0]} failed, see above; run again to go on")
+        run_plan(folder, commands(cfg, folder, steps, seed), cfg.run, cfg.processes)
 
 # ---- fit, plot -------------------------------------------------------------------------------------------------------
 def points(cfg):
@@ -75,18 +70,21 @@ def points(cfg):
         for name in ("overall", *results["n"]): scores[name].append(results[name])
     if len({*steps}) < 3:
         raise ValueError(f"{cfg.out_dir} has {len({*steps})} finished budgets, a line takes 3: plan --run=True")
-    scored = {name: np.array(values) for name, values in scores.items() if None not in values}
-    return np.array(steps), np.array(tokens), scored
+    whole = {name: np.array(y) for name, y in scores.items() if len(y) == len(steps) and None not in y}
+    if left := scores.keys() - whole: print(f"left out, without a score in some point: {', '.join(sorted(left))}")
+    if not whole: raise ValueError(f"{cfg.out_dir}: no benchmark has a score in every point")
+    return np.array(steps), np.array(tokens), whole
 
 def line(x, y):
     """Least squares of y = a + b x -> (a, b, standard error of b, share of the variance that the line explains)."""
     x0, y0 = x - x.mean(), y - y.mean()
     b = (x0 * y0).sum() / (x0 ** 2).sum()
-    left, whole = ((y0 - b * x0) ** 2).sum(), max((y0 ** 2).sum(), 1e-9)
-    return y.mean() - b * x.mean(), b, (left / max(1, len(x) - 2) / (x0 ** 2).sum()) ** 0.5, 1 - left / whole
+    left, whole = ((y0 - b * x0) ** 2).sum(), (y0 ** 2).sum()
+    error = (left / max(1, len(x) - 2) / (x0 ** 2).sum()) ** 0.5
+    return y.mean() - b * x.mean(), b, error, 1 - left / whole if whole > 1e-9 else 0.0
 
 def fit(cfg):
-    """Print a line for each benchmark and write fit.json. linear_r2: of a + b tokens, what the logarithm must beat."""
+    """Print a line for each benchmark, at last as JSON. linear_r2: of a + b tokens, what the logarithm must beat."""
     steps, tokens, scores = points(cfg)
     x, largest, rows = np.log10(tokens), steps == steps.max(), []
     for name, y in scores.items():
@@ -98,15 +96,11 @@ def fit(cfg):
     print(f"{len(tokens)} points, {tokens.min():,} to {tokens.max():,} tokens", "", sep="\n")
     for cells in rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows):
         print(f"| {' | '.join(map(str, cells))} |")
-    write_atomic(Path(cfg.out_dir) / "fit.json", json.dumps(rows, indent=1) + "\n")
     print(json.dumps(rows))
 
 def plot(cfg):
     """scaling.png: the scores of all points over their tokens, with the fitted lines."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("scaling.png takes matplotlib: pip install matplotlib") from None
+    from matplotlib.figure import Figure
     _, tokens, scores = points(cfg)
     ax, ends = Figure(figsize=(7, 4.5), layout="constrained").subplots(), np.array([tokens.min(), tokens.max()])
     for name, y in scores.items():

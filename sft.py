@@ -1,6 +1,7 @@
 """Supervised fine-tuning, a curriculum of rising complexity: knowledge -> instruction -> preference; everything trains.
 
-    torchrun --nproc_per_node=8 sft.py config/sft_2b.py --init_from=out/pretrain_2b/advance    # 8 GPUs
+    torchrun --nproc_per_node=8 sft.py config/sft_2b.py --init_from=out/pretrain_2b/advance \\
+        --knowledge.data=k.json --instruction.data=i.json --preference.data=p.json         # 8 GPUs
     python sft.py config/sft_2b.py config/sft_one_gpu.py --init_from=SAIL-VL-2B --data=my.jsonl    # one of 80 GB
     python sft.py config/toy_sft.py                                            # CPU, a minute
     python sft.py config/sft_2b.py --dry_run=True                              # parameters, memory, FLOPs, days

@@ -531,17 +531,14 @@ def main():
         if part not in (*LEVELS, "web", "drill", *writers):
             raise ValueError(f"unknown part {part!r}: choose from {', '.join([*LEVELS, 'web', 'drill', *writers])}")
     out.mkdir(parents=True, exist_ok=True)
-    world = zlib.crc32(Path(__file__).read_bytes())
-    made = json.dumps({"n": cfg.n, "n_bench": cfg.n_bench, "seed": cfg.seed, "world": world})
+    made = json.dumps(dict(n=cfg.n, n_bench=cfg.n_bench, seed=cfg.seed, world=zlib.crc32(Path(__file__).read_bytes())))
     if (out / "toy.json").exists() and (out / "toy.json").read_text() != made:
         names = [*(f"{level}-*.tar" for level in (*LEVELS, "drill")), "web-*.*", "toy_*.tsv", "text.jsonl"]
         for old in (path for name in names for path in out.glob(name)):
             old.unlink()                                               # of other settings or an older world
     (out / "toy.json").write_text(made)
     write_parts(cfg, [part for part in parts if part not in writers])
-    for part in parts:
-        if part in writers:
-            writers[part](cfg)
+    for part in filter(writers.get, parts): writers[part](cfg)
 
 if __name__ == "__main__":
     launch(main)

@@ -4,7 +4,7 @@
     python train.py config/pretrain_2b.py --init_from=start_2b --data=captions.json --grad_accum_steps=512   # 1 GPU
     python train.py config/toy.py                                              # CPU, a minute
     python train.py config/pretrain_2b.py --dry_run=True                       # parameters, memory, FLOPs, days
-    python train.py config/pretrain_2b.py --stages=advance --init_from=out/pretrain_2b/alignment
+    python train.py config/pretrain_2b.py --stages=advance --init_from=out/pretrain_2b/alignment --data=captions.json
 
 Everything of a run is in --out_dir: log.jsonl, config.json, checkpoints/, bad_samples.jsonl, loss.png and, after each
 stage, a model folder of the stage's name. The same command goes on where it stopped. `base` is the stage that made the

@@ -92,9 +92,10 @@ def _read_config(path, raw):
         section = raw.get("llm_config", raw)
         rope = section.get("rope_parameters") or {}                         # where transformers 5 keeps it
         _values(path, rope, dict(rope_type="default"), {})
+        dim, heads = section.get("hidden_size"), section.get("num_attention_heads")
         llm = LLMConfig(*_values(
             f"{path}: language model", section, LLM_FIXED, LLM_KINDS, rms_norm_eps=1e-6, tie_word_embeddings=False,
-            head_dim=(section.get("hidden_size") or 0) // (section.get("num_attention_heads") or 1),
+            head_dim=dim // heads if type(dim) is type(heads) is int and heads else 0,
             rope_theta=rope.get("rope_theta", 1e4), max_position_embeddings=32768))
     if vision and llm:
         _values(path, raw, TOP_FIXED | dict(force_image_size=vision.image_size), TOP_KINDS, **TOP_DEFAULTS, template="")
@@ -257,8 +258,8 @@ def write_folder(tensors, config, out_dir, tokenizer_dir, dtype, files=None):
     if out.exists() and any(out.iterdir()) and not model:
         raise ValueError(f"{out} exists and is not a model folder; choose another name or remove it")
     new, old = (out.with_name(f".{out.name}.{word}-{os.getpid()}") for word in ("tmp", "old"))
-    for left in out.parent.glob(f".{glob.escape(out.name)}.???-*"):          # by a write that was killed
-        shutil.rmtree(left)
+    for word in ("tmp", "old"):
+        for left in out.parent.glob(f".{glob.escape(out.name)}.{word}-*"): shutil.rmtree(left)     # of a killed write
     new.mkdir(parents=True)
     try:
         for name in TOKENIZER_FILES if tokenizer_dir else ():

@@ -1,6 +1,6 @@
 """The captioner: a model folder, fine-tuned on reference captions in both modes (with and without alt-text).
 
-    torchrun --nproc_per_node=8 sft.py config/captioner.py --init_from=MODEL_FOLDER --data=shards/reference/*.tar
+    torchrun --nproc_per_node=8 sft.py config/captioner.py --init_from=MODEL_FOLDER --data='shards/reference/*.tar'
 
 `curate.py annotate` writes the data, a dialogue a row. The paper starts from InternVL2-8B and gives no numbers: [I] is
 our choice, [IVL] InternVL2.5's recipe for 8B.

@@ -1,6 +1,6 @@
 """SAIL-VL-2B pretraining: InternViT-300M + fresh MLP + Qwen2.5-1.5B-Instruct; 64M + 256M samples, 655B tokens.
 
-    torchrun --nproc_per_node=8 train.py config/pretrain_2b.py --data=META.json
+    torchrun --nproc_per_node=8 train.py config/pretrain_2b.py --init_from=start_2b --data=META.json
 
 Where a value comes from: [P] published for SAIL-VL; [S2] its successor SAIL-VL2 of the same team; [IVL] InternVL2.5,
 whose architecture it shares; [A] arithmetic from published values; [I] our choice. SAIL-VL published no table of them.

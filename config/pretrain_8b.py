@@ -1,6 +1,6 @@
 """SAIL-VL-8B pretraining: InternViT-300M + fresh MLP + Qwen2.5-7B-Instruct; 25.6M samples, 52B tokens in both stages.
 
-    torchrun --nproc_per_node=8 train.py config/pretrain_8b.py --data=META.json
+    torchrun --nproc_per_node=8 train.py config/pretrain_8b.py --init_from=start_8b --data=META.json
 
 Where a value comes from: [P] published for SAIL-VL; [S2] its successor SAIL-VL2 of the same team; [IVL] InternVL2.5,
 whose architecture it shares; [A] arithmetic from published values; [I] our choice. SAIL-VL published no table of them.

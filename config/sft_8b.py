@@ -1,6 +1,7 @@
 """SAIL-VL-8B supervised fine-tuning: a curriculum of three stages, 21M + 12M + 3.5M samples; everything trains.
 
-    torchrun --nproc_per_node=8 sft.py config/sft_8b.py --init_from=out/pretrain_8b/advance
+    torchrun --nproc_per_node=8 sft.py config/sft_8b.py --init_from=out/pretrain_8b/advance \\
+        --knowledge.data=k.json --instruction.data=i.json --preference.data=p.json
 
 Marks as in config/pretrain_8b.py: [P] SAIL-VL, [S2] SAIL-VL2, [IVL] InternVL2.5, [A] arithmetic, [I] our choice.
 """

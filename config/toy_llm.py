@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 train.py config/toy_llm.py
 
 Text only: every picture is given as the words of its cells, in the places where visual tokens will stand. The weights
-in config/toy_llm were made in seventeen parts, for the world grew meanwhile: config/toy_llm/train.log tells them. From
+in config/toy_llm were made in seventeen parts, for the world grew meanwhile; train.log there tells all but one. From
 scratch, 13,000 steps of this file answer 87.8 % of the toy questions from words, those weights 99.1 % (LOG.md).
 Data first: python toy.py --out=shards/toy_llm --n=230000 --seed=102 --parts=text
 """

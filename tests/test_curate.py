@@ -8,6 +8,7 @@ from PIL import Image
 
 import captions, command_line, configurator, curate
 import judge as J
+import plan
 from data import Packs, Tokenizer, open_sources
 from test_hostile import hostile_tar
 from toy_endpoint import Endpoint, facts, precision_recall, read_shards
@@ -499,7 +500,7 @@ def test_three_tiers_write_mixes_and_commands_and_rank_what_was_run(tmp_path, mo
             out.mkdir(parents=True)
             (out / "results.json").write_text(json.dumps({"overall": value[out.parent.name]}))
         return type("Done", (), {"returncode": 0})
-    monkeypatch.setattr(curate.subprocess, "run", fake)
+    monkeypatch.setattr(plan.subprocess, "run", fake)
     code, text = run("composition", spec, f"--out={tmp_path}/m", "--n=0", "--run=True")
     assert code == 0 and [line.split()[1] for line in text.splitlines()[-4:]] == ["half_a", "all", "half_c", "half_b"]
     mix = json.loads((tmp_path / "m" / "half_b" / "mix.json").read_text())

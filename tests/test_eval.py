@@ -355,6 +355,9 @@ def test_the_protocol_decides_tiles_upscaling_and_the_order_of_several_pictures(
     b = ev.find("DocVQA_VAL")[1]
     count = lambda pair, b, **more: len(ev.make_prompt(assistant, *pair, ev.build_prompt("plain", pair[0], len(pair[1])), b=b, **more)[1])
     assert count(one, b) == 9 and count(one, b, max_tiles=4) == 5      # with the thumbnail
+    assistant.thumbnail = False                                        # as the model folder may say
+    assert count(one, b) == 8 and count(one, b, max_tiles=4) == 4
+    assistant.thumbnail = True
     assert count(several, b) == 5 + 3 and count(many, b) == 33          # 64 over all pictures
     assert count(several, b._replace(upscale=2)) == 17 + 3              # of two equal shapes the larger one is taken
     text = assistant.tokenizer.decode(ev.make_prompt(assistant, *several, "Image-1: <image>\nImage-2: <image>\nq", b=b)[0], skip_special=False)

@@ -7,7 +7,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("kernels/*.py"), *ROOT.glob("config/*.py")])
 OURS = {f.stem for f in ROOT.glob("*.py")} | {"kernels"}
-SCRIPTS = {"train", "sft", "sample", "eval", "convert", "curate", "toy", "bench"}
+SCRIPTS = {"train", "sft", "sample", "eval", "convert", "curate", "toy", "bench", "scaling"}
 RUN_TIME = {"torch", "numpy", "PIL", "tiktoken", "safetensors", "tqdm"}
 
 

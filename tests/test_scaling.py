@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import plan
 import scaling
 
 ROOT = Path(__file__).parent.parent
@@ -31,6 +32,7 @@ def test_a_plan_is_whole_runs_of_each_budget_the_smallest_first_and_passes_over_
     finished(tmp_path, 100, 2, 8000, overall=50.0)
     command(monkeypatch, "plan", f"--out_dir={tmp_path}", "--steps=400,100", "--seeds=1,2", "--sft=config/sft_2b.py",
             "--train=config/pretrain_2b.py --data='a b.json'", "--eval=--data_dir=x", "--processes=8")
+    assert not (tmp_path / "400_steps_seed_1" / "plan.json").exists()
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 * 3 and all(line.startswith("torchrun --standalone --nproc_per_node=8 ") for line in lines)
     assert "100_steps_seed_1" in lines[0] and "400_steps_seed_1" in lines[3] and "400_steps_seed_2" in lines[6]
@@ -47,17 +49,20 @@ def test_a_plan_is_whole_runs_of_each_budget_the_smallest_first_and_passes_over_
 
 def test_a_plan_runs_what_is_missing_and_stops_where_something_fails(tmp_path, monkeypatch):
     ran = []
-    monkeypatch.setattr(scaling.subprocess, "run", lambda words: ran.append(words) or type("", (), {
+    monkeypatch.setattr(plan.subprocess, "run", lambda words: ran.append(words) or type("", (), {
         "returncode": int("eval.py" in words and len(ran) > 3)}))
     flags = ("plan", f"--out_dir={tmp_path}", "--steps=10,20", "--train=config/toy.py", "--model=pretrain/advance",
              "--eval=--data_dir=x", "--run=True")
     with pytest.raises(ValueError, match="20_steps_seed_1: eval.py failed.*run again to go on"):
         command(monkeypatch, *flags)
     assert [words[1] for words in ran] == ["train.py", "eval.py"] * 2
-    finished(tmp_path, 10, 1, 100, overall=1.0)
+    (tmp_path / "10_steps_seed_1" / "eval").mkdir()
+    (tmp_path / "10_steps_seed_1" / "eval" / "results.json").write_text("{}")
     ran.clear()
     command(monkeypatch, *flags)
     assert all("20_steps" in words[-1] for words in ran) and len(ran) == 2
+    with pytest.raises(ValueError, match="10_steps_seed_1 was run with other data or flags"):   # no line through both
+        command(monkeypatch, *flags, "--seeds=1", "--eval=--data_dir=x --limit=10")
 
 
 def test_the_fit_finds_slope_error_and_the_largest_budget_by_the_others(tmp_path, monkeypatch, capsys):
@@ -70,7 +75,9 @@ def test_the_fit_finds_slope_error_and_the_largest_budget_by_the_others(tmp_path
     table = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
     assert [row[0] for row in table] == ["benchmark", "---", "overall", "POPE"] and {*map(len, table)} == {8}
     overall, pope = json.loads(text.splitlines()[-1])                   # MME has no score and no line
-    assert overall["benchmark"] == "overall" and overall["points"] == 10 and pope["per_tenfold"] == 0
+    assert overall["benchmark"] == "overall" and overall["points"] == 10
+    assert pope["per_tenfold"] == pope["r2"] == pope["linear_r2"] == 0  # nothing to explain
+    assert "left out, without a score in some point: MME" in text
     assert abs(overall["per_tenfold"] - 8) < 3 * overall["error"] < 1
     assert overall["r2"] > 0.99 > 0.7 > overall["linear_r2"]
     assert abs(overall["largest_predicted"] - overall["largest_measured"]) < 1.5
@@ -81,14 +88,14 @@ def test_the_fit_finds_slope_error_and_the_largest_budget_by_the_others(tmp_path
     wanted, covariance = np.polyfit(x, 20 + 8 * x + noise, 1, cov=True)   # numpy's own fit
     assert overall["per_tenfold"] == pytest.approx(wanted[0], abs=1e-3)
     assert overall["error"] == pytest.approx(covariance[0, 0] ** 0.5, abs=1e-3)
-    assert json.loads((tmp_path / "fit.json").read_text()) == [overall, pope]
     pytest.importorskip("matplotlib")
     command(monkeypatch, "plot", f"--out_dir={tmp_path}")
     assert (tmp_path / "scaling.png").read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.parametrize("flags, words", [
-    ([], "plan|fit|plot"), (["plan"], "--steps=1000,4000,16000"), (["fit", "--out_dir=nowhere"], "0 finished budgets"),
+    ([], "plan|fit|plot"), (["plan"], "--steps=1000,4000,16000"),
+    (["plan", "--steps=1,,2", "--train=x", "--eval=y"], "--steps=1000,4000,16000"), (["fit", "--out_dir=nowhere"], "0 finished budgets"),
     (["fit", "--seed=1"], "did you mean 'seeds'")])
 def test_a_mistake_is_one_line_that_says_what_to_do(monkeypatch, flags, words):
     with pytest.raises(ValueError) as e:

@@ -152,7 +152,7 @@ def test_words_and_cell_labels_stand_where_the_visual_tokens_stand(tmp_path):
 def test_rows_without_cells_cannot_be_labelled_with_cells(tmp_path):
     row = {"id": "a", "image": "a.png", "caption": "a cat"}
     (tmp_path / "text.jsonl").write_text(json.dumps({"id": "b", "conversations": [
-        {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}))
+        {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}], "cells": None}))
     packs = Packs(open_sources(f"{tmp_path}/text.jsonl", TOY, "sailvl-chat"), TOY, "sailvl-chat", tile_size=84,
                   tokens_per_tile=9, tokens_per_pack=400, tiles_per_pack=9, cell_labels="also")
     assert packs[next(packs.sequence())]["ids"] == ["b"]               # text alone has no cells and needs none

@@ -208,6 +208,13 @@ def test_a_mistake_gets_one_clear_line_and_writes_no_weights(tmp_path, shards, m
     assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("step_*"))
 
 
+def test_the_folder_of_a_run_is_no_start(tmp_path, shards, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.jsonl").touch()                           # that never came to a checkpoint
+    with pytest.raises(ValueError, match="run is not a model folder: .*of a run being RUN/STAGE"):
+        run(train, argv(tmp_path / "a", shards, f"--init_from={tmp_path / 'run'}"), monkeypatch)
+
+
 def test_a_checkpoint_or_folder_of_another_shape_is_refused(tmp_path, shards, monkeypatch):
     run(train, argv(tmp_path / "a", shards, stages=("alignment",)), monkeypatch)
     with pytest.raises(ValueError, match="llm.n_layers=2.*has 1"):
