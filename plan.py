@@ -74,7 +74,7 @@ def run_plan(folder, commands, run, processes=1, **files):
         raise ValueError(f"{folder} was run with other data or flags: remove it, or give another --out")
     if (made.parent / "eval" / "results.json").exists(): return
     made.parent.mkdir(parents=True, exist_ok=True)
-    for name, text in (files | {made.name: plan} if run else files).items(): common.write_atomic(made.with_name(name), text)
+    for name, text in (files | {made.name: plan} if run else files).items(): common.write_atomic(made.parent / name, text)
     many = ["--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     shown, module = (["torchrun", *many], ["-m", "torch.distributed.run", *many]) if many else (["python"], [])
     for command in commands:
