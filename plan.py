@@ -74,10 +74,11 @@ def run_plan(folder, commands, run, processes=1, **files):
         raise ValueError(f"{folder} was run with other data or flags: remove it, or give another --out")
     if (made.parent / "eval" / "results.json").exists(): return
     made.parent.mkdir(parents=True, exist_ok=True)
-    for name, text in (files | {made.name: plan} if run else files).items(): common.write_atomic(made.parent / name, text)
-    many = ["--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    shown, module = (["torchrun", *many], ["-m", "torch.distributed.run", *many]) if many else (["python"], [])
+    files |= {made.name: plan} if run else {}
+    for name, text in files.items(): common.write_atomic(made.parent / name, text)
+    ranks = [f"--nproc_per_node={processes}"] if processes > 1 else []
+    shown, module = (["torchrun"], ["-m", "torch.distributed.run", "--standalone"]) if ranks else (["python"], [])
     for command in commands:
-        print(shlex.join([*shown, *command]), flush=True)
-        if run and subprocess.run([sys.executable, *module, *command]).returncode:
+        print(shlex.join([*shown, *ranks, *command]), flush=True)
+        if run and subprocess.run([sys.executable, *module, *ranks, *command]).returncode:
             raise ValueError(f"{folder}: {command[0]} failed, see above; run again to go on")

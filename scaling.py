@@ -11,7 +11,7 @@ SAIL-VL's second claim (arXiv 2501.05952): scores rise by as much for each tenfo
 tokens, also after the same fine-tuning. Each point is a run of its own with a whole schedule, for what a cosine is
 stopped in before its end is worth less than a run that was meant to end there.
 """
-import contextlib, json, re, shlex, sys
+import contextlib, itertools, json, re, shlex, sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,8 +51,7 @@ def plan(cfg):
     """Print or run the commands of all points, the smallest budget first; a finished point is passed over."""
     if not (cfg.train and cfg.eval and re.fullmatch(r"\d+(,\d+)* \d+(,\d+)*", f"{cfg.steps} {cfg.seeds}")):
         raise ValueError('give --steps=1000,4000,16000, --seeds=1,2, --train="CONFIG ..." and --eval="..."')
-    budgets, seeds = ([int(word) for word in text.split(",")] for text in (cfg.steps, cfg.seeds))
-    for steps, seed in ((steps, seed) for steps in sorted(budgets) for seed in seeds):
+    for steps, seed in itertools.product(sorted(map(int, cfg.steps.split(","))), cfg.seeds.split(",")):
         folder = Path(cfg.out_dir) / f"{steps}_steps_seed_{seed}"
         run_plan(folder, commands(cfg, folder, steps, seed), cfg.run, cfg.processes)
 

@@ -34,7 +34,7 @@ def test_a_plan_is_whole_runs_of_each_budget_the_smallest_first_and_passes_over_
             "--train=config/pretrain_2b.py --data='a b.json'", "--eval=--data_dir=x", "--processes=8")
     assert not (tmp_path / "400_steps_seed_1" / "plan.json").exists()
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 * 3 and all(line.startswith("torchrun --standalone --nproc_per_node=8 ") for line in lines)
+    assert len(lines) == 3 * 3 and all(line.startswith("torchrun --nproc_per_node=8 ") for line in lines)
     assert "100_steps_seed_1" in lines[0] and "400_steps_seed_1" in lines[3] and "400_steps_seed_2" in lines[6]
     train, sft, test = lines[3:6]
     for stage in ("alignment", "advance"):
