@@ -52,7 +52,7 @@ five-stages:
 	    --data_dir=$(SHARDS) --benchmarks=toy --out_dir=$(DEMO) $(EVAL); \
 	wait $$!; \
 	echo "$$((SECONDS - start)) seconds; look at $(DEMO)/report.html and $(DEMO)/loss.png, then try:"; \
-	echo "  $(BIN)/python sample.py --model=$(DEMO)/model --image=examples/folder/0.jpg --prompt='Describe the image.'"
+	echo "  $(BIN)/python sample.py --model=$(DEMO)/model --image=examples/folder/1.jpg --prompt='Describe the image.'"
 
 # poor alt-text -> a filtered recaption set, then models pretrained on either: everything under out/curate. The endpoint
 # that writes references and judges is tests/toy_endpoint.py: it knows the truth, fails 5 % and answers malformed 5 %
