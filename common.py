@@ -547,8 +547,8 @@ def open_run(cfg, origins, stages, dist, values):
     in it (None: start anew) and the number of ranks that the run began on. All ranks call it."""
     out, start = Path(cfg.out_dir), cfg.init_from or cfg.tokenizer
     if not os.path.isdir(start) or (Path(start) / "log.jsonl").exists():
-        raise ValueError(f"{start or '--init_from='} is not a model folder: give --init_from=FOLDER, the one of a run being "
-                         "RUN/STAGE, or --tokenizer=FOLDER for random weights")
+        raise ValueError(f"{start or '--init_from='} is not a model folder: give --init_from=FOLDER, the one of a run "
+                         "being RUN/STAGE, or --tokenizer=FOLDER for random weights")
     for name, stage in stages:
         if not (cfg.data or stage.data):
             raise ValueError(f"stage {name} has no data: give --data=PATH or {name}.data in the config")
