@@ -196,13 +196,13 @@ STAGES = dict(alignment=(0, 1, 0), advance=(1, 1, 0), sft=(1, 1, 1))        # wh
 def random_samples(size, seed=0):
     """-> [(tokens, labels), ...] of a size, the second half of each text supervised, and uint8 tiles (N, 3, s, s)."""
     (vision, _, n, tiles, text), g, samples = SIZES[size], torch.Generator().manual_seed(seed), []
-    choices = tiles if isinstance(tiles, tuple) else (tiles,)
-    tiles = [choices[i] for i in torch.randint(len(choices), (n,), generator=g)]
     if text:
+        choices = tiles if isinstance(tiles, tuple) else (tiles,)
+        tiles = [choices[i] for i in torch.randint(len(choices), (n,), generator=g)]
         lengths = torch.randint(text[0], text[1] + 1, (n,), generator=g).tolist()
     else:
-        rows, images = (x[:n] for x in (length_file().rows, length_file().images))
-        lengths, grid = rows["tokens"].tolist(), rows["n_images"] * -(-images["width"] // 448)
+        file = length_file()
+        lengths, grid = file.rows["tokens"][:n].tolist(), (file.rows["n_images"] * -(-file.images["width"] // 448))[:n]
         tiles = (grid + (grid > 1)).tolist()                    # with the thumbnail
     for i, length in enumerate(lengths):
         image = torch.full((tiles[i] * vision.tokens_per_tile,), image_token_id(TOKENIZER))
@@ -248,7 +248,7 @@ def train(cfg, device, name, size, stage, checkpointing="none"):
     dtype, cuda = common.compute_dtype("auto", device), device.type == "cuda"
     (model, optimizer), (samples, tiles) = build(size, stage, dtype, device), random_samples(size)
     common.parallelize(model, common.RunConfig(activation_checkpointing=checkpointing), common.Dist(device=device))
-    eights = [samples[i:i + 8] for i in range(0, len(samples), 8)]      # batches, each padded to its longest sample
+    eights = [[samples[i] for i in batch] for batch in batches_of_8(samples)]   # each padded to its longest sample
     count = lambda batch: sum(int((t == model.image_token_id).sum()) for t, _ in batch) // model.vision.tokens_per_tile
     packs = {"ours": [pack(samples, tiles, device)], "ours, padded": [
         pack([*zip(*padded(batch))], part, device) for batch, part in zip(eights, tiles.split([*map(count, eights)]))]}
@@ -386,8 +386,8 @@ def knapsack(tokens, tiles, T, N):
         packs, a = packs + [x[2] for x in bins if x[2]], b
     return packs
 
-def batches_of_8(tokens, tiles, T, N):
-    return [range(i, min(i + 8, len(tokens))) for i in range(0, len(tokens), 8)]
+def batches_of_8(samples, *_):
+    return [range(i, min(i + 8, len(samples))) for i in range(0, len(samples), 8)]
 
 def packing(cfg, device, name, T, N):
     """fill: tokens over room. straggler_8ranks: FLOPs of a step's busiest rank over the mean of 8, 2B fine-tuning, mean

@@ -92,17 +92,22 @@ class Dist:
     background: object = None  # a second process group, for checkpoints that are written beside the training
     is_main = property(lambda self: self.rank == 0)
 
-def setup_distributed(device="auto", timeout_s=600):
-    """Join torchrun's process group where there is one (nccl on CUDA, gloo on CPU). Returns Dist."""
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+def own_device(device="auto"):
+    """The GPU of this process, made the current one, on which kernels and graphs run; or the CPU."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
     gpu = device == "cuda" or device == "auto" and torch.cuda.is_available()
     if gpu and local >= (n := torch.cuda.device_count()):
         raise ValueError(f"process {local} of this machine finds {n} GPUs; use --nproc_per_node={n} or --device=cpu")
-    where = torch.device("cuda", local) if gpu else torch.device("cpu")
-    if gpu: torch.cuda.set_device(where)
+    if gpu: torch.cuda.set_device(local)
+    return torch.device("cuda", local) if gpu else torch.device("cpu")
+
+def setup_distributed(device="auto", timeout_s=600):
+    """Join torchrun's process group where there is one (nccl on CUDA, gloo on CPU). Returns Dist."""
+    rank, world, where = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), own_device(device)
     if "RANK" in os.environ:
         timeout = datetime.timedelta(seconds=timeout_s + 60)  # later than `watch`, which has more to say
-        td.init_process_group("nccl" if gpu else "gloo", timeout=timeout, device_id=where if gpu else None)
+        kind, gpu = ("nccl", where) if where.type == "cuda" else ("gloo", None)
+        td.init_process_group(kind, timeout=timeout, device_id=gpu)
         return Dist(rank, world, where, td.new_group(backend="gloo", timeout=timeout))
     return Dist(rank, world, where)
 
@@ -746,6 +751,11 @@ def format_step(row):
                 row["spike"] > SPIKE) + (f" | val loss {row['val_loss']:.4f}" if "val_loss" in row else "") + (
                 f" | {json.dumps(row['epoch'])}" if "epoch" in row else ""))
 
+def read_log(path):
+    """Yield the rows of a log.jsonl, without what a full disk tore."""
+    for line in Path(path).read_text().splitlines():
+        with contextlib.suppress(ValueError): yield json.loads(line)
+
 def plot_loss(log_path, png_path):
     """Draw the loss of each stage of a log.jsonl: raw thin, mean over 1/40 of the stage thick. After a resume the later
     line of a step counts. Where matplotlib is missing, a line says so."""
@@ -755,10 +765,8 @@ def plot_loss(log_path, png_path):
         return print(f"{png_path} not drawn: pip install matplotlib")
     ax = Figure(figsize=(8, 4.5), layout="constrained").subplots()
     curves, start = {}, 0  # stage -> {step: loss}
-    for line in Path(log_path).read_text().splitlines():
-        with contextlib.suppress(ValueError):  # of a disk that was full
-            if (row := json.loads(line)).get("loss") is not None:
-                curves.setdefault(row["stage"], {})[row["step"]] = row["loss"]
+    for row in read_log(log_path):
+        if row.get("loss") is not None: curves.setdefault(row["stage"], {})[row["step"]] = row["loss"]
     for stage, points in curves.items():
         steps, losses = zip(*sorted(points.items()))
         x, window = start + np.array(steps), np.ones(max(1, len(steps) // 40))  # step counts from 1 in each stage

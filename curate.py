@@ -463,8 +463,7 @@ REFUSAL = re.compile(r"\W*((i['’]?m|i am) (sorry|unable|not able)|sorry|i (can
 
 def load_model(cfg):
     """The Assistant of --model on this process' GPU, or the CPU; processes share nothing but the folder they write."""
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-    if device.type == "cuda": torch.cuda.set_device(device)            # kernels and graphs run on the current one
+    device = common.own_device()
     return Assistant(cfg.model, device, common.compute_dtype(cfg.dtype, device), max_tiles=cfg.max_tiles)
 
 class Local:

@@ -54,10 +54,9 @@ class Judge:
             content.insert(-1, {"type": "image_url", "image_url": {"url": uri}})
         body = {"model": self.model, "messages": [{"role": "user", "content": content if images else prompt}],
                 "temperature": temperature, "max_tokens": self.max_tokens}
-        url = self.urls[next(self.turn) % len(self.urls)]
         secret = os.environ.get("JUDGE_API_KEY")
         headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {secret}"} if secret else {})}
-        return urllib.request.Request(url, json.dumps(body).encode(), headers)
+        return urllib.request.Request(self.urls[next(self.turn) % len(self.urls)], json.dumps(body).encode(), headers)
 
     def entry(self, prompt, temperature, images=()):
         """One reply from the log or an endpoint, {"reply", "finish", "usage"}; finish is "http_400" or the like where a

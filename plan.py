@@ -73,8 +73,8 @@ def run_plan(folder, commands, run, processes=1, **files):
     if made.exists() and made.read_text() != plan:
         raise ValueError(f"{folder} was run with other data or flags: remove it, or give another --out")
     if (made.parent / "eval" / "results.json").exists(): return
-    made.parent.mkdir(parents=True, exist_ok=True)
     files |= {made.name: plan} if run else {}
+    if files: made.parent.mkdir(parents=True, exist_ok=True)
     for name, text in files.items(): common.write_atomic(made.parent / name, text)
     ranks = [f"--nproc_per_node={processes}"] if processes > 1 else []
     shown, module = (["torchrun"], ["-m", "torch.distributed.run", "--standalone"]) if ranks else (["python"], [])

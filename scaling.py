@@ -11,13 +11,14 @@ SAIL-VL's second claim (arXiv 2501.05952): scores rise by as much for each tenfo
 tokens, also after the same fine-tuning. Each point is a run of its own with a whole schedule, for what a cosine is
 stopped in before its end is worth less than a run that was meant to end there.
 """
-import contextlib, itertools, json, re, shlex, sys
+import itertools, json, re, shlex, sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from common import read_log
 from configurator import configure, launch
 from data import read_json
 from plan import run_plan
@@ -61,11 +62,8 @@ def points(cfg):
     steps, tokens, scores = [], [], defaultdict(list)
     for path in sorted(Path(cfg.out_dir).glob("*_steps_seed_*/eval/results.json")):
         steps.append(int(path.parts[-3].split("_")[0]))
-        seen, results = {}, read_json(path, dict)
-        for text in (path.parent.parent / "pretrain" / "log.jsonl").read_text().splitlines():
-            with contextlib.suppress(ValueError):  # of a disk that was full
-                seen |= {(row := json.loads(text))["stage"]: row["tokens_seen"]}
-        tokens.append(sum(seen.values()))
+        results, log = read_json(path, dict), read_log(path.parent.parent / "pretrain" / "log.jsonl")
+        tokens.append(sum({row["stage"]: row["tokens_seen"] for row in log}.values()))     # of each stage's last line
         for name in ("overall", *results["n"]): scores[name].append(results[name])
     if len({*steps}) < 3:
         raise ValueError(f"{cfg.out_dir} has {len({*steps})} finished budgets, a line takes 3: plan --run=True")

@@ -164,7 +164,7 @@ def test_every_source_format_gives_the_same_documents(tmp_path):
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
-    (tmp_path / "meta.json").write_text("\ufeff" + json.dumps(         # with a byte-order mark, as some editors write it
+    (tmp_path / "meta.json").write_text("\ufeff" + json.dumps(         # with a byte-order mark, as editors write it
         {"m": {"root": "jsonl", "annotation": "jsonl/rows.jsonl"}}))
     batches = []
     for spec in ("jsonl/rows.jsonl", "json/rows.json", "messages/rows.jsonl", "folder", "tar/s.tar", "meta.json"):

@@ -32,7 +32,7 @@ def test_a_plan_is_whole_runs_of_each_budget_the_smallest_first_and_passes_over_
     finished(tmp_path, 100, 2, 8000, overall=50.0)
     command(monkeypatch, "plan", f"--out_dir={tmp_path}", "--steps=400,100", "--seeds=1,2", "--sft=config/sft_2b.py",
             "--train=config/pretrain_2b.py --data='a b.json'", "--eval=--data_dir=x", "--processes=8")
-    assert not (tmp_path / "400_steps_seed_1" / "plan.json").exists()
+    assert not (tmp_path / "400_steps_seed_1").exists()                 # printing leaves nothing behind
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 * 3 and all(line.startswith("torchrun --nproc_per_node=8 ") for line in lines)
     assert "100_steps_seed_1" in lines[0] and "400_steps_seed_1" in lines[3] and "400_steps_seed_2" in lines[6]
@@ -95,7 +95,8 @@ def test_the_fit_finds_slope_error_and_the_largest_budget_by_the_others(tmp_path
 
 @pytest.mark.parametrize("flags, words", [
     ([], "plan|fit|plot"), (["plan"], "--steps=1000,4000,16000"),
-    (["plan", "--steps=1,,2", "--train=x", "--eval=y"], "--steps=1000,4000,16000"), (["fit", "--out_dir=nowhere"], "0 finished budgets"),
+    (["plan", "--steps=1,,2", "--train=x", "--eval=y"], "--steps=1000,4000,16000"),
+    (["fit", "--out_dir=nowhere"], "0 finished budgets"),
     (["fit", "--seed=1"], "did you mean 'seeds'")])
 def test_a_mistake_is_one_line_that_says_what_to_do(monkeypatch, flags, words):
     with pytest.raises(ValueError) as e:
