@@ -33,8 +33,8 @@ demo-long: $(VENV)/run.done
 
 five-stages:
 	@start=$$SECONDS; set -e; \
-	[ -f $(DEMO)/start/config.json ] || $(BIN)/python convert.py assemble --vision=config/toy_vit --llm=config/toy_llm --out=$(DEMO)/start & \
-	$(BIN)/python toy.py --out=$(SHARDS) --n=$(N) $(BENCH); \
+	[ -f $(DEMO)/start/config.json ] || $(BIN)/python convert.py assemble --vision=toy/vit --llm=toy/llm --out=$(DEMO)/start & \
+	$(BIN)/python -m toy --out=$(SHARDS) --n=$(N) $(BENCH); \
 	wait $$!; \
 	pretrain="$(RUN) train.py config/toy.py --init_from=$(DEMO)/start --data=$(SHARDS)/pretrain-*.tar $(PRETRAIN)"; \
 	sft="$(RUN) sft.py config/toy_sft.py $(SFT)"; \
@@ -63,13 +63,13 @@ SEEDS  := 1 2
 
 # the second claim in miniature: alignment and advance of 10 to 160 steps each, then the same fine-tuning, twice
 scaling-demo: $(VENV)/run.done
-	$(BIN)/python toy.py --out=$(SHARDS) --n=$(N)
-	[ -f out/scaling/start/config.json ] || $(BIN)/python convert.py assemble --vision=config/toy_vit --llm=config/toy_llm --out=out/scaling/start
-	OMP_NUM_THREADS=1 $(BIN)/python scaling.py plan --run=True --processes=2 --steps=10,20,40,80,160 --seeds=1,2 \
+	$(BIN)/python -m toy --out=$(SHARDS) --n=$(N)
+	[ -f out/scaling/start/config.json ] || $(BIN)/python convert.py assemble --vision=toy/vit --llm=toy/llm --out=out/scaling/start
+	OMP_NUM_THREADS=1 $(BIN)/python -m runs.scaling plan --run=True --processes=2 --steps=10,20,40,80,160 --seeds=1,2 \
 	    --train="config/toy.py --init_from=out/scaling/start --data='$(SHARDS)/pretrain-*.tar'" \
 	    --sft="config/toy_sft.py --stages=knowledge --knowledge.steps=60 --knowledge.data='$(SHARDS)/knowledge-*.tar'" --model=sft/knowledge --eval="--data_dir=$(SHARDS) --benchmarks=toy"
-	$(BIN)/python scaling.py fit
-	$(BIN)/python scaling.py plot
+	$(BIN)/python -m runs.scaling fit
+	$(BIN)/python -m runs.scaling plot
 
 curate-demo: $(VENV)/run.done
 	@$(MAKE) --no-print-directory captions-chain
@@ -77,12 +77,12 @@ curate-demo: $(VENV)/run.done
 captions-chain:
 	@start=$$SECONDS; set -e; export OMP_NUM_THREADS=1; at=$(CURATE); mkdir -p $$at; \
 	curate() { $(BIN)/python curate.py "$$@"; }; truth="$(BIN)/python tests/toy_endpoint.py"; \
-	$(BIN)/python toy.py --out=$(WEB) --n=$(N_WEB) --parts=web; \
-	$(BIN)/python toy.py --out=$(WEB)_new --n=200 --seed=9 --parts=web,bench; \
-	$(BIN)/python toy.py --out=$(WEB)_sft --n=800 --seed=8 --parts=knowledge; \
-	[ -f $$at/start/config.json ] || $(BIN)/python convert.py assemble --vision=config/toy_vit --llm=config/toy_llm --out=$$at/start; \
+	$(BIN)/python -m toy --out=$(WEB) --n=$(N_WEB) --parts=web; \
+	$(BIN)/python -m toy --out=$(WEB)_new --n=200 --seed=9 --parts=web,bench; \
+	$(BIN)/python -m toy --out=$(WEB)_sft --n=800 --seed=8 --parts=knowledge; \
+	[ -f $$at/start/config.json ] || $(BIN)/python convert.py assemble --vision=toy/vit --llm=toy/llm --out=$$at/start; \
 	rm -f $$at/url; $$truth serve $$at/url $(WEB)/*.truth.jsonl & trap "kill $$!" EXIT; until [ -s $$at/url ]; do sleep 0.2; done; \
-	ask="--endpoint=$$(cat $$at/url) --endpoint_model=truth"; toy="--prompts=prompts/toy --max_new_tokens=160"; \
+	ask="--endpoint=$$(cat $$at/url) --endpoint_model=truth"; toy="--prompts=curation/prompts/toy --max_new_tokens=160"; \
 	curate collect --in=$(WEB) --out=$$at/collected; \
 	curate dedup --in=$$at/collected --out=$$at/unique; \
 	curate select --in=$$at/unique --out=$$at/picked --n=800 --clusters=16; \
@@ -122,27 +122,27 @@ lint: $(VENV)/dev.done
 
 # the CPU rows of the README's section Speed, half an hour
 bench: $(VENV)/dev.done
-	for part in vs-hf attn ce train stages decode; do OMP_NUM_THREADS=2 $(BIN)/python bench.py $$part --device=cpu; done
+	for part in vs-hf attn ce train stages decode; do OMP_NUM_THREADS=2 $(BIN)/python -m bench $$part --device=cpu; done
 
 # where there is a GPU: correctness, then every row that needs one, each part cut off so that all end within ten minutes
 # (what was measured by then is reported, and kept in $OUT or out/gpu); without a network: make gpu BIN=FOLDER_OF_PYTHON
 gpu:
 	mkdir -p $${OUT:-out/gpu}
-	for part in "90 -m pytest -m gpu tests" "90 bench.py attn --rounds=5" "30 bench.py ce --rounds=5" \
-	    "130 bench.py train --rounds=5" "40 bench.py stages --rounds=5" "120 bench.py vs-hf --rounds=5 --rows=2b" \
-	    "30 bench.py decode --rounds=5" "40 bench.py warmup"; do set -- $$part; seconds=$$1; shift; \
+	for part in "90 -m pytest -m gpu tests" "90 -m bench attn --rounds=5" "30 -m bench ce --rounds=5" \
+	    "130 -m bench train --rounds=5" "40 -m bench stages --rounds=5" "120 -m bench vs-hf --rounds=5 --rows=2b" \
+	    "30 -m bench decode --rounds=5" "40 -m bench warmup"; do set -- $$part; seconds=$$1; shift; \
 	    timeout $$seconds $(BIN)/python "$$@" 2>&1 | tee -a $${OUT:-out/gpu}/rows.txt; done
 
 # parts like those in config/toy_vit and config/toy_llm, from scratch, half an hour each (LOG.md: how far the first went)
 toy-bases: $(VENV)/run.done
-	$(BIN)/python toy.py --out=shards/toy_llm --n=230000 --seed=102 --parts=text
+	$(BIN)/python -m toy --out=shards/toy_llm --n=230000 --seed=102 --parts=text
 	OMP_NUM_THREADS=1 $(RUN) train.py config/toy_llm.py
-	$(BIN)/python toy.py --out=shards/toy_llm_noise --n=150000 --seed=103 --parts=text
+	$(BIN)/python -m toy --out=shards/toy_llm_noise --n=150000 --seed=103 --parts=text
 	OMP_NUM_THREADS=1 $(RUN) train.py config/toy_llm.py config/toy_llm_noise.py
-	$(BIN)/python toy.py --out=shards/toy_bench --parts=bench
+	$(BIN)/python -m toy --out=shards/toy_bench --parts=bench
 	$(BIN)/python eval.py --image_as=words --model=out/toy_llm_noise/base --data_dir=shards/toy_bench --benchmarks=toy --out_dir=out/toy_llm_noise/eval
-	$(BIN)/python toy.py --out=shards/toy_vit --n=40000 --seed=101 --parts=pretrain
+	$(BIN)/python -m toy --out=shards/toy_vit --n=40000 --seed=101 --parts=pretrain
 	OMP_NUM_THREADS=1 $(RUN) train.py config/toy_vit.py
 	$(BIN)/python convert.py assemble --vision=out/toy_vit/base --llm=out/toy_llm_noise/base --out=out/toy_vit_noise/start
-	$(BIN)/python toy.py --out=shards/toy_vit_noise --n=24000 --seed=101 --parts=drill
+	$(BIN)/python -m toy --out=shards/toy_vit_noise --n=24000 --seed=101 --parts=drill
 	OMP_NUM_THREADS=1 $(RUN) train.py config/toy_vit.py config/toy_vit_noise.py

@@ -8,19 +8,30 @@ assemble joins a released ViT and a released language model (each may also be a 
 is taken) with a fresh projector and adds the image tokens to the tokenizer. export writes InternVL's layout, made for
 vLLM and llama.cpp, or the layout of transformers' own InternVL classes. Nothing is ever half written.
 """
-import math, sys
+import math
+import sys
+import torch
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from configurator import configure, launch
-from data import TEMPLATES, Tokenizer, read_json
+from inputs.chat import TEMPLATES
+from inputs.files import read_json
+from inputs.images import MEAN, STD, image_size
+from inputs.tokenizer import Tokenizer
 from model import VLM, init_weights
-from vision import MEAN, STD
-from weights import (HEAD, check_vocabulary, config_json, fill, has_tokenizer, inspect_folder, load_folder, save_folder,
-                     write_folder)
+from weights import (
+    HEAD,
+    check_vocabulary,
+    config_json,
+    fill,
+    has_tokenizer,
+    inspect_folder,
+    load_folder,
+    save_folder,
+    write_folder,
+)
 
 USAGE = ("usage: convert.py assemble --vision=DIR --llm=DIR --out=DIR | check DIR | "
          "export SRC DST --layout=internvl|transformers")
@@ -172,11 +183,11 @@ def export(source, target, transformers):
         downsample_ratio=1 / vision.downsample, projector_hidden_act="gelu", vision_feature_layer=-1,
         vision_feature_select_strategy="default", tie_word_embeddings=llm.tie_embeddings,
         text_config=config_json(None, llm, dtype), vision_config=config_json(vision, None, dtype) | dict(
-            architectures=["InternVLVisionModel"], model_type="internvl_vision", image_size=[vision.image_size] * 2,
+            architectures=["InternVLVisionModel"], model_type="internvl_vision", image_size=[image_size] * 2,
             patch_size=[vision.patch_size] * 2, attention_bias=vision.qkv_bias, use_qk_norm=False,
             layer_scale_init_value=vision.init_values, use_absolute_position_embeddings=True, use_mean_pooling=True))
     processor = dict(processor_class="InternVLProcessor")
-    pixels = dict(do_resize=True, resample=3, size=dict(height=vision.image_size, width=vision.image_size),
+    pixels = dict(do_resize=True, resample=3, size=dict(height=image_size, width=image_size),
                   do_rescale=True, rescale_factor=1 / 255, do_normalize=True, image_mean=MEAN, image_std=STD,
                   do_convert_rgb=True)
     image = dict(start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>",

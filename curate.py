@@ -29,14 +29,26 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import captions, common
-from assistant import Assistant
+from curation import text as captions
+import weights
+from inputs import files
+from training import distributed
+from generate import Assistant
 from configurator import configure, launch
-from data import IMAGE_SUFFIXES, MAX_BYTES, TOY_TOKENIZER, UNREADABLE, Tokenizer, add_record, conversation, expand
-from data import image_names, open_sources, open_tar, read_json, tar_key
-from judge import ATTEMPTS, KINDS, Judge, Replies, key_of
-from plan import run_plan
-from vision import load_image, make_tiles, normalize, picture_uri
+from data import TOY_TOKENIZER
+from inputs.chat import conversation
+from inputs.images import IMAGE_SUFFIXES
+from inputs.index import UNREADABLE
+from inputs.sources import expand
+from inputs.tars import MAX_BYTES, add_record
+from inputs.tokenizer import Tokenizer
+from inputs.chat import image_names
+from inputs.files import read_json
+from inputs.sources import open_sources
+from inputs.tars import open_tar, tar_key
+from evals.endpoint import ATTEMPTS, KINDS, Judge, Replies, key_of
+from runs.plan import run_plan
+from inputs.images import load_image, make_tiles, normalize, picture_uri
 
 @dataclass(slots=True)
 class Config:
@@ -170,7 +182,7 @@ def write_shard(out, unit, work):
     (out / f"{unit.name}.tar").unlink(missing_ok=True)                 # of an input that is no longer so
     os.replace(bad, out / "dropped" / f"{unit.name}.jsonl")
     facts = {**counts, "seconds": time.time() - began, "input": state_of(unit)}
-    common.write_atomic(out / ".shards" / f"{unit.name}.json", json.dumps(facts))
+    files.write_atomic(out / ".shards" / f"{unit.name}.json", json.dumps(facts))
     os.replace(tmp, out / f"{unit.name}.tar")
 
 def run_stage(cfg, stage, work, alone=False, **settings):
@@ -187,7 +199,7 @@ def run_stage(cfg, stage, work, alone=False, **settings):
         if made.exists() and (old := read_json(made, dict)) != settings:
             changed = ", ".join(k for k in {**old, **settings} if old.get(k) != settings.get(k))
             raise ValueError(f"{out} was made with another {changed}: write into another folder, or remove this one")
-        common.write_atomic(made, json.dumps(settings, indent=1) + "\n")
+        files.write_atomic(made, json.dumps(settings, indent=1) + "\n")
     with taken(out / ".shards" / "stage", True) if alone else contextlib.nullcontext(True) as mine:
         if not mine: raise ValueError(f"another process is at {out}; {stage} is the work of one")
         for unit in tqdm(units, desc=stage, unit="shard", disable=None):
@@ -202,7 +214,7 @@ def run_stage(cfg, stage, work, alone=False, **settings):
                     broken[unit.name] = str(e)
     with taken(out / ".shards" / "settings"):                          # so that the last one has the last word
         report = stage_report(cfg, out, stage, units)
-        common.write_atomic(out / "report.json", json.dumps(report | {"damaged": broken}, indent=1) + "\n")
+        files.write_atomic(out / "report.json", json.dumps(report | {"damaged": broken}, indent=1) + "\n")
     print(f"{stage}: {report['done']} of {len(units)} shards{'' if fresh else ', nothing new to do'}; "
           f"in {report['in']}, out {report['out']}, dropped {report['dropped'] or 'none'}; " + ", ".join(
               f"{v} {k}" for k, v in report.items() if k not in ("stage", "shards", "done", "in", "out", "dropped"))
@@ -455,7 +467,7 @@ def select(cfg):
         for i, (row, pictures, reason) in enumerate(read_unit(unit), starts[unit.name]):
             yield {**row, "cluster": int(cells[i])}, pictures, reason or (None if keep[i] else "not_selected")
     run_stage(cfg, "select", work, alone=True, n=cfg.n, clusters=cfg.clusters, seed=cfg.seed, inputs=state_of_all(cfg),
-              model=common.weights_hash(cfg.model)[:16] if cfg.model else "hashes")
+              model=weights.weights_hash(cfg.model)[:16] if cfg.model else "hashes")
 
 # ---- asking: annotate, recaption, score, sft-quality ----------------------------------------------------------------
 REFUSAL = re.compile(r"\W*((i['’]?m|i am) (sorry|unable|not able)|sorry|i (can['’]?t|cannot|won['’]?t)\b|很?抱歉|对不起)",
@@ -463,8 +475,8 @@ REFUSAL = re.compile(r"\W*((i['’]?m|i am) (sorry|unable|not able)|sorry|i (can
 
 def load_model(cfg):
     """The Assistant of --model on this process' GPU, or the CPU; processes share nothing but the folder they write."""
-    device = common.own_device()
-    return Assistant(cfg.model, device, common.compute_dtype(cfg.dtype, device), max_tiles=cfg.max_tiles)
+    device = distributed.own_device()
+    return Assistant(cfg.model, device, distributed.compute_dtype(cfg.dtype, device), max_tiles=cfg.max_tiles)
 
 class Local:
     """A model folder that is asked like judge.Judge: the same jobs, the same log, batches instead of threads."""
@@ -510,7 +522,7 @@ def ask_rows(cfg, stage, question, valid, take, names):
     hashes = {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
     if bool(cfg.model) == bool(cfg.endpoint):
         raise ValueError(f"{stage} asks a model: give --model=FOLDER, or --endpoint=URL and --endpoint_model=NAME")
-    name = common.weights_hash(cfg.model)[:16] if cfg.model else cfg.endpoint_model
+    name = weights.weights_hash(cfg.model)[:16] if cfg.model else cfg.endpoint_model
     assistant, replies = functools.cache(lambda: load_model(cfg)), Path(cfg.out) / "replies"
     def work(unit, counts):
         records, cache = [*read_unit(unit)], replies / f"{unit.name}.jsonl"
@@ -658,8 +670,8 @@ def report(cfg):
     tables = {"Diversity": numbers, **({"Scores": scores} if scores else {}), **({"Agreement": agree} if agree else {})}
     out = Path(cfg.out or "out/captions")
     out.mkdir(parents=True, exist_ok=True)
-    common.write_atomic(out / "report.html", captions.page(sets, tables, shown, note))
-    common.write_atomic(out / "report.json", json.dumps({"note": note, **tables}, indent=1) + "\n")
+    files.write_atomic(out / "report.html", captions.page(sets, tables, shown, note))
+    files.write_atomic(out / "report.json", json.dumps({"note": note, **tables}, indent=1) + "\n")
     for title, rows in tables.items():
         for name, row in rows.items(): print(f"{title} {name}: " + ", ".join(f"{k} {v}" for k, v in row.items()))
     if right and not agree: note += "; no caption has an id of the references"
@@ -701,7 +713,7 @@ def tiers(cfg, tier):
             if not cfg.run or (now or 0.0) >= best: kept, best = [*kept, g], now or 0.0
         print(f"kept: {', '.join(kept)}" if cfg.run else "with --run=True a set stays only if the score does not fall")
     ranked = sorted(results.items(), key=lambda item: -(item[1] or 0))
-    common.write_atomic(out / "ranking.json", json.dumps(ranked, indent=1) + "\n")
+    files.write_atomic(out / "ranking.json", json.dumps(ranked, indent=1) + "\n")
     for mix, value in ranked if cfg.run else (): print(f"{value or 0:8.2f}  {mix}")
 
 STAGES = {"collect": collect, "dedup": dedup, "select": select, "annotate": lambda cfg: caption(cfg, "annotate"),

@@ -8,23 +8,57 @@
 benchmarks.py holds the protocols and the scorers. An interrupted run goes on at the first row that has no prediction
 yet. Shapes: T tokens of a prompt, N tiles.
 """
-import base64, collections, contextlib, csv, dataclasses, hashlib, http.client, io, itertools, json, os
-import shutil, sys, time, urllib.error, urllib.request
+import base64
+import collections
+import contextlib
+import csv
+import dataclasses
+import hashlib
+import http.client
+import io
+import itertools
+import json
+import os
+import shutil
+import sys
+import time
+import torch
+import urllib.request
+import configurator
+from evals.table import ADDRESS
+from evals.table import PAPER
+from evals.table import PROTOCOLS
+from evals.table import PUBLISHED
+from evals.table import TOY
+from evals.table import as_list
+from evals.table import averages
+from evals.table import benchmark_names
+from evals.table import build_prompt
+from evals.table import chance_level
+from evals.table import find
+from evals.table import needs
+from evals.table import options
+from evals.table import protocol_hash
+from evals.table import read_answers
+from evals.table import score_rows
 from concurrent.futures import ThreadPoolExecutor
+from evals.endpoint import connect
 from pathlib import Path
+from tqdm import tqdm
 from typing import Literal
 
-import torch
-from PIL import Image
-from tqdm import tqdm
-
-import common, configurator
-from assistant import Assistant
-from benchmarks import (ADDRESS, PAPER, PROTOCOLS, PUBLISHED, TOY, as_list, averages, benchmark_names, build_prompt,
-                        chance_level, find, needs, options, protocol_hash, read_answers, score_rows)
-from data import cell_words, join, place_images, segments
-from judge import connect
-from vision import GRAY, _read, load_image, make_tiles, picture_uri
+from generate import Assistant
+from inputs.chat import cell_words, join, place_images, segments
+from inputs.files import file_hash, write_atomic
+from inputs.images import GRAY, Image, _read, image_size, load_image, make_tiles, picture_uri
+from training.distributed import (
+    barrier,
+    close_distributed,
+    compute_dtype,
+    gather,
+    setup_distributed,
+)
+from weights import weights_hash
 
 DESCRIBE = "Describe the image."
 
@@ -83,7 +117,7 @@ def download(b, folder, base):
     except (OSError, http.client.HTTPException) as e:
         if getattr(e, "code", 0) != 416:                               # 416: nothing was left to send
             raise ValueError(f"{url}: {e}; run again to go on, or {by_hand}") from e
-    if (found := common.file_hash(part, "md5")) != b.md5:
+    if (found := file_hash(part, "md5")) != b.md5:
         part.unlink()
         raise ValueError(f"{url}: MD5 {found} is not that of the protocol, removed; run again, or {by_hand}")
     os.replace(part, part.with_suffix(''))
@@ -180,7 +214,7 @@ def make_prompt(assistant, row, image, text, max_tiles=0, blind=False, b=TOY["to
         pictures = [open_picture(row, one, b.jpeg) for one in image]
         pictures[0] = pictures[0].resize([b.upscale * n for n in pictures[0].size], Image.Resampling.BILINEAR)
         most = max(1, min(max_tiles or b.tiles, 64 // len(pictures)))
-        tiles = [make_tiles(picture, 1, most, vision.image_size, assistant.thumbnail) for picture in pictures]
+        tiles = [make_tiles(picture, 1, most, image_size, assistant.thumbnail) for picture in pictures]
         tiles = [GRAY.expand_as(t) for t in tiles] if blind else tiles
     return assistant.prompt(turns, tiles)
 
@@ -204,7 +238,7 @@ def predict(name, pairs, assistant, key, cfg, dist, variant="model"):
             with contextlib.suppress(ValueError, KeyError, TypeError):  # a torn line is passed over
                 entry = json.loads(line)
                 if entry["key"] == key: done[entry["index"]] = entry["prediction"]
-    common.barrier()                                                   # nobody writes before everybody has read
+    barrier()                                                   # nobody writes before everybody has read
     todo = [pair for pair in pairs if pair[0]["index"] not in done][dist.rank::dist.world]
     prepare = lambda row, pictures: make_prompt(assistant, row, pictures, build_prompt(b.prompt, row, len(pictures)),
                                                 cfg.max_tiles, variant.endswith("blind"), b)
@@ -219,7 +253,7 @@ def predict(name, pairs, assistant, key, cfg, dist, variant="model"):
             f.write("\n" + json.dumps({"key": key, "index": index, "prediction": done[index]}))   # ends a torn line
             f.flush()
             bar.update()
-    return {index: text for part in common.gather(done, dist) for index, text in part.items()}
+    return {index: text for part in gather(done, dist) for index, text in part.items()}
 
 # ---- results and report --------------------------------------------------------------------------------------------
 def question_card(name, row, pictures, found, scored=True):
@@ -241,7 +275,7 @@ def free_cards(pairs, assistant):
 def report_html(results, cards, free):
     """report_page.html with its data in place: one self-contained file."""
     data = json.dumps({"results": results, "cards": cards, "free": free}, ensure_ascii=False).replace("<", "\\u003c")
-    return Path(__file__).with_name("report_page.html").read_text(encoding="utf-8").replace("<!--data-->", data)
+    return (Path(__file__).resolve().parent / "evals" / "report.html").read_text(encoding="utf-8").replace("<!--data-->", data)
 
 # ---- the run -------------------------------------------------------------------------------------------------------
 def score_file(argv):
@@ -282,14 +316,14 @@ def main():
     data = {name: read_rows(path, cfg.limit, table[name], *["cells"] * (not pixels)) for name, path in paths.items()}
     jobs = [(folder, [name]) for name, folder in (("untrained", cfg.untrained), ("trained_blind", cfg.trained_blind))
             if folder] + [(cfg.model, ["blind"] * cfg.controls + ["model"])]
-    weights = {folder: common.weights_hash(folder) for folder, _ in jobs}
-    files = {name: common.file_hash(path, "md5") for name, path in paths.items()}
+    weights = {folder: weights_hash(folder) for folder, _ in jobs}
+    files = {name: file_hash(path, "md5") for name, path in paths.items()}
     for name, found in files.items():
         if table[name].md5 not in ("", found):
             print(f"warning: {paths[name]} has MD5 {found}, the protocol's is {table[name].md5}", file=sys.stderr)
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
-    dist = common.setup_distributed(cfg.device, cfg.timeout_s)
-    dtype = common.compute_dtype(cfg.dtype, dist.device)
+    dist = setup_distributed(cfg.device, cfg.timeout_s)
+    dtype = compute_dtype(cfg.dtype, dist.device)
     answered = {}                                                      # (variant, name) -> rows with their prediction
     for folder, variants in jobs:
         assistant = Assistant(folder, dist.device, dtype, vision=pixels)
@@ -302,8 +336,8 @@ def main():
                 writer = csv.DictWriter(text := io.StringIO(), rows[0], delimiter="\t", lineterminator="\n")
                 writer.writeheader()
                 writer.writerows(rows)
-                common.write_atomic(out / f"{name}.tsv", text.getvalue())
-    common.close_distributed()                                         # a judge takes its time: only the first stays
+                write_atomic(out / f"{name}.tsv", text.getvalue())
+    close_distributed()                                         # a judge takes its time: only the first stays
     if not dist.is_main: return
     scores, details, cards, first = collections.defaultdict(dict), {}, [], []
     for (variant, name), rows in answered.items():
@@ -325,8 +359,8 @@ def main():
                "published": PUBLISHED if {*paths} & {*PAPER} else {}, "limit": cfg.limit, "image_as": cfg.image_as,
                "dtype": str(dtype)[6:], "torch": torch.__version__, "seconds": round(time.time() - start, 1)}
     free = free_cards(first[:2], assistant) if pixels else []
-    common.write_atomic(out / "report.html", report_html(results, cards, free))
-    common.write_atomic(out / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    write_atomic(out / "report.html", report_html(results, cards, free))
+    write_atomic(out / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     show = lambda *cells: print(f"{cells[0]:20s}", *(f"{'n/a' if c is None else c:>9}" for c in cells[1:]))
     show("benchmark", "n", "score", *scores)
     for name in (*paths, "overall"):

@@ -6,15 +6,19 @@
     python sample.py --model=DIR --image=questions.jsonl --out=answers.jsonl     # rows {"image": ..., "prompt": ...}
     python sample.py --model=DIR                                                 # chat
 """
-import contextlib, dataclasses, json, os, sys
+import contextlib
+import dataclasses
+import json
+import os
+import sys
 from pathlib import Path
+from tqdm import tqdm
 from typing import Literal
 
-from tqdm import tqdm
-
-import common, configurator
-from assistant import Assistant
-from data import IMAGE_SUFFIXES
+import configurator
+from generate import Assistant
+from inputs.images import IMAGE_SUFFIXES
+from training.distributed import compute_dtype, setup_distributed
 
 HELP = "/image PATH adds a picture, /tiles N limits later ones (0: as at first), /reset starts anew, Ctrl-D ends"
 
@@ -41,9 +45,9 @@ def load(cfg):
     for path in cfg.image:
         if not os.path.isfile(path) and not cfg.out:
             raise ValueError(f"{path}: no such picture; a folder of them needs --out=answers.jsonl too")
-    device = common.setup_distributed(cfg.device).device
+    device = setup_distributed(cfg.device).device
     names = ("max_tiles", "max_new_tokens", "temperature", "top_p", "top_k", "seed")
-    return Assistant(cfg.model, device, common.compute_dtype(cfg.dtype, device), **{k: getattr(cfg, k) for k in names})
+    return Assistant(cfg.model, device, compute_dtype(cfg.dtype, device), **{k: getattr(cfg, k) for k in names})
 
 def questions(cfg):
     """--image, a folder or a .jsonl of {"image": path, list of paths or absent, "prompt"} -> (rows, base folder)."""

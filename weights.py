@@ -4,17 +4,24 @@
 names are ours, a language model (Qwen2ForCausalLM) and a ViT (InternVisionModel) as they are released, whose names are
 ours without the prefix. Every stored tensor is used once and every parameter filled once, or the folder is refused.
 """
-import glob, json, os, shutil
-from dataclasses import astuple, fields
-from pathlib import Path
-
+import glob
+import hashlib
+import json
+import os
+import shutil
 import torch
-from safetensors import SafetensorError, safe_open
+from dataclasses import astuple
+from dataclasses import fields
+from pathlib import Path
+from safetensors import SafetensorError
+from safetensors import safe_open
 from safetensors.torch import save_file
 
-from data import Tokenizer, read_json
-from model import VLM, LLMConfig, kept_rows
-from vision import MEAN, STD, VisionConfig
+from inputs.files import file_hash, read_json
+from inputs.images import MEAN, STD, image_size
+from inputs.tokenizer import Tokenizer
+from model import LLMConfig, VLM, init_weights, kept_rows
+from vision import VisionConfig
 
 PREFIX = {"SailVLModel": "", "InternVLChatModel": "", "Qwen2ForCausalLM": "language_model.",
           "InternVisionModel": "vision_model."}
@@ -98,7 +105,7 @@ def _read_config(path, raw):
             head_dim=dim // heads if type(dim) is type(heads) is int and heads else 0,
             rope_theta=rope.get("rope_theta", 1e4), max_position_embeddings=32768))
     if vision and llm:
-        _values(path, raw, TOP_FIXED | dict(force_image_size=vision.image_size), TOP_KINDS, **TOP_DEFAULTS, template="")
+        _values(path, raw, TOP_FIXED | dict(force_image_size=image_size), TOP_KINDS, **TOP_DEFAULTS, template="")
     return vision, llm
 
 def has_tokenizer(folder):
@@ -216,7 +223,7 @@ def start_model(cfg, origins, folder, tokenizer, text_only=False):
 def start_weights(model, table, cfg):
     """Fill the model of start_model once it is on its device, sharded or not: from its folder, or at random."""
     model = getattr(model, "module", model)                                 # out of DDP
-    fill(model, table) if table else model.init_weights(cfg.seed, cfg.init_std)
+    fill(model, table) if table else init_weights(cfg.seed, cfg.init_std)
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
@@ -234,7 +241,7 @@ def config_json(vision, llm, dtype, template="sailvl-chat", extra=None):
     if vision is None or llm is None: return v or t
     return {name: (extra or {}).get(name, value) for name, value in TOP_DEFAULTS.items()} | TOP_FIXED | dict(
         architectures=["InternVLChatModel"], model_type="internvl_chat", torch_dtype=kind, template=template,
-        downsample_ratio=1 / vision.downsample, force_image_size=vision.image_size,
+        downsample_ratio=1 / vision.downsample, force_image_size=image_size,
         tie_word_embeddings=llm.tie_embeddings, vision_config=v, llm_config=t)
 
 def save_folder(state, vision, llm, out_dir, tokenizer_dir=None, template="sailvl-chat", dtype=torch.bfloat16,
@@ -246,7 +253,7 @@ def save_folder(state, vision, llm, out_dir, tokenizer_dir=None, template="sailv
                for name in parameter_shapes(vision, llm) if name != HEAD or not llm.tie_embeddings}
     if vision and llm:                                                      # llama.cpp looks for mean and std here
         files = {"preprocessor_config.json": dict(
-            feature_extractor_type="CLIPFeatureExtractor", size=vision.image_size, crop_size=vision.image_size,
+            feature_extractor_type="CLIPFeatureExtractor", size=image_size, crop_size=image_size,
             resample=3, image_mean=MEAN, image_std=STD)} | (files or {})
     write_folder(tensors, config, out_dir, tokenizer_dir if llm else None, dtype, files)
 
@@ -301,3 +308,10 @@ def _write_shards(tensors, folder, dtype):
     if len(shards) > 1:
         size = sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize
         _write_json(folder / "model.safetensors.index.json", dict(metadata=dict(total_size=size), weight_map=where))
+
+
+def weights_hash(folder):
+    """sha256 of a model folder's safetensors file; of the digests, one after the other, where there are several."""
+    digests = [file_hash(path) for path in sorted(Path(folder).glob("*.safetensors"))]
+    if not digests: raise FileNotFoundError(f"no *.safetensors in {folder!r}; give the model folder, --model=DIR")
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()

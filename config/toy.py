@@ -2,7 +2,7 @@
 
 Starts from the toy world's own ViT and language model with a fresh projector:
     python toy.py --out=shards/toy
-    python convert.py assemble --vision=config/toy_vit --llm=config/toy_llm --out=out/toy/start
+    python convert.py assemble --vision=toy/vit --llm=toy/llm --out=out/toy/start
 """
 out_dir = "out/toy/pretrain"
 init_from = "out/toy/start"

@@ -3,13 +3,13 @@
     OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 train.py config/toy_llm.py
 
 Text only: every picture is given as the words of its cells, in the places where visual tokens will stand. The weights
-in config/toy_llm were made in seventeen parts, for the world grew meanwhile; train.log there tells all but one. From
+in toy/llm were made in seventeen parts, for the world grew meanwhile; train.log there tells all but one. From
 scratch, 13,000 steps of this file answer 87.8 % of the toy questions from words, those weights 99.1 % (LOG.md).
 Data first: python toy.py --out=shards/toy_llm --n=230000 --seed=102 --parts=text
 """
 out_dir = "out/toy_llm"
 data = "shards/toy_llm/text.jsonl"
-tokenizer = "config/toy_tokenizer"
+tokenizer = "toy/tokenizer"
 image_as = "words"
 llm = "toy"
 stages = "base"

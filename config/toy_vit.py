@@ -3,12 +3,12 @@
     OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 train.py config/toy_vit.py
 
 A throw-away head names what each visual token sees or, of every second one, its place (dense supervision); only the ViT
-is kept. The weights in config/toy_vit were made in five parts, for the world grew meanwhile: config/toy_vit/train.log.
+is kept. The weights in toy/vit were made in five parts, for the world grew meanwhile: toy/vit/train.log.
 Data first: python toy.py --out=shards/toy_vit --n=40000 --seed=101 --parts=pretrain
 """
 out_dir = "out/toy_vit"
 data = "shards/toy_vit/pretrain-*.tar"
-tokenizer = "config/toy_tokenizer"
+tokenizer = "toy/tokenizer"
 cell_labels = "only"                  # labels sit on the visual tokens, nowhere else
 vision = "toy"
 llm = "toy"

@@ -4,7 +4,7 @@
 
 The throw-away decoder is now the frozen toy language model behind a fresh projector, as InternViT was trained before an
 InternLM. Before it:
-    python convert.py assemble --vision=out/toy_vit/base --llm=config/toy_llm --out=out/toy_vit_noise/start
+    python convert.py assemble --vision=out/toy_vit/base --llm=toy/llm --out=out/toy_vit_noise/start
     python toy.py --out=shards/toy_vit_noise --n=24000 --seed=101 --parts=drill
 """
 init_from = "out/toy_vit_noise/start"

@@ -3,7 +3,7 @@ import itertools, random, time
 
 import pytest
 
-import benchmarks as bm
+from evals import table as bm
 
 OPTIONS = {"A": "red circle", "B": "blue circle", "C": "red", "D": ""}
 

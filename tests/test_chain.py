@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-import convert, eval as evaluation, sample, sft, toy, train
+import convert, eval as evaluation, sample, sft, train
+from toy.__main__ import __main__ as toy
 from weights import load_folder
 
 ROOT = Path(__file__).parent.parent
@@ -21,7 +22,7 @@ def world(tmp_path_factory):
     """Shards and benchmarks of the toy world, and a folder with its two bases and a fresh projector."""
     out, patch = tmp_path_factory.mktemp("world"), pytest.MonkeyPatch()
     call(toy, patch, f"--out={out}/toy", "--n=40", "--n_bench=24")
-    call(convert, patch, "assemble", "--vision=config/toy_vit", "--llm=config/toy_llm", f"--out={out}/start")
+    call(convert, patch, "assemble", "--vision=toy/vit", "--llm=toy/llm", f"--out={out}/start")
     patch.undo()
     return out
 
@@ -32,7 +33,7 @@ def test_the_bases_fit_in_three_megabytes_each():
 
 
 def test_the_language_base_answers_every_benchmark_from_words_alone(world, monkeypatch, tmp_path):
-    call(evaluation, monkeypatch, "--model=config/toy_llm", "--image_as=words", f"--data_dir={world}/toy",
+    call(evaluation, monkeypatch, "--model=toy/llm", "--image_as=words", f"--data_dir={world}/toy",
          "--benchmarks=toy", f"--out_dir={tmp_path}")
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["overall"] >= 90, results                           # 98 and more when it was made, see README

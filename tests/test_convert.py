@@ -14,11 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import common
+from training import distributed
 import convert
 import weights as W
 from configurator import launch
-from model import VLM, LLMConfig, generate
+from generate import generate
+from model import VLM, LLMConfig
 from test_model import IMG, pack, tiny
 from vision import VisionConfig
 
@@ -28,7 +29,7 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory):
     """A Qwen2 tokenizer folder as released, in small: 256 bytes, 22 special tokens, no image tokens."""
-    from data import BYTE_TO_CHAR, SPECIAL_TOKENS
+    from inputs.tokenizer import BYTE_TO_CHAR, SPECIAL_TOKENS
     folder = tmp_path_factory.mktemp("tokenizer")
     vocab = {c: i for i, c in enumerate(BYTE_TO_CHAR.values())}
     (folder / "vocab.json").write_text(json.dumps(vocab))
@@ -253,7 +254,7 @@ def test_damaged_folders_are_refused_in_words(tmp_path):
 # ---- convert.py ------------------------------------------------------------------------------------------------------
 
 def test_assemble_joins_released_parts_and_adds_the_image_tokens(tmp_path, tokenizer):
-    from data import SPECIAL_TOKENS, Tokenizer
+    from inputs.tokenizer import SPECIAL_TOKENS, Tokenizer
     one, two = tiny(seed=1), tiny(seed=2, tie_embeddings=True)
     save(tmp_path / "vit", one, "vit")
     save(tmp_path / "llm", two, "llm", tokenizer)
@@ -396,7 +397,7 @@ def test_both_exports_keep_the_model(tmp_path, tokenizer):
     assert not any(info.values()), info
     tokens, _, positions, cu, tiles = pack((30,), (3,))
     tokens[tokens == 319] = ours.image_token_id
-    from vision import normalize
+    from inputs.images import normalize
     pixels = normalize(tiles)
     with torch.no_grad():
         torch.testing.assert_close(ours.logits(tokens, positions, cu, tiles), theirs.eval()(
@@ -406,7 +407,8 @@ def test_both_exports_keep_the_model(tmp_path, tokenizer):
     assert generate(ours, [tokens.tolist()], [tiles], 8, set()) == [answer[0, -8:].tolist()]
     words = t.AutoTokenizer.from_pretrained(tmp_path / "transformers")
     assert words.convert_tokens_to_ids("<IMG_CONTEXT>") == ours.image_token_id == words.context_image_token_id
-    from data import Tokenizer, chat_ids
+    from inputs.chat import chat_ids
+    from inputs.tokenizer import Tokenizer
     turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}
     rendered = words.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
     mine = Tokenizer(tmp_path / "a")
@@ -476,16 +478,16 @@ class Counted:
 def on_two_ranks(folder):
     """Run by each of two ranks: start from the folders a and b sharded; note what was read, and that all is there."""
     torch.set_num_threads(1)
-    dist, real = common.setup_distributed("cpu", 60), W.safe_open
+    dist, real = distributed.setup_distributed("cpu", 60), W.safe_open
     for name in ("a", "b"):
         model, _, table = W.start_model(types.SimpleNamespace(), {}, f"{folder}/{name}", types.SimpleNamespace(n_vocab=0))
         cfg = types.SimpleNamespace(parallel="fsdp", activation_checkpointing=False, dtype="float32")
-        model = common.parallelize(model, cfg, dist)
+        model = distributed.parallelize(model, cfg, dist)
         Counted.real, Counted.read = real, 0
         W.safe_open = type("safe_open", (Counted,), {"real": real})
         W.start_weights(model, table, cfg)
         W.safe_open = real
-        reads, full = common.gather(Counted.read, dist), common.full_state(model)
+        reads, full = distributed.gather(Counted.read, dist), distributed.full_state(model)
         if dist.is_main:
             stored = load_file(f"{folder}/{name}/model.safetensors")
             total = sum(x.numel() for x in stored.values())
@@ -496,7 +498,7 @@ def on_two_ranks(folder):
         whole.image_token_id = model.image_token_id = IMG
         loss = model(*pack((9, 30), (1, 2)))
         torch.testing.assert_close(loss, whole(*pack((9, 30), (1, 2))))
-    common.close_distributed()
+    distributed.close_distributed()
 
 
 def test_under_fsdp_each_rank_reads_only_what_it_keeps(tmp_path):
@@ -533,7 +535,7 @@ def test_an_export_in_three_shards_loses_nothing(tmp_path, tokenizer, monkeypatc
     """R22: sharded, readable by others, total_size right, every key used, logits equal, bits equal."""
     t = pytest.importorskip("transformers", reason="transformers reads the export; pip install -r requirements-dev.txt")
     from test_parity import their_names
-    from vision import normalize
+    from inputs.images import normalize
     vlm = W.load_folder(assembled(tmp_path, tokenizer, tie_embeddings=tied))[0].eval()
     bytes_ = sum(p.nbytes for p in vlm.parameters())
     monkeypatch.setattr(W, "SHARD_BYTES", bytes_ // 3 + 60_000)

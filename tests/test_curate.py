@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import captions, command_line, configurator, curate
-import judge as J
-import plan
-from data import Packs, Tokenizer, open_sources
+import command_line, configurator, curate
+from curation import text as captions
+from evals import endpoint as J
+pass
+from runs import plan
+from inputs.packing import Packs
+from inputs.sources import open_sources
+from inputs.tokenizer import Tokenizer
 from test_hostile import hostile_tar
 from toy_endpoint import Endpoint, facts, precision_recall, read_shards
 
@@ -123,7 +127,7 @@ def test_r29_a_chain_with_failures_and_kills_gives_the_same_shards_and_pays_for_
         endpoint = Endpoint(truth, delay=0.002)
         ask = [f"--endpoint={endpoint.url}", "--endpoint_model=m", "--threads=4"]
         at = tmp_path / name
-        for stage, source, flags in (("annotate", tmp_path / "c", ["--prompts=prompts/toy"]), ("score", at / "annotate", [])):
+        for stage, source, flags in (("annotate", tmp_path / "c", ["--prompts=curation/prompts/toy"]), ("score", at / "annotate", [])):
             argv, out = [stage, f"--in={source}", f"--out={at / stage}", *ask, *flags], at / stage
             before = len(endpoint.asked)
             if n:
@@ -150,7 +154,7 @@ def test_r29_a_chain_with_failures_and_kills_gives_the_same_shards_and_pays_for_
         assert row["scores"] == {"richness": 5, "alignment": 5} and row["by"] == {"annotate": "m", "score": "m"}
         assert row["alt_text"] == "some shapes" and row["caption"] == truth[row["sha256"]]
         assert row["conversations"][0]["value"] == "<image>\nDescribe the image.\nsome shapes"
-    packs = open_sources(f"{tmp_path}/killed/annotate/*.tar", Tokenizer(ROOT / "config" / "toy_tokenizer"), "sailvl-chat")
+    packs = open_sources(f"{tmp_path}/killed/annotate/*.tar", Tokenizer(ROOT / "toy" / "tokenizer"), "sailvl-chat")
     assert sum(len(s.rows) for s in packs) == len(done) and not any(s.meta["bad"] for s in packs)
 
 
@@ -361,7 +365,7 @@ def test_what_a_record_may_hold_is_bounded_and_what_it_is_called_loses_no_row(tm
         "plain", "x.jfif", "/dev/zero")))
     assert good("collect", f"--in=a/b={tmp_path}/r.jsonl", f"--out={tmp_path}/c")["dropped"] == {"bad_row": 1}
     assert good("dedup", f"--in={tmp_path}/c", f"--out={tmp_path}/d", "--by=text")["in"] == 2
-    source, = open_sources(f"{tmp_path}/c/*.tar", Tokenizer(ROOT / "config" / "toy_tokenizer"), "sailvl-chat")
+    source, = open_sources(f"{tmp_path}/c/*.tar", Tokenizer(ROOT / "toy" / "tokenizer"), "sailvl-chat")
     assert source.rows["n_images"].tolist() == [1, 1]
 
 
@@ -381,7 +385,7 @@ def test_collect_takes_folders_jsonl_and_tars_counts_what_it_drops_and_data_read
                                  "no_picture": 1, "several_pictures": 1, "bad_row": 1}
     row, = read_shards(tmp_path / "c")
     assert row["alt_text"] == row["caption"] == "picture a" and (row["width"], row["height"]) == (70, 80)
-    toy = Tokenizer(ROOT / "config" / "toy_tokenizer")
+    toy = Tokenizer(ROOT / "toy" / "tokenizer")
     packs = Packs(open_sources(f"{tmp_path}/c/*.tar", toy, "sailvl-chat"), toy, "sailvl-chat", tile_size=84, tokens_per_tile=9)
     assert packs.n == 1 and packs[next(packs.sequence())]["size"]["tiles"] == 1
 
@@ -413,7 +417,7 @@ def small(tmp_path_factory):
 
 def test_our_own_captioner_writes_the_same_shards_whoever_is_killed_and_however_many_work(small, tmp_path):
     folder, _ = small
-    argv = ["recaption", f"--in={folder}/c", f"--model={folder}/model", "--prompts=prompts/toy", "--max_new_tokens=6", "--dtype=float32"]
+    argv = ["recaption", f"--in={folder}/c", f"--model={folder}/model", "--prompts=curation/prompts/toy", "--max_new_tokens=6", "--dtype=float32"]
     good(*argv, f"--out={tmp_path}/one")
     three = [FORK.Process(target=in_a_process, args=([*argv, f"--out={tmp_path}/three"],)) for _ in range(3)]
     for process in three: process.start()
@@ -481,7 +485,7 @@ def test_sft_quality_scores_dialogues_of_any_source(small, tmp_path):
     assert report["dropped"] == {"bad_row": 1}
     row = next(iter(read_shards(tmp_path / "q")))
     assert row["conversations"] == talk and row["image"] == ["row-000000.0.png", "row-000000.1.png"]
-    source, = open_sources(f"{tmp_path}/q/*.tar", Tokenizer(ROOT / "config" / "toy_tokenizer"), "sailvl-chat")
+    source, = open_sources(f"{tmp_path}/q/*.tar", Tokenizer(ROOT / "toy" / "tokenizer"), "sailvl-chat")
     assert source.rows["n_images"].tolist() == [2, 2, 2]
 
 

@@ -9,11 +9,16 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 import configurator, data
-from data import IGNORE, SPECIAL_TOKENS, Packs, Tokenizer, chat_ids, make_loader, open_sources, permute, render
+from inputs import chat, index, sources as sources_module, tars
+from data import make_loader
+from inputs.chat import IGNORE, chat_ids, render
+from inputs.packing import Packs, permute
+from inputs.sources import open_sources
+from inputs.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"  # ../shared is an optional folder of test data
-TOY = Tokenizer(ROOT / "config" / "toy_tokenizer")
+TOY = Tokenizer(ROOT / "toy" / "tokenizer")
 KW = dict(tile_size=84, tokens_per_tile=9, max_tiles=4, tokens_per_pack=300, tiles_per_pack=20)
 
 
@@ -187,7 +192,7 @@ def test_a_folder_of_captioned_pictures_and_a_brace_pattern_of_tars_are_read(tmp
                 tar.addfile(member, io.BytesIO(content))
     sources = open_sources(f"{tmp_path}/f,{tmp_path}/s-{{000..002}}.tar", TOY, "sailvl-chat")
     assert len(sources) == 4 and sum(len(s.rows) for s in sources) == 4
-    assert data.conversation(sources[0].row(0))[1] == [(data.CAPTION_PROMPT, "a red square")]
+    assert chat.conversation(sources[0].row(0))[1] == [(chat.CAPTION_PROMPT, "a red square")]
 
 
 @pytest.mark.skipif(not (SHARED / "data").exists(), reason="the real pictures are not part of this repository")
@@ -429,7 +434,7 @@ def test_a_bare_caption_in_a_tar_is_text_whatever_it_begins_with(tmp_path):
     with tarfile.open(tmp_path / "a.TAR", "w") as tar:
         for name, content in (("1.jpg", picture()), ("1.txt", b"{a} cat"), ("2.png", picture()), ("2.TXT", b"[sic]"),
                               ("3.png", picture()), ("3.json", b'{"caption": "A dog."}')):
-            data.add_member(tar, name, content)
+            tars.add_member(tar, name, content)
     source, = open_sources(f"{tmp_path}/a.TAR", TOY, "sailvl-chat")
     assert [source.row(k)["caption"] for k in range(3)] == ["{a} cat", "[sic]", "A dog."] and not source.meta["bad"]
 
@@ -440,7 +445,7 @@ def test_check_looks_at_the_pictures_of_a_tar_that_the_index_found(tmp_path, cap
         for name, content in (("1.png", picture()), ("1.json", row("1.png", "gone.png")),
                               ("2.a.png", picture()), ("2.b.png", picture()[:60]), ("2.json", row("http://x/y.jpg")),
                               ("3.png", picture()), ("3.json", row("gone.png", "gone.jpg"))):
-            data.add_member(tar, name, content)
+            tars.add_member(tar, name, content)
     assert data.check([f"{tmp_path}/a.tar"]) == 1
     out = capsys.readouterr().out
     assert "row 2: image 2: " in out and "damaged picture" in out and "3 rows, 2 good, 1 bad" in out
@@ -473,7 +478,7 @@ def test_what_is_there_as_it_is_written_goes_before_patterns_and_names(tmp_path,
         write_rows(Path(name).parent, [talk()], Path(name).name)
     spec = "[1].jsonl,a{0..1}.jsonl,year=2026/*.jsonl,year=2026/x{7..8}.jsonl,"
     spec += "k/year=2026/x.jsonl,mine=[1].jsonl,theirs=b=c{0..1}.jsonl"
-    assert [(name, str(path)) for name, path in data.expand(spec)] == [
+    assert [(name, str(path)) for name, path in sources_module.expand(spec)] == [
         ("", "[1].jsonl"), ("", "a{0..1}.jsonl"), ("", "year=2026/x.jsonl"), ("", "year=2026/x8.jsonl"),
         ("", "year=2026/x7.jsonl"), ("", "year=2026/x8.jsonl"), ("", "k/year=2026/x.jsonl"),
         ("mine", "[1].jsonl"), ("theirs", "b=c0.jsonl"), ("theirs", "b=c1.jsonl")]
@@ -517,7 +522,7 @@ def test_tiles_that_come_from_workers_are_those_the_main_process_makes(tmp_path)
 @pytest.mark.nightly
 def test_processes_that_index_end_where_their_parent_was_killed(tmp_path):
     code = ("import os, time, data, multiprocessing as m, concurrent.futures as c\n"
-            "if __name__ == '__main__':\n    pool = c.ProcessPoolExecutor(1, m.get_context('spawn'), data._reading, ((),))\n"
+            "if __name__ == '__main__':\n    pool = c.ProcessPoolExecutor(1, m.get_context('spawn'), index._reading, ((),))\n"
             "    print(pool.submit(os.getpid).result(), flush=True); time.sleep(60)")
     script = tmp_path / "parent.py"
     script.write_text(code)

@@ -7,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-import common, configurator
+import configurator
+from training import distributed
 import eval as ev
-from data import Tokenizer
+from inputs.tokenizer import Tokenizer
 from model import VLM, LLMConfig
 from vision import VisionConfig
 from weights import save_folder
@@ -187,7 +188,7 @@ def make_model_folder(folder, seed=0):
     """A model folder of a tiny random model (28-pixel tiles, one token each) with the toy tokenizer."""
     vision = VisionConfig(image_size=28, dim=32, n_layers=1, n_heads=2, ffn_dim=64)
     llm = LLMConfig(vocab_size=1056, dim=32, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=16, ffn_dim=64)
-    tokenizer = ROOT / "config" / "toy_tokenizer"
+    tokenizer = ROOT / "toy" / "tokenizer"
     model = VLM(vision, llm, Tokenizer(tokenizer).image_id).init_weights(seed, std=0.3)
     save_folder(model.state_dict(), vision, llm, folder, tokenizer, dtype=torch.float32)
     return folder
@@ -257,7 +258,7 @@ def test_words_in_the_place_of_pictures(world, tmp_path, capsys):
     write_tsv(tmp_path / "toy_ocr.tsv", rows)
     llm = LLMConfig(vocab_size=1056, dim=32, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=16, ffn_dim=64)
     state = VLM(None, llm, tokenizer.image_id).init_weights(0, std=0.3).state_dict()
-    save_folder(state, None, llm, tmp_path / "llm", ROOT / "config" / "toy_tokenizer", dtype=torch.float32)
+    save_folder(state, None, llm, tmp_path / "llm", ROOT / "toy" / "tokenizer", dtype=torch.float32)
     for folder in (tmp_path / "llm", world[0]):
         ask = ev.Assistant(folder, "cpu", torch.float32, vision=False)
         ids, tiles = ev.make_prompt(ask, rows[0], rows[0]["image"], "What?")
@@ -290,7 +291,7 @@ def test_two_ranks_and_any_batch_give_the_same_predictions(world, tmp_path, caps
 def local(world, out):
     """What main() prepares, in this process: (assistant, cfg, dist)."""
     cfg = ev.Config(model=str(world[0]), data_dir=str(world[1]), out_dir=str(out), max_new_tokens=4, batch_size=3)
-    return ev.Assistant(cfg.model, "cpu", torch.float32), cfg, common.Dist()
+    return ev.Assistant(cfg.model, "cpu", torch.float32), cfg, distributed.Dist()
 
 def test_an_interrupted_run_goes_on(world, tmp_path, monkeypatch):
     assistant, cfg, dist = local(world, tmp_path)
@@ -397,7 +398,7 @@ def test_a_row_that_waits_for_a_judge_is_not_called_wrong():
     card = lambda *found: ev.question_card("MMVet", {"answer": "x", "index": "1"}, [], *found)["verdict"]
     assert [card(("", 0.0), False), card(("", 0.0), True), card(("15", False), False), card(("14", True), False),
             card(("0.5", 0.5), True)] == ["not scored", "wrong", "wrong", "right", "partly"]
-    page = (ROOT / "report_page.html").read_text()
+    page = (ROOT / "evals" / "report.html").read_text()
     assert '"wrong", "not scored"]' in page and ".card.not-scored" in page
 
 # ---- score -------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import pytest
 
 from test_train import argv, log, run
 import data, train
+from inputs import chat, packing, sources, tokenizer
 
 ROOT = Path(__file__).parent.parent
 FORMATS = ["internvl.jsonl", "meta.json", "llava.json", "messages.jsonl", "captions-{00000..00000}.tar", "folder"]
@@ -59,7 +60,7 @@ def test_check_names_line_field_and_what_to_do(tmp_path, capsys):
 
 
 def test_show_and_preview_take_tiles_and_template_from_a_model_folder_and_say_what_is_left_out(tmp_path, monkeypatch, capsys):
-    for file in (ROOT / "config" / "toy_tokenizer").iterdir():
+    for file in (ROOT / "toy" / "tokenizer").iterdir():
         shutil.copy(file, tmp_path)
     about = dict(force_image_size=84, vision_config=dict(patch_size=14), downsample_ratio=0.5, template="internvl2_5")
     (tmp_path / "config.json").write_text(json.dumps(about))
@@ -70,20 +71,20 @@ def test_show_and_preview_take_tiles_and_template_from_a_model_folder_and_say_wh
                                           f"--out={tmp_path}/page.html"])
         data.main()
     out = capsys.readouterr().out
-    assert "<IMG_CONTEXT x 9>" in out and data.TEMPLATES["internvl2_5"]["system"] in out
+    assert "<IMG_CONTEXT x 9>" in out and chat.TEMPLATES["internvl2_5"]["system"] in out
     assert "--- row 1, id a:0: " in out and "--- row 2: unreadable; try: python data.py check" in out
     assert "1 packs, 1 samples; in no pack: {'unreadable': 1}" in out
 
 
 def test_sources_are_mixed_by_weight_and_a_meta_file_is_checked(tmp_path):
-    tok = data.Tokenizer(data.TOY_TOKENIZER)
+    tok = tokenizer.Tokenizer(data.TOY_TOKENIZER)
     row = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
     for name, n in (("a", 90), ("b", 10)):
         (tmp_path / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * n)
     def packs(**more):
         entries = {name: {"annotation": f"{name}.jsonl"} | more.get(name, {}) for name in "ab"}
         (tmp_path / "meta.json").write_text(json.dumps(entries))
-        return data.Packs(data.open_sources(f"{tmp_path}/meta.json", tok, "sailvl-chat"), tok, "sailvl-chat", tile_size=84,
+        return packing.Packs(sources.open_sources(f"{tmp_path}/meta.json", tok, "sailvl-chat"), tok, "sailvl-chat", tile_size=84,
                           tokens_per_tile=9, tokens_per_pack=300)
     mixed, rows = packs(a={"weight": 1}, b={"weight": 3}), {"a": [], "b": []}
     assert mixed.counts == [25, 75]
@@ -98,5 +99,5 @@ def test_sources_are_mixed_by_weight_and_a_meta_file_is_checked(tmp_path):
                         (dict(a={"weight": 1}, b={"weight": 0}), "give one above 0"), (dict(a={"sha256": "0" * 64}), "has sha256")):
         with pytest.raises(ValueError, match=words):
             packs(**more)
-    twice = data.open_sources(f"{tmp_path}/a.jsonl,again={tmp_path}/a.jsonl", tok, "sailvl-chat")
+    twice = sources.open_sources(f"{tmp_path}/a.jsonl,again={tmp_path}/a.jsonl", tok, "sailvl-chat")
     assert [len(source.rows) for source in twice] == [90, 90]

@@ -92,7 +92,7 @@ def random_model(vision, llm, seed):
 def write(vit, llm):
     """A random InternViT-300M and Qwen2.5-1.5B as their publishers release them, but untied as in SAIL-VL-2B."""
     import shutil
-    from data import SPECIAL_TOKENS
+    from inputs.tokenizer import SPECIAL_TOKENS
     from model import LLMConfig
     from vision import VisionConfig
     from weights import save_folder
@@ -152,21 +152,21 @@ def shallow_8b(folder, out):
 def compare(folder):
     """Greedy tokens of a real photo and question: ours of the folder, transformers' of its export. fp32."""
     from transformers import InternVLForConditionalGeneration
-    from assistant import Assistant
+    from generate import Assistant
     from convert import export
-    from vision import normalize
+    from inputs.images import normalize
     export(folder, Path(folder).with_name("shallow_hf"), transformers=True)
     mine = Assistant(folder, "cpu", torch.float32, max_tiles=2, max_new_tokens=16)
     tiles = mine.tiles(min((SHARED / "data" / "photos" / "images").iterdir()))
     ids, tiles = mine.prompt([("What is in the picture?", None)], [tiles])
     mine.settings["stop_ids"] = set()
-    from model import generate
+    from generate import generate
     ours, = generate(mine.model, [ids], [tiles], **mine.settings)
     del mine                                                    # one model in memory at a time
     model = InternVLForConditionalGeneration.from_pretrained(
         Path(folder).with_name("shallow_hf"), dtype=torch.float32).eval()
     with torch.no_grad():
-        theirs = model.generate(input_ids=torch.tensor([ids]), pixel_values=normalize(tiles), do_sample=False,
+        theirs = generate.generate(input_ids=torch.tensor([ids]), pixel_values=normalize(tiles), do_sample=False,
                                 max_new_tokens=16, eos_token_id=-1, attention_mask=torch.ones(1, len(ids)))
     assert ours == theirs[0, -16:].tolist(), (ours, theirs[0, -16:].tolist())
     print(f"same {len(ours)} greedy tokens after {len(ids)} of a prompt with {len(tiles)} tiles")

@@ -93,9 +93,11 @@ def hostile_tar(path, picture):
 def attacks(folder):
     """Yield (name, function, words): the function must raise ValueError or OSError with these words, or return."""
     import data
-    from data import Tokenizer, open_sources
+    from inputs import packing
+    from inputs.sources import open_sources
+    from inputs.tokenizer import Tokenizer
     from test_data import TOY, picture
-    from vision import load_image
+    from inputs.images import load_image
     from weights import load_folder
     for name, path in hostile_models(folder):
         yield name, lambda path=path: load_folder(path), ""
@@ -107,7 +109,7 @@ def attacks(folder):
     (folder / "rows").mkdir()
     for name in ("rows.pt", "rows.bin"):
         (folder / "rows" / name).write_bytes(pickle.dumps(Payload(folder / "RAN")))
-        check = lambda name=name: data.Packs(open_sources(f"{folder}/rows/{name}", TOY, "sailvl-chat"), TOY, "sailvl-chat",
+        check = lambda name=name: packing.Packs(open_sources(f"{folder}/rows/{name}", TOY, "sailvl-chat"), TOY, "sailvl-chat",
                                              tile_size=84, tokens_per_tile=9)
         yield f"{name} as data", check, "no usable sample"
     (folder / "rows" / "deep.jsonl").write_text("[" * 100_000 + "]" * 100_000 + "\n" + json.dumps({"text": "fine"}) + "\n")

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-import judge as J
-from judge import Judge
+from evals import endpoint as J
+from evals.endpoint import Judge
 
 @pytest.fixture
 def endpoint(monkeypatch):

@@ -6,9 +6,11 @@ import torch, torch.distributed as td
 from torch.distributed.fsdp import fully_shard
 
 import model as M, vision
-from common import Dist, parallelize
-from model import IGNORE, LLMConfig, VLM, generate, generate_stream, train_flops
-from plan import activation_bytes
+import generate as G
+from training.distributed import Dist, parallelize
+from generate import generate, generate_stream
+from model import IGNORE, LLMConfig, VLM, train_flops
+from training.dry_run import activation_bytes
 from vision import VisionConfig
 
 torch.set_num_threads(1)
@@ -225,9 +227,9 @@ def test_cached_logits_equal_the_full_forward_to_1e_4():
     size, rows = max(map(len, prompts)) + 1, list(range(8))
     with torch.inference_mode():
         cache = torch.zeros(3, 2, 8, 2, size, 16)
-        first = M.prefill(vlm, prompts, tiles, cache, rows)
-        second = M.decode_step(vlm, first.argmax(-1), [len(p) for p in prompts], cache)
-        wider = M.decode_step(vlm, first.argmax(-1), torch.tensor([len(p) for p in prompts]), cache, L=size)
+        first = G.prefill(vlm, prompts, tiles, cache, rows)
+        second = G.decode_step(vlm, first.argmax(-1), [len(p) for p in prompts], cache)
+        wider = G.decode_step(vlm, first.argmax(-1), torch.tensor([len(p) for p in prompts]), cache, L=size)
         for i, (prompt, t) in enumerate(zip(prompts, tiles)):
             sequence = torch.tensor([*prompt, first[i].argmax()])
             full = vlm.logits(sequence, torch.arange(len(sequence)), torch.tensor([0, len(sequence)]), t)
@@ -242,7 +244,7 @@ def test_batch_of_one_and_of_64_give_the_same_greedy_answers(monkeypatch):
     together = generate(vlm, prompts, tiles, 24, stop)
     assert together == [generate(vlm, [p], [t], 24, stop)[0] for p, t in zip(prompts, tiles)]
     assert len({len(a) for a in together}) > 5 and not any(stop & set(a) for a in together)
-    monkeypatch.setattr(M, "PREFILL_TOKENS", 100)               # prompts in several packs
+    monkeypatch.setattr(G, "PREFILL_TOKENS", 100)               # prompts in several packs
     assert together == generate(vlm, prompts, tiles, 24, stop)
     for small in (dict(batch_size=5), dict(batch_tokens=300)):          # rows are admitted where others were retired
         assert together == generate(vlm, prompts, tiles, 24, stop, **small)
@@ -258,12 +260,12 @@ def test_requests_are_taken_from_an_iterator_only_when_there_is_room_and_a_long_
         for n in (5, 60, 10, 200, 7, 7, 7):
             taken.append(n)
             yield [1 + n % 9] * n, None
-    seen = list(M.decode(vlm, requests(), 6, {5}, batch_size=2))
+    seen = list(G.decode(vlm, requests(), 6, {5}, batch_size=2))
     assert sorted(row for row, token in seen if token is None) == list(range(7)) and len(taken) == 7
     alone = [generate(vlm, [[1 + n % 9] * n], [None], 6, {5})[0] for n in taken]
     assert alone == [[t for r, t in seen if r == row and t is not None] for row in range(7)]
     taken.clear()
-    stream = M.decode(vlm, requests(), 6, {5}, batch_size=2)
+    stream = G.decode(vlm, requests(), 6, {5}, batch_size=2)
     next(stream)
     assert len(taken) <= 4
 
@@ -282,10 +284,10 @@ def test_streamed_tokens_equal_the_answer_and_sampling_is_reproducible():
 def test_sampling_draws_with_the_probabilities_of_the_softmax():
     logits = torch.tensor([[1.0, 3.0, 2.0, -50.0]])
     noise = torch.arange(0, 1, 1e-4)
-    drawn = M.sample(logits.expand(len(noise), -1), 2.0, 1.0, 0, noise)
+    drawn = G.sample(logits.expand(len(noise), -1), 2.0, 1.0, 0, noise)
     torch.testing.assert_close(drawn.bincount(minlength=4) / len(noise), (logits[0] / 2).softmax(-1), atol=2e-4, rtol=0)
-    assert set(M.sample(logits.expand(len(noise), -1), 2.0, 1.0, 2, noise).tolist()) == {1, 2}
-    assert set(M.sample(logits.expand(len(noise), -1), 2.0, 0.3, 0, noise).tolist()) == {1}
+    assert set(G.sample(logits.expand(len(noise), -1), 2.0, 1.0, 2, noise).tolist()) == {1, 2}
+    assert set(G.sample(logits.expand(len(noise), -1), 2.0, 0.3, 0, noise).tolist()) == {1}
 
 
 # ---- FLOPs -----------------------------------------------------------------------------------------------------------

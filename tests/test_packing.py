@@ -7,9 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-import common, data
-from bench import length_file
-from data import Packs, fill_packs, make_loader, open_sources
+import data
+from inputs import index as index_module, packing, sources, tokenizer
+from training import metrics
+from bench.__main__ import length_file
+from data import make_loader
+from inputs.packing import Packs, fill_packs
+from inputs.sources import open_sources
 from model import LLMConfig, train_flops
 from test_data import KW, TOY, some_rows, talk, write_rows
 from vision import VisionConfig
@@ -67,10 +71,10 @@ def test_no_sample_waits_for_more_packs_than_may_wait():
     taken = np.empty(4000, int)
     for number, pack in enumerate(packs):
         taken[pack] = number
-    arrived = np.array([taken[:max(1, i - data.WAITING + 1)].min(initial=0) for i in range(4000)])
+    arrived = np.array([taken[:max(1, i - packing.WAITING + 1)].min(initial=0) for i in range(4000)])
     order = np.sort(taken)                                              # a sample comes when that many were taken
-    comes = np.array([order[max(0, i - data.WAITING)] for i in range(4000)])
-    assert (taken - comes).max() <= data.WAITING and (arrived <= taken).all()
+    comes = np.array([order[max(0, i - packing.WAITING)] for i in range(4000)])
+    assert (taken - comes).max() <= packing.WAITING and (arrived <= taken).all()
 
 
 def test_a_pack_holds_samples_of_all_kinds():
@@ -84,7 +88,7 @@ def test_a_pack_holds_samples_of_all_kinds():
 # ---- R12 -------------------------------------------------------------------------------------------------------------
 
 def random_source(n, rng):
-    rows, images = np.zeros(n, data.ROW), np.zeros(n, data.IMAGE)
+    rows, images = np.zeros(n, index_module.ROW), np.zeros(n, index_module.IMAGE)
     rows["tokens"] = rng.integers(1, 330, n)                             # some are longer than a pack
     rows["tokens"][rng.random(n) < 0.02] = -1
     rows["n_images"], rows["first_image"] = rng.random(n) < 0.5, np.arange(n)
@@ -231,13 +235,13 @@ def test_60_bad_rows_of_15_kinds_among_2000_are_quarantined_for_their_reason_and
 def test_a_lost_or_doubled_sample_is_noticed_at_the_step_with_its_numbers():
     packs = types.SimpleNamespace(n=10)
     state = dict(counts={"used": 7, "too_long": 2, "unreadable": 1}, samples_seen=6, quarantined=1)
-    sums = common.account({"used": 3}, state, packs, False)["epoch"]
+    sums = metrics.account({"used": 3}, state, packs, False)["epoch"]
     assert sums == dict(epochs=1, records=10, to_come=0, used=6, dropped={"too_long": 2},
                         quarantined={"in the index": 1, "in training": 1})
-    assert common.account({"used": 7, "too_long": 3}, state, packs, False) == {}     # no epoch ended in this step
-    assert common.account(state["counts"], state | dict(counts={"used": 7, "too_long": 7}), packs, True)["epoch"]["to_come"] == 6
+    assert metrics.account({"used": 7, "too_long": 3}, state, packs, False) == {}     # no epoch ended in this step
+    assert metrics.account(state["counts"], state | dict(counts={"used": 7, "too_long": 7}), packs, True)["epoch"]["to_come"] == 6
     with pytest.raises(AssertionError, match="7 samples were planned, 5 used and 1 quarantined"):
-        common.account({}, state | dict(samples_seen=5), packs, False)
+        metrics.account({}, state | dict(samples_seen=5), packs, False)
 
 
 def test_an_epoch_that_does_not_add_up_is_refused(tmp_path):
@@ -251,9 +255,11 @@ def test_an_epoch_that_does_not_add_up_is_refused(tmp_path):
 FAILS = """
 import multiprocessing, sys
 import configurator, data
+from inputs import index as index_module, packing, sources, tokenizer
+from training import metrics
 def main():
-    tok = data.Tokenizer(data.TOY_TOKENIZER)
-    packs = data.Packs(data.open_sources(sys.argv[1], tok, "sailvl-chat"), tok, "sailvl-chat", tile_size=84,
+    tok = tokenizer.Tokenizer(data.TOY_TOKENIZER)
+    packs = packing.Packs(sources.open_sources(sys.argv[1], tok, "sailvl-chat"), tok, "sailvl-chat", tile_size=84,
                        tokens_per_tile=9, tokens_per_pack=300)
     batches = iter(data.make_loader(packs, num_workers=2))
     next(batches)
@@ -275,16 +281,18 @@ MEMORY = """
 import itertools, os, sys, types
 import numpy as np
 import data
+from inputs import index as index_module, packing, sources, tokenizer
+from training import metrics
 folder, n_rows, n_batches, workers = sys.argv[1], *map(int, sys.argv[2:5])
 def of(name, pid="self"):
     return sum(int(line.split()[1]) for line in open(f"/proc/{pid}/smaps_rollup") if line.startswith(name)) / 1024
-source = data.open_sources(f"{folder}/rows.jsonl", tok := data.Tokenizer(data.TOY_TOKENIZER), "sailvl-chat")[0]
+source = sources.open_sources(f"{folder}/rows.jsonl", tok := tokenizer.Tokenizer(data.TOY_TOKENIZER), "sailvl-chat")[0]
 with open(f"{folder}/rows.bin", "wb") as rows, open(f"{folder}/images.bin", "wb") as images:
     for start in range(0, n_rows, 100_000):
-        part = np.zeros(min(100_000, n_rows - start), data.ROW)
+        part = np.zeros(min(100_000, n_rows - start), index_module.ROW)
         part["tokens"], part["n_images"], part["first_image"] = 50, 1, start + np.arange(len(part))
         rows.write(part.tobytes())
-        sizes = np.zeros(len(part), data.IMAGE)
+        sizes = np.zeros(len(part), index_module.IMAGE)
         sizes["width"] = sizes["height"] = 84
         images.write(sizes.tobytes())
     for file in (rows, images):                                         # what is not on the disk yet counts as dirty
@@ -292,12 +300,12 @@ with open(f"{folder}/rows.bin", "wb") as rows, open(f"{folder}/images.bin", "wb"
         os.fsync(file.fileno())
 kw = dict(tile_size=84, tokens_per_tile=9, max_tiles=4, tokens_per_pack=300, tiles_per_pack=20)
 before = of("Private_Dirty")
-big = types.SimpleNamespace(name="big", path="", rows=data.mapped(f"{folder}/rows.bin"), repeat=1, weight=0, max_tiles=0,
-                            images=data.mapped(f"{folder}/images.bin"), meta=dict(bad=[], digest=""))
-packs = data.Packs([big], None, "", **kw)
+big = types.SimpleNamespace(name="big", path="", rows=index_module.mapped(f"{folder}/rows.bin"), repeat=1, weight=0, max_tiles=0,
+                            images=index_module.mapped(f"{folder}/images.bin"), meta=dict(bad=[], digest=""))
+packs = packing.Packs([big], None, "", **kw)
 planned = [len(packs.plan_window(0, w)[0]) for w in range(5)]
 index = of("Private_Dirty") - before
-loader = iter(data.make_loader(data.Packs([source], tok, "sailvl-chat", **kw), num_workers=workers))
+loader = iter(data.make_loader(packing.Packs([source], tok, "sailvl-chat", **kw), num_workers=workers))
 warm = n_batches // 4
 for _ in range(warm): next(loader)
 start = of("Rss")
@@ -329,7 +337,7 @@ def test_an_index_built_by_several_processes_is_the_one_of_one_process(tmp_path,
     for name in ("rows.bin", "images.bin"):
         (want.index / name).rename(tmp_path / name)
     (want.index / "meta.json").unlink()
-    data.mapped.cache_clear()
+    index_module.mapped.cache_clear()
     monkeypatch.setattr(data, "CHUNK", 60)
     monkeypatch.setattr(data.os, "sched_getaffinity", lambda pid: {0, 1})
     got = open_sources(one, TOY, "sailvl-chat")[0]

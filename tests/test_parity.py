@@ -5,7 +5,8 @@ import torch.nn.functional as F
 
 from model import IGNORE, VLM, LLMConfig, rope_table
 from test_model import IMG, LLM, tiny
-from vision import Projector, VisionConfig, normalize, pixel_shuffle
+from inputs.images import normalize
+from vision import Projector, VisionConfig, pixel_shuffle
 
 t = pytest.importorskip("transformers", reason="transformers is the oracle; pip install -r requirements-dev.txt")
 torch.set_num_threads(1)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-import assistant, command_line, sample
+import command_line, generate, sample
 from test_eval import make_model_folder
 
 torch.set_num_threads(1)
@@ -51,12 +51,12 @@ def test_streaming_gives_the_same_text_and_whole_characters(world, monkeypatch):
     prompt = one.prompt([("Hello", None)], [])
     assert "".join(one.stream(*prompt)) == one.answers([prompt])[0]
     ids = one.tokenizer.encode("  naïve 图片 😀 ok\n")
-    monkeypatch.setattr(assistant, "generate_stream", lambda *args, **kw: iter(ids))
+    monkeypatch.setattr(generate, "generate_stream", lambda *args, **kw: iter(ids))
     pieces = list(one.stream(*prompt))
     assert "".join(pieces) == "naïve 图片 😀 ok" and len(pieces) > 5 and not any("\ufffd" in p for p in pieces)
-    monkeypatch.setattr(assistant, "generate_stream", lambda *args, **kw: iter(ids[:-7]))
+    monkeypatch.setattr(generate, "generate_stream", lambda *args, **kw: iter(ids[:-7]))
     assert "".join(one.stream(*prompt)) == one.tokenizer.decode(ids[:-7]).strip()   # a broken end is shown as such
-    monkeypatch.setattr(assistant, "generate_stream", lambda *args, **kw: iter([]))
+    monkeypatch.setattr(generate, "generate_stream", lambda *args, **kw: iter([]))
     assert list(one.stream(*prompt)) == []
 
 def test_a_folder_of_pictures(world, tmp_path):
@@ -103,7 +103,7 @@ def test_chat_replays_the_dialogue(world, monkeypatch):
     sample.chat(one, cfg)
     assert len(asked) == 3                                              # the wrong number of placeholders was refused
     turns = [("Q1", "fine"), ("Then <image> and <image>", "fine"), ("Q2", None)]
-    ids = assistant.chat_ids(one.tokenizer, one.template, turns, [3, 3], 1)
+    ids = generate.chat_ids(one.tokenizer, one.template, turns, [3, 3], 1)
     assert asked[-1][0] == ids and asked[-1][1].shape == (6, 3, 28, 28)
 
 @pytest.mark.parametrize("flags, message", [

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import plan
-import scaling
+pass
+from runs import plan, scaling
 
 ROOT = Path(__file__).parent.parent
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-import common, toy
+from toy.__main__ import __main__ as toy
+from inputs import chat, packing
+from training import checkpoint, distributed, metrics, optim, run_folder
 from test_train import argv, kill_tree, launch, log, weights
 from zygote import Zygote
 
@@ -18,23 +20,27 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 # ---- what runs inside the ranks before the script does ---------------------------------------------------------------
 IDS = """
-import common, os, signal
-watch = common.watch
+import os, signal
+from inputs import chat, packing
+from training import checkpoint, distributed, metrics, optim, run_folder
+watch = run_folder.watch
 def note(cfg, dist, text):                                # called once a step, with the ids of its samples
     watch(cfg, dist, text)
     with open(f"{cfg.out_dir}/last_step/rank_{RANK}.all", "a") as f:
         f.write(text + chr(10))
     if text.startswith(STOP + ":") and RANK == 0:         # at the end of this step
         os.kill(os.getpid(), signal.SIGTERM)
-common.watch = note
+run_folder.watch = note
 STOP = "never"
 """
 FP64 = """
-import common, torch
+import torch
+from inputs import chat, packing
+from training import checkpoint, distributed, metrics, optim, run_folder
 torch.Tensor.float = torch.Tensor.double                  # what the model does in fp32 for accuracy
-common.set_dtypes = lambda model, dtype: model.double()
-policy = common.MixedPrecisionPolicy
-common.MixedPrecisionPolicy = lambda *a, **kw: policy(torch.float64, torch.float64, **kw)
+optim.set_dtypes = lambda model, dtype: model.double()
+policy = distributed.MixedPrecisionPolicy
+distributed.MixedPrecisionPolicy = lambda *a, **kw: policy(torch.float64, torch.float64, **kw)
 
 """
 
@@ -70,7 +76,7 @@ def stop_at(step):
 
 def read(out, step=None):
     """{name: tensor} of a checkpoint of a run, weights and moments; step None: the newest."""
-    path = common.find_checkpoint(out) if step is None else Path(out) / "checkpoints" / f"step_{step:08d}"
+    path = checkpoint.find_checkpoint(out) if step is None else Path(out) / "checkpoints" / f"step_{step:08d}"
     sizes = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     tensors = {k: torch.empty(t.size, dtype=t.properties.dtype) for k, t in sizes.items()}
     dcp.load(tensors, checkpoint_id=path, no_dist=True)
@@ -109,10 +115,10 @@ def test_stops_at_three_points_and_other_numbers_of_workers_change_no_bit_of_wei
         arguments = one_stage(parts, shards, "--save_every=40", f"--num_workers={workers}", *CHANCE)
         assert zygote.run("train", arguments, 2, tmp_path / "2", stop_at(step)) == [0, 0], (tmp_path / "2").read_text()
     assert losses(whole) == losses(parts) and samples(whole) == samples(parts)
-    files = [{name: digest for name, (_, digest) in json.loads((common.find_checkpoint(out) / "manifest.json")
+    files = [{name: digest for name, (_, digest) in json.loads((checkpoint.find_checkpoint(out) / "manifest.json")
               .read_text())["files"].items() if name.endswith("distcp")} for out in (whole, parts)]
     assert files[0] == files[1] and len(files[0]) == 2
-    state = [common.read_state(common.find_checkpoint(out)) for out in (whole, parts)]
+    state = [checkpoint.read_state(checkpoint.find_checkpoint(out)) for out in (whole, parts)]
     assert state[0] == state[1] and state[0]["position"][0] >= 1                   # beyond the first epoch
 
 
@@ -173,7 +179,9 @@ def test_fifty_kills_at_random_moments_leave_the_same_weights_samples_and_log(zy
 
 
 DIES = """
-import common, os
+import os
+from inputs import chat, packing
+from training import checkpoint, distributed, metrics, optim, run_folder
 calls = []
 def dying(owner, name):
     original = getattr(owner, name)
@@ -184,17 +192,17 @@ def dying(owner, name):
                 os._exit(77)
         return original(*args, **kw)
     setattr(owner, name, call)
-for owner, name in ((os, "fsync"), (os, "rename"), (os, "replace"), (common, "file_hash"), (common, "gather"),
-                    (common.dcp, "save"), (common, "tensors_of"), (common, "write_checkpoint"), (common.json, "dumps"),
-                    (os, "open"), (common, "deal"), (common, "memory_for")):
+for owner, name in ((os, "fsync"), (os, "rename"), (os, "replace"), (checkpoint, "file_hash"), (checkpoint, "gather"),
+                    (checkpoint.dcp, "save"), (checkpoint, "tensors_of"), (checkpoint, "write_checkpoint"), (checkpoint.json, "dumps"),
+                    (os, "open"), (checkpoint, "deal"), (checkpoint, "memory_for")):
     dying(owner, name)
-saving, save = [], common.save_checkpoint
+saving, save = [], checkpoint.save_checkpoint
 def second(out_dir, step, *args, **kw):
     if step == 6:                                         # the first to delete an older one
-        common.saved(args[5])                             # the save before, or it would be the one that dies
+        checkpoint.saved(args[5])                             # the save before, or it would be the one that dies
         saving.append(step)
     return save(out_dir, step, *args, **kw)
-common.save_checkpoint = second
+checkpoint.save_checkpoint = second
 """
 
 
@@ -219,7 +227,7 @@ def kill_inside_a_save(zygote, shards, tmp_path, mode, points):
             if codes[victim] != 77:
                 break
             killed += 1
-            assert common.find_checkpoint(out).name in ("step_00000004", "step_00000006")
+            assert checkpoint.find_checkpoint(out).name in ("step_00000004", "step_00000006")
             assert zygote.run("train", arguments(out), 2, tmp_path / "2") == [0, 0], (tmp_path / "2").read_text()[-2000:]
             assert losses(out) == want and not list(out.glob("checkpoints/.tmp*"))
             got, whole = weights(out / "base"), weights(tmp_path / "whole" / "base")
@@ -274,10 +282,12 @@ def test_twenty_signals_save_twenty_times(zygote, shards, tmp_path, name, target
 
 
 def preempt(zygote, shards, tmp_path, name, target, when):
-    place = {"set-up": "train.start_weights", "step": "train.model_inputs", "slow loader": "common.seed_everything",
-             "validation": "common.validation_loss", "checkpoint": "common.write_checkpoint"}[when]
+    place = {"set-up": "train.start_weights", "step": "train.model_inputs", "slow loader": "optim.seed_everything",
+             "validation": "metrics.validation_loss", "checkpoint": "checkpoint.write_checkpoint"}[when]
     code = f"""
-import common, os, signal, time, train
+import os, signal, time, train
+from inputs import chat, packing
+from training import checkpoint, distributed, metrics, optim, run_folder
 original, times = {place}, []
 def call(*args, **kw):
     times.append(1)
@@ -293,7 +303,7 @@ def call(*args, **kw):
     assert zygote.run("train", arguments(tmp_path / "r"), 2, tmp_path / "1", code) == [0, 0], (tmp_path / "1").read_text()
     assert time.monotonic() - start < 60 and "stopped by a signal" in (tmp_path / "1").read_text()
     rows = log(tmp_path / "r")
-    assert common.read_state(common.find_checkpoint(tmp_path / "r"))["step"] == rows[-1]["step"] < 5    # none is lost
+    assert checkpoint.read_state(checkpoint.find_checkpoint(tmp_path / "r"))["step"] == rows[-1]["step"] < 5    # none is lost
     assert zygote.run("train", arguments(tmp_path / "r"), 2, tmp_path / "1") == [0, 0], (tmp_path / "1").read_text()
     whole = tmp_path.parent / "whole_of_signals"                                   # made once
     if not (whole / "base").exists():
@@ -345,7 +355,7 @@ def test_a_signal_to_torchrun_itself_saves(shards, tmp_path, name):
         next(line for line in torchrun.stdout if line.startswith("base 2/"))
         torchrun.send_signal(getattr(signal, name))
         assert "stopped by a signal after base" in torchrun.communicate(timeout=60)[0]
-        assert common.read_state(common.find_checkpoint(tmp_path / "r"))["step"] == log(tmp_path / "r")[-1]["step"]
+        assert checkpoint.read_state(checkpoint.find_checkpoint(tmp_path / "r"))["step"] == log(tmp_path / "r")[-1]["step"]
     finally:
         kill_tree(torchrun.pid)
 
@@ -353,25 +363,27 @@ def test_a_signal_to_torchrun_itself_saves(shards, tmp_path, name):
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 SPY = FP64 + """
 import data, torch, train
+from inputs import chat, packing
+from training import checkpoint, distributed, metrics, optim, run_folder
 from torch.distributed.tensor import DTensor
 planned = train.stage_packs
 train.stage_packs = lambda cfg, stage, tok, vision, packs_per_step, *a: planned(cfg, stage, tok, vision, 8, *a)
-batch_of = data.Packs.__getitem__
+batch_of = packing.Packs.__getitem__
 def masked(self, pack):                                   # every second pack, so every second rank, asks nothing
     batch = batch_of(self, pack)
     if pack.position[2] % 2 == 0:
-        batch["labels"].fill_(data.IGNORE)
+        batch["labels"].fill_(chat.IGNORE)
         batch["size"] |= dict(supervised=0, weight=0.0)
     return batch
-data.Packs.__getitem__ = masked
-clip = common.clip_grad_norm
+packing.Packs.__getitem__ = masked
+clip = optim.clip_grad_norm
 def spy(model, max_norm):
     whole = {k: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
              for k, p in getattr(model, "module", model).named_parameters()}
     if RANK == 0:
         torch.save(whole, OUT)
     return clip(model, max_norm)
-common.clip_grad_norm = spy
+optim.clip_grad_norm = spy
 """
 MERGED = """
 loader = train.make_loader
@@ -411,8 +423,9 @@ def mine(cfg, *args, **kw):                               # rank 1 never sees a 
     cfg.data = text if RANK == 1 else pictures
     return planned_alone(cfg, *args, **kw)
 train.stage_packs = mine
-import common
-common.account = lambda *args: {}                         # which adds up what all ranks plan alike
+from inputs import chat, packing
+from training import checkpoint, distributed, metrics, optim, run_folder
+metrics.account = lambda *args: {}                         # which adds up what all ranks plan alike
 """
 
 
@@ -429,8 +442,10 @@ def test_a_rank_without_pictures_hangs_nobody_and_changes_no_gradient(zygote, sh
     assert zygote.run("train", one_stage(tmp_path / "2", data, *more, steps=1), 2, tmp_path / "1", code) == [0, 0]
     # both packs in one process, where a pack without tiles runs no vision at all
     reference = SPY.replace("% 2 == 0", "< 0") + f"OUT = {str(tmp_path / '1.pt')!r}" + """
-import common, model
-common.account = lambda *args: {}                         # as in TEXT_ONLY
+import model
+from inputs import chat, packing
+from training import checkpoint, distributed, metrics, optim, run_folder
+metrics.account = lambda *args: {}                         # as in TEXT_ONLY
 embed = model.VLM.embed
 def bare(self, tokens, tiles):
     return embed(self, tokens, tiles) if len(tiles) else self.language_model.model.embed_tokens(tokens)
@@ -459,7 +474,9 @@ train.make_loader = alternate
 
 
 NOT_FINITE = """
-import common, train
+import train
+from inputs import chat, packing
+from training import checkpoint, distributed, metrics, optim, run_folder
 inputs, count = train.model_inputs, []
 def poisoned(batch, device):
     count.append(1)
@@ -487,12 +504,12 @@ def test_a_step_that_is_not_finite_on_any_rank_is_skipped_by_all_and_the_third_i
     assert rows[2]["loss" if where != "gradient 0" else "grad_norm"] is None and len(rows[2]["skipped"]) == rows[2]["samples"] and "skipped" not in rows[1]
     a, b = read(out, 2), read(out, 3)                   # weights, moments and their steps
     assert all(torch.equal(a[k], b[k]) for k in a)
-    state = common.read_state(common.find_checkpoint(out))
+    state = checkpoint.read_state(checkpoint.find_checkpoint(out))
     assert all(isinstance(x, float) for x in state["losses"]) and state["bad_steps"] == 1
     codes = zygote.run("train", one_stage(tmp_path / "s", shards, "--save_every=1", steps=9), 2, tmp_path / "2",
                        code + "STEPS = [3, 5, 6, 7]")
     assert codes == [2, 2] and "three steps in a row" in (tmp_path / "2").read_text()
-    assert len(log(tmp_path / "s")) == 7 and common.find_checkpoint(tmp_path / "s").name == "step_00000004"
+    assert len(log(tmp_path / "s")) == 7 and checkpoint.find_checkpoint(tmp_path / "s").name == "step_00000004"
     assert not (tmp_path / "s/base").exists()
 
 
@@ -537,17 +554,19 @@ def test_the_golden_curve_of_fifty_steps_is_met_on_one_and_two_ranks(zygote, sha
 def test_a_disk_that_fills_up_costs_neither_the_run_nor_an_old_checkpoint_and_the_next_save_tries_again(
         zygote, shards, tmp_path):
     code = """
-import collections, common, resource, train
-save, Usage = common.save_checkpoint, collections.namedtuple("Usage", "free")
+import collections, resource, train
+from inputs import chat, packing
+from training import checkpoint, distributed, metrics, optim, run_folder
+save, Usage = checkpoint.save_checkpoint, collections.namedtuple("Usage", "free")
 def full(out_dir, step, *args, **kw):
-    common.shutil.disk_usage = lambda path: Usage(1000 if step == 4 else 10 ** 12)          # seen before
+    checkpoint.shutil.disk_usage = lambda path: Usage(1000 if step == 4 else 10 ** 12)          # seen before
     limit = 20000 if step == 6 else resource.RLIM_INFINITY                                  # met while writing
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     future = save(out_dir, step, *args, **kw)
-    common.concurrent.futures.wait([future])
+    checkpoint.concurrent.futures.wait([future])
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
     return future
-common.save_checkpoint = full
+checkpoint.save_checkpoint = full
 """
     out = tmp_path / "r"
     assert zygote.run("train", one_stage(out, shards, "--save_every=2", steps=9), 2, tmp_path / "1", code) == [0, 0]
@@ -558,7 +577,7 @@ common.save_checkpoint = full
 
 
 def test_a_run_that_will_not_fit_on_the_disk_is_refused_before_the_first_step(zygote, shards, tmp_path):
-    code = "import collections, common\ncommon.shutil.disk_usage = lambda p: collections.namedtuple('U', 'free')(9 * 10 ** 5)"
+    code = "import collections\nfrom training import checkpoint\ncheckpoint.shutil.disk_usage = lambda p: collections.namedtuple('U', 'free')(9 * 10 ** 5)"
     assert zygote.run("train", one_stage(tmp_path / "r", shards, "--save_every=1"), 1, tmp_path / "1", code) == [2]
     text = (tmp_path / "1").read_text()
     assert "error: " in text and "stage base with 3 more checkpoints and a model folder needs" in text

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from data import IGNORE, TEMPLATES, Tokenizer, chat_ids, render
+from inputs.chat import IGNORE, TEMPLATES, chat_ids, render
+from inputs.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
-TOY = ROOT / "config" / "toy_tokenizer"
+TOY = ROOT / "toy" / "tokenizer"
 # a folder with Qwen's vocab.json and merges.txt, which are not ours; ../shared is an optional folder of test data
 QWEN = Path(os.environ.get("QWEN_TOKENIZER", ROOT.parent / "shared" / "tokenizer" / "qwen2"))
 # id, token, special: facts of the released tokenizer_config.json; with the toy vocabulary they start at 1025
@@ -171,9 +172,9 @@ def test_an_assembled_folder_gives_hugging_face_the_same_tokenizer_and_prompts(m
         want = chat_ids(mine, "sailvl-chat", turns, [1], 5)
         assert words(text.replace(image, "<img>" + "<IMG_CONTEXT>" * 5 + "</img>"))["input_ids"] == want
     pictures = pytest.importorskip("PIL.Image")
-    from vision import STD, make_tiles, normalize
+    from inputs.images import STD, make_tiles, normalize
     import torch
     image = pictures.effect_noise((500, 300), 90).convert("RGB")                # transformers' own tiling of the same
     pixels = t.AutoImageProcessor.from_pretrained(tmp_path / "transformers")(images=[image], return_tensors="pt")
     off = (pixels["pixel_values"] - normalize(make_tiles(image, tile_size=56))).abs() * 255 * torch.tensor(STD).view(3, 1, 1)
-    assert off.max() < 1.001 and (off > 0.001).float().mean() < 0.01            # at most 1 of 255, see vision.resize
+    assert off.max() < 1.001 and (off > 0.001).float().mean() < 0.01            # at most 1 of 255, see images.resize

@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import toy
-from data import Tokenizer, open_sources, Packs, render
-from vision import count_tiles, tile_grid
+from toy.__main__ import __main__ as toy
+from inputs.chat import render
+from inputs.packing import Packs
+from inputs.sources import open_sources
+from inputs.tokenizer import Tokenizer
+from inputs.images import count_tiles, tile_grid
 
-TOY = Tokenizer(Path(__file__).parent.parent / "config" / "toy_tokenizer")
+TOY = Tokenizer(Path(__file__).parent.parent / "toy" / "tokenizer")
 
 
 def test_samples_are_a_pure_function_of_the_seed():

@@ -6,10 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import common, sft, toy, train
+import sft, train
+from toy.__main__ import __main__ as toy
+from inputs import images
+from training import run_folder
 
 ROOT = Path(__file__).parent.parent
-TINY = """--tokenizer=config/toy_tokenizer --vision=toy --vision.dim=32 --vision.n_layers=1 --vision.n_heads=2
+TINY = """--tokenizer=toy/tokenizer --vision=toy --vision.dim=32 --vision.n_layers=1 --vision.n_heads=2
     --vision.ffn_dim=64 --llm=toy --llm.dim=32 --llm.n_layers=1 --llm.n_heads=2 --llm.n_kv_heads=1 --llm.head_dim=16
     --llm.ffn_dim=64 --num_workers=0 --max_tiles=4 --tokens_per_pack=300 --max_tiles_per_pack=20 --dtype=float32
     --threads=1 --seed=7""".split()
@@ -185,7 +188,7 @@ def test_the_loss_falls(tmp_path, shards, monkeypatch):
     (["--llm=toi"], "toy"),
     (["--stages=alignmnt"], "unknown stage 'alignmnt'"),
     (["--init_from=nowhere"], "nowhere is not a model folder"),
-    (["--init_from=config/toy_vit", "--dry_run=True"], "config/toy_vit is a vision encoder alone; convert.py assemble"),
+    (["--init_from=toy/vit", "--dry_run=True"], "toy/vit is a vision encoder alone; convert.py assemble"),
     (["--data=nowhere.jsonl"], "does not exist"),
     (["--data="], "no data"),
     (["config/nothing.py"], "config/nothing.py"),
@@ -195,7 +198,7 @@ def test_the_loss_falls(tmp_path, shards, monkeypatch):
     (["--grad_accum_steps=0"], "grad_accum_steps=0 must be at least 1"),
     (["--max_steps=-1"], "max_steps=-1 must be at least 0"),
     (["--llm.n_heads=3", "--llm.n_kv_heads=2"], "3 heads do not divide over 2"),
-    (["--vision.image_size=90"], "image_size 90 does not divide"),
+    (["--images.image_size=90"], "image_size 90 does not divide"),
 ])
 def test_a_mistake_gets_one_clear_line_and_writes_no_weights(tmp_path, shards, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(ROOT)
@@ -264,11 +267,11 @@ def test_the_data_of_a_stage_go_first_and_a_flag_that_would_be_lost_is_refused(t
 
 def test_one_percent_of_a_large_source_may_be_unreadable():
     packs, state = types.SimpleNamespace(n=20000, n_bad=150), {"quarantined": 0, "samples_seen": 8}
-    common.check_quarantine(state, packs, "out")
+    run_folder.check_quarantine(state, packs, "out")
     for bad in (types.SimpleNamespace(n=14000, n_bad=150), packs):
         state["quarantined"] = 200 * (bad is packs)
         with pytest.raises(ValueError, match="unreadable samples"):
-            common.check_quarantine(state, bad, "out")
+            run_folder.check_quarantine(state, bad, "out")
 
 
 def test_unreadable_samples_are_named_and_a_rotten_source_stops_the_run(tmp_path, monkeypatch):

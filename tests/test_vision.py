@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 
 import vision as V
-from vision import (MEAN, STD, Projector, ViT, VisionConfig, count_tiles, drop_path, image_size, load_image, make_tiles,
-                    normalize, pixel_shuffle, tile_grid)
+from inputs import images
+from inputs.images import MEAN, STD, count_tiles, image_size, load_image, make_tiles, normalize, tile_grid
+from vision import Projector, ViT, VisionConfig, drop_path, pixel_shuffle
 
 torch.set_num_threads(1)
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"    # optional test data
@@ -107,8 +108,8 @@ LISTED_6 = "11 12 21 31 13 41 14 22 15 51 61 23 16 32"
 def test_candidate_grids_come_in_the_released_order():
     def parse(text):
         return [tuple(map(int, x.split(","))) if "," in x else (int(x[0]), int(x[1])) for x in text.split()]
-    assert V._candidates(1, 12) == parse(LISTED_12) and V._candidates(1, 6) == parse(LISTED_6)
-    assert V._candidates(1, 10) == parse(LISTED_12)[:27]
+    assert images._candidates(1, 12) == parse(LISTED_12) and images._candidates(1, 6) == parse(LISTED_6)
+    assert images._candidates(1, 10) == parse(LISTED_12)[:27]
 
 
 @pytest.mark.parametrize("size, grids", [
@@ -149,7 +150,7 @@ def test_every_value_is_within_1_of_pillows_resize_whatever_the_sizes():
         pictures.append(Image.fromarray(grey if i % 2 else (grey > 127) * np.uint8(255)))
     for image in pictures + [Image.fromarray(rng.integers(0, 256, (626, 68, 3), dtype=np.uint8))]:  # rows go first here,
         size = tuple(int(x) for x in 112 * rng.integers(1, 5, 2)) if image.width != 68 else (28, 336)  # if Pillow is 13
-        got, want = V.resize(image, *size).permute(1, 2, 0).numpy(), np.asarray(image.resize(size, Image.BICUBIC))
+        got, want = images.resize(image, *size).permute(1, 2, 0).numpy(), np.asarray(image.resize(size, Image.BICUBIC))
         assert got.shape == want.shape and np.abs(got.astype(int) - want).max() <= 1, (image.size, size)
 
 

@@ -1,11 +1,9 @@
-"""What a run will cost, printed by `--dry_run=True`: stage table, memory, FLOPs, days; and several runs in a row."""
-import json, shlex, subprocess, sys
-from pathlib import Path
-
+"""What a run will cost: --dry_run=True."""
 import torch
 
-import common
 from model import VLM, train_flops
+from training.optim import print_stage_table
+from training.settings import stage_steps
 from weights import read_configs
 
 TOKENS, TILES, SUPERVISED = 2048, 7, 192  # of the sample that a plan is made for: 6 tiles and a thumbnail
@@ -33,7 +31,7 @@ def print_plan(cfg, stages, world):
 
     Memory: fp32 master, gradient and two Adam moments for what trains (16 bytes), bf16 for what is frozen; under
     --parallel=fsdp all ranks share both; the bf16 copies that autocast makes of what trains (2 bytes), or two gathered
-    units; activations of the fullest pack. FLOPs are strict (model.train_flops), for packs full of such samples; days
+    units; activations of the fullest pack. FLOPs are strict (train_flops), for packs full of such samples; days
     at `mfu_assumed` of a GPU of 989 TFLOP/s."""
     vision, llm = read_configs(cfg.init_from)[:2] if cfg.init_from else (cfg.vision, cfg.llm)
     if llm is None:
@@ -42,9 +40,9 @@ def print_plan(cfg, stages, world):
         model = VLM(None if cfg.image_as == "words" else vision, llm, 0)
     days, sharded = 0.0, cfg.parallel == "fsdp"
     for name, stage in stages:
-        rows = common.print_stage_table(name, model, stage)
+        rows = print_stage_table(name, model, stage)
         state = sum(16 * trainable + 2 * (n - trainable) for _, n, trainable, _, _ in rows) / (world if sharded else 1)
-        pack, steps = cfg.tokens_per_pack, common.stage_steps(cfg, stage)
+        pack, steps = cfg.tokens_per_pack, stage_steps(cfg, stage)
         tokens = min(TOKENS, pack)
         tiles = max(1, min(TILES, tokens // vision.tokens_per_tile)) if model.vision else 0
         samples = pack // tokens * cfg.grad_accum_steps * world
@@ -65,20 +63,3 @@ def print_plan(cfg, stages, world):
         days += stage_days
     print(f"{sum(1 for _ in model.parameters())} tensors, {sum(p.numel() for p in model.parameters()):,} parameters; "
           f"{days:.3g} days in all on {world} GPU{'s' * (world > 1)}")
-
-def run_plan(folder, commands, run, processes=1, **files):
-    """Print command lines that end in folder/eval/results.json, unless it is there, and with run=True run them. files:
-    {name: text} to be in the folder before. ValueError where a folder was run otherwise, or where a command fails."""
-    made, plan = Path(folder) / "plan.json", json.dumps([commands, files])
-    if made.exists() and made.read_text() != plan:
-        raise ValueError(f"{folder} was run with other data or flags: remove it, or give another --out")
-    if (made.parent / "eval" / "results.json").exists(): return
-    files |= {made.name: plan} if run else {}
-    if files: made.parent.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items(): common.write_atomic(made.parent / name, text)
-    ranks = [f"--nproc_per_node={processes}"] if processes > 1 else []
-    shown, module = (["torchrun"], ["-m", "torch.distributed.run", "--standalone"]) if ranks else (["python"], [])
-    for command in commands:
-        print(shlex.join([*shown, *ranks, *command]), flush=True)
-        if run and subprocess.run([sys.executable, *module, *ranks, *command]).returncode:
-            raise ValueError(f"{folder}: {command[0]} failed, see above; run again to go on")

@@ -1,11 +1,11 @@
 """Does a score grow with the logarithm of the pretraining data? Plan the runs, fit score = a + b log10(tokens), plot.
 
-    python scaling.py plan --steps=1000,4000,16000 --train="config/pretrain_2b.py --init_from=start_2b --data=c.json" \
+    python -m runs.scaling plan --steps=1000,4000,16000 --train="config/pretrain_2b.py --init_from=start_2b --data=c.json" \
         --sft="config/sft_2b.py --knowledge.data=k.json --instruction.data=i.json --preference.data=p.json" \
         --eval="--data_dir=LMUData --benchmarks=all" --processes=8
-    python scaling.py plan ... --run=True            # runs what is not finished; the same command goes on
-    python scaling.py fit --out_dir=out/scaling      # lines with errors, and the largest budget predicted by the others
-    python scaling.py plot --out_dir=out/scaling     # scaling.png, in out_dir
+    python -m runs.scaling plan ... --run=True            # runs what is not finished; the same command goes on
+    python -m runs.scaling fit --out_dir=out/scaling      # lines with errors, and the largest budget predicted by the others
+    python -m runs.scaling plot --out_dir=out/scaling     # scaling.png, in out_dir
 
 SAIL-VL's second claim (arXiv 2501.05952): scores rise by as much for each tenfold of the data, from billions to 655B
 tokens, also after the same fine-tuning. Each point is a run of its own with a whole schedule, for what a cosine is
@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from common import read_log
+from training.metrics import read_log
 from configurator import configure, launch
-from data import read_json
-from plan import run_plan
+from inputs.files import read_json
+from runs.plan import run_plan
 
 @dataclass(slots=True)
 class Config:

@@ -1,8 +1,8 @@
 """The toy world: pictures with exact truth, unlimited in number, that a 3 M parameter model can learn on two CPU cores.
 
-    python toy.py --out=shards/toy --n=4000                    # training shards (tar) and benchmark files (tsv)
-    python toy.py --out=shards/web --n=2000 --parts=web         # pictures with poor alt-text, and the truth beside
-    python toy.py --out=shards/toy_text --n=100000 --parts=text  # the same questions with every picture given as words
+    python -m toy --out=shards/toy --n=4000                    # training shards (tar) and benchmark files (tsv)
+    python -m toy --out=shards/web --n=2000 --parts=web         # pictures with poor alt-text, and the truth beside
+    python -m toy --out=shards/toy_text --n=100000 --parts=text  # the same questions with every picture given as words
 
 Every picture is a board of 28-pixel cells, so that after 14-pixel patches and a 2x2 pixel shuffle one visual token sees
 one cell; a tile is 3x3 cells. Boards of 1x1 to 3x1 and 2x2 tiles go through the same dynamic tiling, thumbnail
@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from configurator import configure, launch
-from data import add_record
+from inputs.tars import add_record
 
 @dataclass(slots=True)
 class Config:

@@ -1,15 +1,15 @@
 """Speed beside what one would use instead: same inputs, same process, parity first, then medians of interleaved rounds.
 
-    python bench.py attn          # packed attention against PyTorch's (default, cuDNN), FlexAttention, flash-attn
-    python bench.py ce            # linear + cross-entropy against the plain one: time, memory
-    python bench.py train         # training steps: tokens/s, strict MFU, memory, against our own padded batches
-    python bench.py vs-hf         # training steps against transformers' InternVL: same weights, same samples
-    python bench.py decode        # tokens/s of one answer against transformers' generate, prompts/s of many against one
-    python bench.py stages        # alignment and advance beside sft: seconds of a step against its share of the FLOPs
-    python bench.py pack          # packs planned from lengths: fill, balance of 8 ranks, time, beside other methods
-    python bench.py image         # JPEG to tiles on one core, beside Pillow and transformers' image processor
-    python bench.py loader        # images/s of whole batches from 2 workers, beside what an H200 needs
-    python bench.py warmup        # seconds until the first compiled step is done, graphs compiled for 20 more packs
+    python -m bench attn          # packed attention against PyTorch's (default, cuDNN), FlexAttention, flash-attn
+    python -m bench ce            # linear + cross-entropy against the plain one: time, memory
+    python -m bench train         # training steps: tokens/s, strict MFU, memory, against our own padded batches
+    python -m bench vs-hf         # training steps against transformers' InternVL: same weights, same samples
+    python -m bench decode        # tokens/s of one answer against transformers' generate, prompts/s of many against one
+    python -m bench stages        # alignment and advance beside sft: seconds of a step against its share of the FLOPs
+    python -m bench pack          # packs planned from lengths: fill, balance of 8 ranks, time, beside other methods
+    python -m bench image         # JPEG to tiles on one core, beside Pillow and transformers' image processor
+    python -m bench loader        # images/s of whole batches from 2 workers, beside what an H200 needs
+    python -m bench warmup        # seconds until the first compiled step is done, graphs compiled for 20 more packs
 
 Rows come as they are measured; at the end, whatever happened, device and versions, a markdown table and, on the last
 line, the same rows as JSON: row, value, unit and, beside a peer, peer, peer_value, ratio (ours over theirs, above 1 is
@@ -30,14 +30,18 @@ from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-import common, data, vision
+import data, vision
+from inputs import images as images_module, index, packing, sources as sources_module, tokenizer as tokenizer_module
+from training import distributed, metrics, optim, settings
 from configurator import configure, launch
 from kernels import attention as A, cross_entropy as C
-from model import IGNORE, LLMConfig, VLM, compile_blocks, generate, train_flops
-from vision import VisionConfig, normalize
+from generate import generate
+from model import IGNORE, LLMConfig, VLM, compile_blocks, train_flops
+from inputs.images import normalize
+from vision import VisionConfig
 from weights import image_token_id, load_folder, save_folder
 
-TOKENIZER = Path(__file__).resolve().parent / "config" / "toy_tokenizer"
+TOKENIZER = Path(__file__).resolve().parent.parent / "toy" / "tokenizer"
 
 @dataclass(slots=True)
 class Config:
@@ -210,7 +214,7 @@ def random_samples(size, seed=0):
         labels = torch.full_like(tokens, IGNORE)
         labels[-(length // 2) - 1:-1] = tokens[-(length // 2):]                                 # already shifted
         samples.append((tokens, labels))
-    return samples, torch.randint(0, 256, (sum(tiles), 3, vision.image_size, vision.image_size), generator=g).byte()
+    return samples, torch.randint(0, 256, (sum(tiles), 3, images_module.image_size, images_module.image_size), generator=g).byte()
 
 def padded(samples):
     """Tokens and labels, right-padded: (S, L) each."""
@@ -230,10 +234,10 @@ def build(size, stage, dtype, device):
     torch.manual_seed(0)
     for name, p in model.named_parameters():                    # on the device: init_weights would take minutes at 8B
         p.data.normal_(0, 0.02) if p.ndim > 1 else p.data.fill_(not name.endswith("bias"))
-    rates = common.Stage(**{f"lr_{part}": 1e-6 * on for part, on in zip(("vision", "projector", "llm"), STAGES[stage])})
-    common.set_trainable(model, rates)
-    common.set_dtypes(model, dtype)
-    return model.train(), common.make_optimizer(model, rates, common.RunConfig())
+    rates = settings.Stage(**{f"lr_{part}": 1e-6 * on for part, on in zip(("vision", "projector", "llm"), STAGES[stage])})
+    optim.set_trainable(model, rates)
+    optim.set_dtypes(model, dtype)
+    return model.train(), optim.make_optimizer(model, rates, settings.RunConfig())
 
 def step(loss, optimizer, dtype, device):
     """One training step; loss() is the mean over supervised tokens."""
@@ -245,9 +249,9 @@ def step(loss, optimizer, dtype, device):
     return value.detach()
 
 def train(cfg, device, name, size, stage, checkpointing="none"):
-    dtype, cuda = common.compute_dtype("auto", device), device.type == "cuda"
+    dtype, cuda = distributed.compute_dtype("auto", device), device.type == "cuda"
     (model, optimizer), (samples, tiles) = build(size, stage, dtype, device), random_samples(size)
-    common.parallelize(model, common.RunConfig(activation_checkpointing=checkpointing), common.Dist(device=device))
+    distributed.parallelize(model, settings.RunConfig(activation_checkpointing=checkpointing), distributed.Dist(device=device))
     eights = [[samples[i] for i in batch] for batch in batches_of_8(samples)]   # each padded to its longest sample
     count = lambda batch: sum(int((t == model.image_token_id).sum()) for t, _ in batch) // model.vision.tokens_per_tile
     packs = {"ours": [pack(samples, tiles, device)], "ours, padded": [
@@ -259,15 +263,15 @@ def train(cfg, device, name, size, stage, checkpointing="none"):
         compile_blocks(model)
         torch.cuda.reset_peak_memory_stats()
         sides["ours"]()                                         # alone: the memory is ours
-    memory = common.peak_memory_gb()
+    memory = metrics.peak_memory_gb()
     row, = compare(name, sides, cfg, device, float(sum(lengths)), "tokens/s")
     flops = train_flops(*SIZES[size][:2], len(tiles), lengths, supervised, STAGES[stage])
-    tflops, peak = row["value"] / sum(lengths) * flops / 1e12, common.peak_flops(device)
+    tflops, peak = row["value"] / sum(lengths) * flops / 1e12, metrics.peak_flops(device)
     yield row | dict(tflops=tflops, mfu_percent=tflops * 1e14 / peak if peak else "", gb=memory)
 
 def stages(cfg, device, name, size):
     """Seconds of a step with frozen parts beside one in which all train, over the same ratio of FLOPs: 1 is ideal."""
-    dtype, (samples, tiles) = common.compute_dtype("auto", device), random_samples(size)
+    dtype, (samples, tiles) = distributed.compute_dtype("auto", device), random_samples(size)
     if size == "2b": samples, tiles = samples[:3], tiles[:3 * SIZES[size][3]]   # three models and their moments
     batch, lengths, sides, flops = pack(samples, tiles, device), [len(t) for t, _ in samples], {}, {}
     supervised = int((batch["labels"] != IGNORE).sum())
@@ -282,7 +286,7 @@ def stages(cfg, device, name, size):
         yield dict(row=f"{name}_{stage}", value=share, unit="of sft", flop_share=ideal, over_share=share / ideal)
 
 def warmup(cfg, device, name, size):
-    dtype, seen = common.compute_dtype("auto", device), []
+    dtype, seen = distributed.compute_dtype("auto", device), []
     model, optimizer = build(size, "sft", dtype, device)
     compile_blocks(model)
     for seed in range(21):
@@ -365,7 +369,7 @@ def length_file(n=60000):
     rng, grids = np.random.default_rng(0), np.arange(2, 11)
     kind, drawn = rng.random(n), rng.choice(grids, n, p=(19 - grids) / sum(19 - grids))
     grid = np.where(kind < 0.12, 0, np.where(kind < 0.45, 1, drawn))
-    rows, images = np.zeros(n, data.ROW), np.zeros(n, data.IMAGE)
+    rows, images = np.zeros(n, index.ROW), np.zeros(n, index.IMAGE)
     rows["tokens"] = np.maximum(16, rng.lognormal(math.log(235) - 0.32, 0.8, n))
     rows["n_images"], rows["first_image"] = grid > 0, np.arange(n)
     images["width"], images["height"] = 448 * grid - rng.integers(0, 50, n), 448
@@ -392,9 +396,9 @@ def batches_of_8(samples, *_):
 def packing(cfg, device, name, T, N):
     """fill: tokens over room. straggler_8ranks: FLOPs of a step's busiest rank over the mean of 8, 2B fine-tuning, mean
     over steps. plan_us_per_sample: CPU time, ours from the index on, the others' from lengths on."""
-    packs = data.Packs([length_file()], None, "", tile_size=448, tokens_per_tile=256, tokens_per_pack=T,
+    packs = packing.Packs([length_file()], None, "", tile_size=448, tokens_per_tile=256, tokens_per_pack=T,
                        tiles_per_pack=N, packs_per_step=8)
-    order, results = data.permute(np.arange(packs.n), packs.n, packs.seed, 0), {}
+    order, results = packing.permute(np.arange(packs.n), packs.n, packs.seed, 0), {}
     tokens, tiles = (x.tolist() for x in packs.plan_samples(order)[1:])
     at = dict(zip(order.tolist(), range(packs.n)))
     def ours(*_):
@@ -435,20 +439,20 @@ def image_path(cfg, device, name):
     transformers: its GotOcr2 processor, which InternVL's configuration names, from Pillow's picture to fp32 pixels."""
     torch.set_num_threads(1)
     def pillow(jpeg):
-        image, s = vision.load_image(jpeg), 448
+        image, s = images_module.load_image(jpeg), 448
         big, small = (np.array(image.resize(size, Image.Resampling.BICUBIC)) for size in ((3 * s, 2 * s), (s, s)))
         tiles = [big[y:y + s, x:x + s] for y in (0, s) for x in (0, s, 2 * s)] + [small]
         return torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2).contiguous()
     jpegs = [photo(i) for i in range(4)]
-    sides = {"ours": lambda jpeg: vision.make_tiles(vision.load_image(jpeg), 1, 6), "Pillow": pillow}
+    sides = {"ours": lambda jpeg: images_module.make_tiles(images_module.load_image(jpeg), 1, 6), "Pillow": pillow}
     with contextlib.suppress(ImportError):
         from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
         process = GotOcr2ImageProcessorPil(size=dict(height=448, width=448), min_patches=1, max_patches=6,
-                                           crop_to_patches=True, image_mean=[*vision.MEAN], image_std=[*vision.STD])
-        sides["transformers"] = lambda jpeg: process(vision.load_image(jpeg), return_tensors="pt")["pixel_values"]
+                                           crop_to_patches=True, image_mean=[*images_module.MEAN], image_std=[*images_module.STD])
+        sides["transformers"] = lambda jpeg: process(images_module.load_image(jpeg), return_tensors="pt")["pixel_values"]
     most = max((sides["ours"](jpeg).int() - pillow(jpeg).int()).abs().max().item() for jpeg in jpegs)
-    picture = vision.load_image(jpegs[0])
-    parts = sides | {"decoding alone": vision.load_image, "tiles alone": lambda _: vision.make_tiles(picture, 1, 6)}
+    picture = images_module.load_image(jpegs[0])
+    parts = sides | {"decoding alone": images_module.load_image, "tiles alone": lambda _: images_module.make_tiles(picture, 1, 6)}
     times = {side: [] for side in parts}
     for i in range(cfg.rounds * 4):
         for side, f in parts.items():
@@ -464,13 +468,13 @@ def loader(cfg, device, name, workers):
     """Packs of 8,192 tokens from 64 such photos with a caption each, decoded, tiled and batched by two workers, beside
     what one H200 takes at 50 % strict MFU in 2B fine-tuning: 15 samples of 2,048 tokens with 7 tiles a second
     (alignment: 29)."""
-    tokenizer, rates = data.Tokenizer(TOKENIZER), []
+    tokenizer, rates = tokenizer_module.Tokenizer(TOKENIZER), []
     with tempfile.TemporaryDirectory() as folder:
         for i in range(64):
             Path(folder, f"{i:02d}.jpg").write_bytes(photo(i))
             Path(folder, f"{i:02d}.txt").write_text("a photo of nothing in particular, " * 24)
-        sources = data.open_sources(folder, tokenizer, "sailvl-chat")
-        packs = data.Packs(sources, tokenizer, "sailvl-chat", tile_size=448, tokens_per_tile=256, max_tiles=6)
+        sources = sources_module.open_sources(folder, tokenizer, "sailvl-chat")
+        packs = packing.Packs(sources, tokenizer, "sailvl-chat", tile_size=448, tokens_per_tile=256, max_tiles=6)
         batches = iter(data.make_loader(packs, num_workers=workers))
         for _ in range(4 * workers + 1): next(batches)                                          # what was fetched ahead
         for _ in range(cfg.rounds):
@@ -505,7 +509,7 @@ def main():
     if part not in (names := parts(torch.device("cpu"))):
         raise ValueError(f"write bench.py {'|'.join(names)} [--rounds=N --rows=a,b --device=cpu]")
     configure(cfg := Config(), sys.argv[2:])
-    device = common.setup_distributed(cfg.device).device
+    device = distributed.setup_distributed(cfg.device).device
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # of `timeout`: what there is gets reported
     function, table = parts(device)[part]
