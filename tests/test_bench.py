@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.__main__ import __main__ as bench
+from bench import __main__ as bench
 
 ROOT = Path(__file__).parent.parent
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import convert, eval as evaluation, sample, sft, train
-from toy.__main__ import __main__ as toy
+from toy import __main__ as toy
 from weights import load_folder
 
 ROOT = Path(__file__).parent.parent

@@ -4,7 +4,7 @@ import copy
 import pytest
 import torch
 
-from bench.__main__ import __main__ as bench
+from bench import __main__ as bench
 from training import distributed, settings
 from generate import generate
 from model import compile_blocks

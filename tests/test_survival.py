@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from toy.__main__ import __main__ as toy
+from toy import __main__ as toy
 from inputs import chat, packing
 from training import checkpoint, distributed, metrics, optim, run_folder
 from test_train import argv, kill_tree, launch, log, weights

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from toy.__main__ import __main__ as toy
+from toy import __main__ as toy
 from inputs.chat import render
 from inputs.packing import Packs
 from inputs.sources import open_sources

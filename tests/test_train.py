@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import sft, train
-from toy.__main__ import __main__ as toy
+from toy import __main__ as toy
 from inputs import images
 from training import run_folder
 
