@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tqdm import tqdm
 
-from configurator import configure, launch
+from configurator import configure, run_script, setting
 from inputs.chat import IGNORE, image_names, render
 from inputs.files import read_json
 from inputs.images import Image, image_size, load_image, picture_uri
@@ -195,7 +195,7 @@ class Config:
     tokenizer: str = TOY_TOKENIZER   # tokenizer folder; of a model: with its template and tiles, unless these are given
     tile_size: int = 0               # pixels of a tile, else 448
     max_tiles: int = 0               # tile limit of an image, else 12
-    tokens_per_pack: int = 8192      # tokens of a pack
+    tokens_per_pack: int = setting(8192, at_least=1)  # tokens of a pack
     tiles_per_pack: int = 48         # tiles of a pack
 
 def main():
@@ -217,4 +217,4 @@ def main():
     show(packs, cfg.n) if command == "show" else preview(packs, cfg.n, cfg.out)
 
 if __name__ == "__main__":
-    launch(main)
+    run_script(main)

@@ -33,7 +33,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 import data, vision
 from inputs import images as images_module, index, packing, sources as sources_module, tokenizer as tokenizer_module
 from training import distributed, metrics, optim, settings
-from configurator import configure, launch
+from configurator import configure, run_script, setting
 from kernels import attention as A, cross_entropy as C
 from generate import generate
 from model import IGNORE, LLMConfig, VLM, compile_blocks, train_flops
@@ -46,7 +46,7 @@ TOKENIZER = Path(__file__).resolve().parent.parent / "toy" / "tokenizer"
 @dataclass(slots=True)
 class Config:
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda where there is one, else cpu
-    rounds: int = 7  # interleaved rounds, of which the median counts
+    rounds: int = setting(7, at_least=1)  # interleaved rounds, of which the median counts
     rows: str = ""  # only rows whose name begins with one of these, separated by commas
     compiled: bool = True  # vs-hf: beside the compiled peer as well, a minute or two of compilation
     threads: int = 0  # CPU threads; 0: PyTorch's choice
@@ -534,4 +534,4 @@ def main():
     sys.exit(1 if failed else 0)
 
 if __name__ == "__main__":
-    launch(main)
+    run_script(main)

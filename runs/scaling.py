@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from training.metrics import read_log
-from configurator import configure, launch
+from configurator import configure, run_script
 from inputs.files import read_json
 from runs.plan import run_plan
 
@@ -118,4 +118,4 @@ def main():
     PARTS[part](cfg)
 
 if __name__ == "__main__":
-    launch(main)
+    run_script(main)
