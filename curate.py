@@ -39,7 +39,7 @@ from data import TOY_TOKENIZER
 from inputs.chat import conversation
 from inputs.images import IMAGE_SUFFIXES
 from inputs.index import UNREADABLE
-from inputs.sources import expand
+from inputs.sources import expand_paths
 from inputs.tars import MAX_BYTES, add_record
 from inputs.tokenizer import Tokenizer
 from inputs.chat import image_names
@@ -107,7 +107,7 @@ class Unit:
 def find_units(cfg, spec=None):
     """Everything that --in names, in order. ValueError if that is nothing or two shards would get one name."""
     units, tokenizer = [], functools.cache(lambda: Tokenizer(TOY_TOKENIZER))
-    for name, path in expand(spec or cfg.in_):
+    for name, path in expand_paths(spec or cfg.in_):
         tars = sorted(path.glob("*.tar")) if path.is_dir() else [path] * (path.suffix == ".tar" and path.exists())
         units += [Unit(f"{name}-{p.stem}" if name else p.stem, p, name or p.parent.name) for p in tars]
         for s in () if tars else open_sources(f"{name}={path}" if name else str(path), tokenizer(), "sailvl-chat"):

@@ -108,7 +108,7 @@ def model_inputs(batch, device):
 # ---- command line: check, show, preview ---------------------------------------------------------------------------
 TOY_TOKENIZER = str(Path(__file__).parent / "toy" / "tokenizer")   # to validate, any vocabulary does
 
-def check(paths):
+def check_sources(paths):
     """Validate every row, decode every image; print line, field, reason of bad ones. Their number; 1 if no rows."""
     total = n_bad = 0
     def damage(i):                                                     # of a picture of row i, or None
@@ -140,7 +140,7 @@ def check(paths):
     print(f"{total or 'no'} rows, {total - n_bad} good, {n_bad} bad")
     return n_bad or int(total == 0)
 
-def spoken(row, tokenizer, template, tiles, tokens_per_tile):
+def marked_text(row, tokenizer, template, tiles, tokens_per_tile):
     """[(text, whether it is supervised)] of what the model sees; runs of visual tokens are shortened."""
     ids, labels = render(row, tokenizer, template, tiles, tokens_per_tile)
     supervised, parts = np.roll(labels, 1) != IGNORE, []               # a label is about the token that follows
@@ -149,18 +149,18 @@ def spoken(row, tokenizer, template, tiles, tokens_per_tile):
         parts.append((re.sub("(<IMG_CONTEXT>)+", lambda m: f"<IMG_CONTEXT x {len(m[0]) // len(m[1])}>", words), target))
     return parts, len(ids), supervised.sum()
 
-def show(packs, n):
+def show_samples(packs, n):
     """Print the exact string of the first n samples, supervised tokens in [[ ]]."""
     for (s, k, tiles), tokens, _ in zip(*packs.plan_samples(np.arange(min(n, packs.n)))):
         if tokens < 0:
             print(f"--- row {k + 1}: {REASON[tokens]}; try: python data.py check {packs.sources[s].path}")
             continue
         row = packs.sources[s].row(k)
-        parts, tokens, supervised = spoken(row, packs.tokenizer, packs.template, tiles, packs.tokens_per_tile)
+        parts, tokens, supervised = marked_text(row, packs.tokenizer, packs.template, tiles, packs.tokens_per_tile)
         print(f"--- row {k + 1}, id {row['id']}: {tokens} tokens, {supervised} supervised, tiles {[*tiles]}")
         print("".join(f"[[{text}]]" if target else text for text, target in parts))
 
-def preview(packs, n, out):
+def preview_packs(packs, n, out):
     """Write a page that needs nothing beside it: the first n packs as bars of their documents, then their samples:
     tiles in the order the model gets them, thumbnail last, and the text, supervised tokens marked."""
     (planned, dropped), body, shown = packs.plan_window(0, 0), [], []
@@ -176,7 +176,7 @@ def preview(packs, n, out):
                         for tile in batch["tiles"]]
             text = ""
             if batch["ids"]:
-                said = spoken(packs.sources[s].row(i), packs.tokenizer, packs.template, tiles, packs.tokens_per_tile)[0]
+                said = marked_text(packs.sources[s].row(i), packs.tokenizer, packs.template, tiles, packs.tokens_per_tile)[0]
                 text = "".join(f"<mark>{html.escape(t)}</mark>" if target else html.escape(t) for t, target in said)
             shown.append(f"<h3>pack {number}: {title}</h3>{''.join(pictures)}<pre>{text}</pre>")
         body.append(f"<p>pack {number}: {len(pack.samples)} documents, {pack.tokens} of {packs.tokens_per_pack} tokens "
@@ -204,7 +204,7 @@ def main():
     if command not in ("check", "show", "preview") or not paths:
         raise ValueError("usage: python data.py check FILE... | show FILE --n=8 --tokenizer=DIR | preview FILE --out=A")
     if command == "check":
-        sys.exit(2 if check(paths) else 0)
+        sys.exit(2 if check_sources(paths) else 0)
     tokenizer, about = Tokenizer(cfg.tokenizer), Path(cfg.tokenizer, "config.json")
     about = read_json(about, dict) if about.exists() else {}
     side, template = cfg.tile_size or about.get("force_image_size", 448), about.get("template", "sailvl-chat")
@@ -214,7 +214,7 @@ def main():
                   tokens_per_pack=cfg.tokens_per_pack, tiles_per_pack=cfg.tiles_per_pack)
     if cfg.tokenizer == TOY_TOKENIZER:
         print("tokens are those of the toy vocabulary; for a model's: --tokenizer=MODEL_FOLDER", file=sys.stderr)
-    show(packs, cfg.n) if command == "show" else preview(packs, cfg.n, cfg.out)
+    show_samples(packs, cfg.n) if command == "show" else preview_packs(packs, cfg.n, cfg.out)
 
 if __name__ == "__main__":
     launch(main)

@@ -48,9 +48,9 @@ from tqdm import tqdm
 from typing import Literal
 
 from generate import Assistant
-from inputs.chat import cell_words, join, place_images, segments
+from inputs.chat import cell_words, join_segments, place_images, segments
 from inputs.files import file_hash, write_atomic
-from inputs.images import GRAY, Image, _read, image_size, load_image, make_tiles, picture_uri
+from inputs.images import GRAY, Image, image_size, load_image, make_tiles, open_image, picture_uri
 from training.distributed import (
     barrier,
     close_distributed,
@@ -184,11 +184,17 @@ def read_rows(path, limit=0, b=TOY["toy_ocr"], *columns_needed):
     if not pairs: raise ValueError(f"{path}: no rows " + ("with a picture" if rows else f"of split {b.split!r}"))
     return pairs
 
+def read_rgb(source):
+    """Pillow RGB image as VLMEvalKit reads it: not rotated, alpha dropped."""
+    with open_image(source) as image:
+        return image.convert("RGB")
+
+
 def open_picture(row, place, jpeg=False):
     """Pillow RGB image of a place or path of read_rows. jpeg: as VLMEvalKit reads it, not rotated and alpha dropped
     (load_image of sail_vl.py); one from the file went through JPEG on its disk before (decode_base64_to_image_file of
     vlmeval/smp), unless its row has several names and that is of another type."""
-    rgb = (lambda source: _read(source, lambda image: image.convert("RGB"))) if jpeg else load_image
+    rgb = read_rgb if jpeg else load_image
     try:
         if isinstance(place, Path): return rgb(place)
         path, offset, k = place
@@ -208,7 +214,7 @@ def make_prompt(assistant, row, image, text, max_tiles=0, blind=False, b=TOY["to
     if vision is None:                                                 # words in the place of the visual tokens
         cells = ["Empty " + cell.split()[1] if blind else cell for cell in row["cells"].split("|")]
         images = [[assistant.tokenizer.image_id] * len(cells)] * bool(image)
-        ids, _ = join(segments(assistant.tokenizer, assistant.template, place_images(turns, len(images)), images))
+        ids, _ = join_segments(segments(assistant.tokenizer, assistant.template, place_images(turns, len(images)), images))
         return ids, torch.from_numpy(cell_words(cells, assistant.tokenizer)) if image else None
     if image:
         pictures = [open_picture(row, one, b.jpeg) for one in image]

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from dataclasses import dataclass
 from torch.distributed.tensor import DTensor
 
+from inputs.chat import IGNORE
 from inputs.images import normalize
 from kernels.attention import attention
 from kernels.cross_entropy import linear_cross_entropy
 from vision import Projector, ViT, pixel_shuffle, working_dtype
 
-IGNORE = -100               # the label of a position that is not supervised
 
 @dataclass(slots=True)
 class LLMConfig:

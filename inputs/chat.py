@@ -18,7 +18,7 @@ def chat_ids(tokenizer, template, turns, n_tiles, tokens_per_tile):
     """Prompt ids up to and including `assistant\\n` for turns [(user, assistant), ..., (user, None)].
     n_tiles: tiles of each image, in the order of the `<image>` placeholders; without any, the images go first."""
     images = [[tokenizer.image_id] * (n * tokens_per_tile) for n in n_tiles]
-    return join(segments(tokenizer, template, place_images(turns, len(images)), images))[0]
+    return join_segments(segments(tokenizer, template, place_images(turns, len(images)), images))[0]
 
 def place_images(turns, n_images):
     """Turns whose `<image>` placeholders number n_images; if none is written, one per image heads the first turn."""
@@ -52,7 +52,7 @@ def segments(tokenizer, template, turns, images, system=None):
         if assistant is not None:
             yield encode(assistant) + end, True
 
-def join(segments):
+def join_segments(segments):
     """(ids, targets) of segments: targets[t] is ids[t] where supervised, else IGNORE."""
     ids, targets = [], []
     for new, supervised in segments:
@@ -79,7 +79,7 @@ def render(row, tokenizer, template, n_tiles, tokens_per_tile, image_as="pixels"
     cell_labels "also": the label of each visual token is its cell's first word; "only": nothing else is supervised, and
     of every second visual token, the first or the second by the row's id, it is the last word."""
     if cell_labels != "none" and n_tiles: need_cells(row)
-    ids, targets = map(np.array, join(row_segments(row, tokenizer, template, n_tiles, tokens_per_tile, image_as)))
+    ids, targets = map(np.array, join_segments(row_segments(row, tokenizer, template, n_tiles, tokens_per_tile, image_as)))
     labels, visual = np.append(targets[1:], IGNORE), ids == tokenizer.image_id
     if cell_labels == "only":
         labels[:] = IGNORE

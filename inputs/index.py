@@ -1,4 +1,4 @@
-"""One memory-mapped index beside each source: where each row is, how long, how large its images."""
+"""One memory-map_index index beside each source: where each row is, how long, how large its images."""
 import collections
 import concurrent.futures
 import contextlib
@@ -19,16 +19,16 @@ from tqdm import tqdm
 from inputs.chat import image_names, row_segments
 from inputs.files import json_hash, read_json
 from inputs.images import IMAGE_SUFFIXES, image_size
-from inputs.tars import MAX_BYTES, bounded, open_tar, tar_key
+from inputs.tars import MAX_BYTES, check_size, open_tar, tar_key
 
-# ---- sources: one memory-mapped index each ------------------------------------------------------------------------
+# ---- sources: one memory-map_index index each ------------------------------------------------------------------------
 ROW = np.dtype([("offset", "i8"), ("size", "i4"), ("tokens", "i4"), ("first_image", "i8"), ("n_images", "i4"),
                 ("is_text", "i4")])                                    # is_text: a bare caption, the .txt of a tar
 IMAGE = np.dtype([("offset", "i8"), ("size", "i4"), ("width", "i4"), ("height", "i4")])    # offset, size: in a tar
 UNREADABLE = (ValueError, OSError, LookupError, TypeError, AttributeError, RecursionError)  # what a bad row raises
 
 @functools.lru_cache(None)
-def mapped(path):
+def map_index(path):
     """Rows of an index file, read as they are needed and never copied into this process; () if there are none. Unlike
     numpy's, the mapping keeps no file open: there may be more sources than files a process may have open."""
     kind, size = ROW if path.endswith("rows.bin") else IMAGE, os.path.getsize(path)
@@ -39,8 +39,8 @@ class Source:
     visual ones (-1: quarantined, see `meta`), and the sizes of its images. The index is built once, by whichever
     process comes first, and again when the source or the tokenizer changed. Each process maps it into memory for
     itself; only paths travel to workers."""
-    rows = property(lambda self: mapped(f"{self.index}/rows.bin"))
-    images = property(lambda self: mapped(f"{self.index}/images.bin"))
+    rows = property(lambda self: map_index(f"{self.index}/rows.bin"))
+    images = property(lambda self: map_index(f"{self.index}/images.bin"))
 
     def __init__(self, name, path, tokenizer, template, image_as="pixels", root=None, repeat=1.0, max_tiles=0,
                  weight=0.0, sha256_of_file=""):
@@ -64,7 +64,7 @@ class Source:
         self.index.mkdir(parents=True, exist_ok=True)
         with open(self.index / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not (self.index / "meta.json").exists() or self._mended(tokenizer, template, image_as):
+            if not (self.index / "meta.json").exists() or self._can_be_read_now(tokenizer, template, image_as):
                 self._build(tokenizer, template, image_as)
         self.meta = read_json(self.index / "meta.json")
 
@@ -76,7 +76,7 @@ class Source:
     def _read(self, offset, size):
         with open(self.lines, "rb") as file:
             file.seek(offset)
-            return file.read(bounded(size, "a row or picture"))
+            return file.read(check_size(size, "a row or picture"))
 
     def _row(self, raw, i, is_text):
         try:
@@ -152,7 +152,7 @@ class Source:
         with open(self.lines, "rb") as file:
             for i, (offset, size, is_text, pictures) in enumerate(records, first):
                 try:
-                    raw = os.pread(file.fileno(), bounded(size, "a row"), offset)
+                    raw = os.pread(file.fileno(), check_size(size, "a row"), offset)
                     tokens, found = self._measure(raw, is_text, pictures, i, *reading, seen)
                     rows.append((offset, size, tokens, len(images), len(found), is_text))
                     images += found
@@ -162,16 +162,16 @@ class Source:
                     rows.append((offset, min(size, 2 ** 31 - 1), -1, len(images), 0, is_text))
         return np.array(rows, ROW), np.array(images, IMAGE), bad
 
-    def _mended(self, *reading):
+    def _can_be_read_now(self, *reading):
         """Whether a row that was unreadable can be read now: its picture is there. A tar changes only as a whole."""
         for bad in read_json(self.index / "meta.json")["bad"] if not self.is_tar else ():
             with contextlib.suppress(*UNREADABLE):
                 self._measure(self._read(*self.rows[bad["row"]].item()[:2]), False, None, bad["row"], *reading, {})
-                mapped.cache_clear()
+                map_index.cache_clear()
                 return True
 
     def _build(self, *reading):
-        """Write the index, CHUNK records at a time; of a long source on all cores, with the same result."""
+        """Write the index, RECORDS_PER_TASK records at a time; of a long source on all cores, with the same result."""
         if self.sha256:
             with open(self.path, "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -189,7 +189,7 @@ class Source:
                     digest.update(array.tobytes())
                 bar.update(len(rows))
         bar.close()
-        for name in ("rows", "images"):                                # renamed: a run may have the old ones mapped
+        for name in ("rows", "images"):                                # renamed: a run may have the old ones map_index
             os.replace(self.index / f"new_{name}.bin", self.index / f"{name}.bin")
         meta = {"bad": bad, "digest": json_hash([digest.hexdigest() for digest in hashes])}
         (self.index / "meta.tmp").write_text(json.dumps(meta))
@@ -197,7 +197,7 @@ class Source:
 
     def _measured(self, records, reading, stack):
         """Yield what _measure_all gives for each chunk of records, in order."""
-        chunks, first, waiting = iter(lambda: [*itertools.islice(records, CHUNK)], []), 0, collections.deque()
+        chunks, first, waiting = iter(lambda: [*itertools.islice(records, RECORDS_PER_TASK)], []), 0, collections.deque()
         pool, cores = None, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         for chunk in chunks:
             if pool is None and first and cores > 1:                   # it is a long one: fresh processes, no fork
@@ -212,7 +212,7 @@ class Source:
                 yield waiting.popleft().result()
         yield from (future.result() for future in waiting)
 
-CHUNK = 20_000                                      # records that one process measures at a time, about a second
+RECORDS_PER_TASK = 20_000                                      # records that one process measures at a time, about a second
 
 def _reading(reading):
     """How a process of the pool reads rows, told once: a tokenizer is large. It ends where its parent was killed."""

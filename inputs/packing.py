@@ -42,7 +42,7 @@ TILE_COST, PAIR_COST = 276, 2 ** 15
 REASON = {-1: "unreadable", -2: "too_long"}         # what stands for the tokens of a sample in no pack, and why it is
 
 @contextlib.contextmanager
-def uncollected():
+def gc_paused():
     """Plans are many small objects, for which Python would look through all that is loaded, again and again."""
     was = gc.isenabled()
     gc.disable()
@@ -178,7 +178,7 @@ class Packs(torch.utils.data.Dataset):
             all_tiles[mine] = tiles
         return samples, all_tokens, all_tiles
 
-    @uncollected()
+    @gc_paused()
     def plan_window(self, epoch, w, taken=0):
         """(packs, dropped by reason) of window w of an epoch, dealt in steps of like cost: a rank waits for the others.
         taken: packs that the step which is open when the window begins has already."""

@@ -13,7 +13,7 @@ from inputs.index import Source
 META = dict(annotation=(str,), root=(str,), repeat_time=(int, float), length=(int,), data_augment=(bool,),
             max_dynamic_patch=(int,), weight=(int, float), sha256=(str,))
 
-def fill_in(path):
+def expand_pattern(path):
     """The paths of a pattern with `*` or `{000..012}`; what is there as it is written goes first (`[1].jsonl`)."""
     if os.path.exists(path): return [path]
     if braces := re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", path):
@@ -21,14 +21,14 @@ def fill_in(path):
         return [f"{before}{i:0{len(first)}d}{after}" for i in range(int(first), int(last) + 1)]
     return sorted(glob.glob(path)) or [path]
 
-def expand(spec):
+def expand_paths(spec):
     """Yield (name or "", path) of comma-separated `path` or `name=path`, patterns filled in; `year=2026/*.jsonl` is a
     path where there are such files."""
     for entry in filter(None, map(str.strip, spec.split(","))):
-        name, paths = "", fill_in(entry)
+        name, paths = "", expand_pattern(entry)
         if "=" in entry and not any(map(os.path.exists, paths)):
             name, path = entry.split("=", 1)
-            paths = fill_in(path)
+            paths = expand_pattern(path)
         yield from ((name, Path(path)) for path in paths)
 
 def open_sources(spec, tokenizer, template, image_as="pixels"):
@@ -37,7 +37,7 @@ def open_sources(spec, tokenizer, template, image_as="pixels"):
     if template not in TEMPLATES:
         raise ValueError(f"--template={template}: unknown, choose from {', '.join(TEMPLATES)}")
     sources, reading = [], (tokenizer, template, image_as)
-    for name, path in expand(spec):
+    for name, path in expand_paths(spec):
         if path.suffix.lower() != ".json" or not path.is_file() or open(
                 path, encoding="utf-8-sig").read(99).lstrip()[:1] != "{":
             sources.append(Source(name or path.stem, path, *reading))

@@ -10,12 +10,12 @@ import tarfile
 
 MAX_BYTES = 64 * 2 ** 20                                               # of one row, picture or member of a tar
 
-def bounded(size, what):
+def check_size(size, what):
     """size; ValueError if it is more than what one row or picture may have."""
     if size > MAX_BYTES: raise ValueError(f"{what} of {size} bytes; it may have {MAX_BYTES}")
     return size
 
-class Sparing(io.BufferedReader):
+class SizeLimitedFile(io.BufferedReader):
     """A file of which nothing reads more than MAX_BYTES at once, whatever length a header of a tar claims to have."""
     def read(self, size=-1):
         if not 0 <= size <= MAX_BYTES: raise tarfile.ReadError(f"a header or member of {size} bytes")
@@ -24,7 +24,7 @@ class Sparing(io.BufferedReader):
 @contextlib.contextmanager
 def open_tar(path):
     try:
-        with Sparing(io.FileIO(path)) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with SizeLimitedFile(io.FileIO(path)) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             yield tar
             if tar.offset + tarfile.BLOCKSIZE > os.path.getsize(path): raise tarfile.ReadError("it ends too early")
     except tarfile.TarError as e:

@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 import configurator, data
-from inputs import chat, index, sources as sources_module, tars
+from inputs import chat, images, index, sources as sources_module, tars
 from data import make_loader
 from inputs.chat import IGNORE, chat_ids, render
 from inputs.packing import Packs, permute
@@ -119,7 +119,7 @@ def test_context_tokens_are_256_a_tile_for_1000_random_images_and_prompts():
     rng = np.random.default_rng(16)
     for i in range(1000):
         sizes = np.exp(rng.uniform(0, np.log(5000), (rng.integers(1, 5), 2))).astype(int).tolist()
-        n_tiles = [data.count_tiles(w, h, 1, int(rng.integers(1, 13))) for w, h in sizes]
+        n_tiles = [images.count_tiles(w, h, 1, int(rng.integers(1, 13))) for w, h in sizes]
         words = [" ".join(["word"] * int(rng.integers(0, 9))) for _ in range(len(sizes) + 1)]
         text = "?" + "<image>".join(words) if rng.random() < 0.5 else "What are they?"   # or no placeholder at all
         ids, _ = render(talk(text, "Ok.", id=str(i)), TOY, "sailvl-chat", n_tiles, 256)
@@ -271,7 +271,7 @@ def test_a_blind_run_sees_gray_tiles_and_the_same_text(tmp_path):
     seen, blind = (Packs(sources, TOY, "sailvl-chat", image_as=image_as, **KW) for image_as in ("pixels", "blank"))
     a, b = seen[next(seen.sequence())], blind[next(blind.sequence())]
     assert (a["tokens"] == b["tokens"]).all() and a["tiles"].shape == b["tiles"].shape and len(a["tiles"])
-    assert (b["tiles"] == data.GRAY).all() and not (a["tiles"] == data.GRAY).all()
+    assert (b["tiles"] == images.GRAY).all() and not (a["tiles"] == images.GRAY).all()
 
 
 def test_samples_that_are_all_too_long_stop_the_run_with_what_to_do(tmp_path):
@@ -357,9 +357,9 @@ def test_check_names_the_line_and_show_prints_what_the_model_sees(tmp_path, caps
     (tmp_path / "p.png").write_bytes(picture())
     rows = [talk("<image>\nWhat?", "Red.", image="p.png", id="a"), {"id": "b", "conversations": []}]
     spec = write_rows(tmp_path, rows)
-    assert data.check([spec]) == 1
+    assert data.check_sources([spec]) == 1
     assert "line 2" in capsys.readouterr().out
-    data.show(Packs(open_sources(spec, TOY, "sailvl-chat"), TOY, "sailvl-chat", **KW), 1)
+    data.show_samples(Packs(open_sources(spec, TOY, "sailvl-chat"), TOY, "sailvl-chat", **KW), 1)
     seen = "<img><IMG_CONTEXT x 9></img>\nWhat?<|im_end|><|im_start|>assistant\n[[Red.<|im_end|>]]"
     assert seen in capsys.readouterr().out
 
@@ -405,7 +405,7 @@ def test_a_caption_file_or_array_of_another_kind_is_named(tmp_path, capsys):
         (folder / f"{name[0]}.png").write_bytes(picture())
     (folder / "d.png").write_bytes(picture())
     (folder / "d.txt").write_bytes("caf\xe9".encode("latin-1"))
-    assert data.check([str(folder)]) == 2
+    assert data.check_sources([str(folder)]) == 2
     out = capsys.readouterr().out
     assert "a.png" in out and "holds a list, not a dict" in out and "d.png" in out and "utf-8" in out and "2 bad" in out
     source, = open_sources(str(folder), TOY, "sailvl-chat")
@@ -416,7 +416,7 @@ def test_a_caption_file_or_array_of_another_kind_is_named(tmp_path, capsys):
     (folder / "d.txt").mkdir()
     (folder / "e.png").write_bytes(picture())
     (folder / "e.txt").write_text("far too long " * 9_000_000)
-    assert data.check([str(folder)]) == 2
+    assert data.check_sources([str(folder)]) == 2
     out = capsys.readouterr().out
     assert "d.png" in out and "directory" in out and "e.txt has more than" in out and "5 rows, 3 good, 2 bad" in out
     (folder / "e.txt").unlink()
@@ -424,7 +424,7 @@ def test_a_caption_file_or_array_of_another_kind_is_named(tmp_path, capsys):
     with pytest.raises(ValueError, match="number.json holds a int, not a list"):
         open_sources(f"{tmp_path}/number.json", TOY, "sailvl-chat")
     (tmp_path / "none.jsonl").write_text("")
-    assert data.check([f"{tmp_path}/none.jsonl"]) == 1
+    assert data.check_sources([f"{tmp_path}/none.jsonl"]) == 1
     (tmp_path / "rows.jsonl.gz").write_bytes(b"")
     with pytest.raises(ValueError, match="unpack it"):
         open_sources(f"{tmp_path}/rows.jsonl.gz", TOY, "sailvl-chat")
@@ -446,7 +446,7 @@ def test_check_looks_at_the_pictures_of_a_tar_that_the_index_found(tmp_path, cap
                               ("2.a.png", picture()), ("2.b.png", picture()[:60]), ("2.json", row("http://x/y.jpg")),
                               ("3.png", picture()), ("3.json", row("gone.png", "gone.jpg"))):
             tars.add_member(tar, name, content)
-    assert data.check([f"{tmp_path}/a.tar"]) == 1
+    assert data.check_sources([f"{tmp_path}/a.tar"]) == 1
     out = capsys.readouterr().out
     assert "row 2: image 2: " in out and "damaged picture" in out and "3 rows, 2 good, 1 bad" in out
 
@@ -478,7 +478,7 @@ def test_what_is_there_as_it_is_written_goes_before_patterns_and_names(tmp_path,
         write_rows(Path(name).parent, [talk()], Path(name).name)
     spec = "[1].jsonl,a{0..1}.jsonl,year=2026/*.jsonl,year=2026/x{7..8}.jsonl,"
     spec += "k/year=2026/x.jsonl,mine=[1].jsonl,theirs=b=c{0..1}.jsonl"
-    assert [(name, str(path)) for name, path in sources_module.expand(spec)] == [
+    assert [(name, str(path)) for name, path in sources_module.expand_paths(spec)] == [
         ("", "[1].jsonl"), ("", "a{0..1}.jsonl"), ("", "year=2026/x.jsonl"), ("", "year=2026/x8.jsonl"),
         ("", "year=2026/x7.jsonl"), ("", "year=2026/x8.jsonl"), ("", "k/year=2026/x.jsonl"),
         ("mine", "[1].jsonl"), ("theirs", "b=c0.jsonl"), ("theirs", "b=c1.jsonl")]

@@ -16,7 +16,7 @@ FORMATS = ["internvl.jsonl", "meta.json", "llava.json", "messages.jsonl", "capti
 def test_eight_samples_of_each_format_are_checked_shown_drawn_and_trained_on(name, tmp_path, monkeypatch, capsys):
     shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns(".*"))
     file = str(tmp_path / "examples" / name)
-    assert data.check([file]) == 0 and "8 rows, 8 good, 0 bad" in capsys.readouterr().out
+    assert data.check_sources([file]) == 0 and "8 rows, 8 good, 0 bad" in capsys.readouterr().out
     size = ["--tile_size=84", "--max_tiles=4", "--tokens_per_pack=800"]
     for command in ("show", "preview"):
         monkeypatch.setattr(sys, "argv", ["data.py", command, file, *size, f"--out={tmp_path}/page.html"])
@@ -46,13 +46,13 @@ def test_check_names_line_field_and_what_to_do(tmp_path, capsys):
     good = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
     empty = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": " "}]}
     (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, [good, empty, good | {"image": "no.png"}])) + "\n")
-    assert data.check([f"{tmp_path}/a.jsonl"]) == 2
+    assert data.check_sources([f"{tmp_path}/a.jsonl"]) == 2
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("a.jsonl: line 3: conversations[1]: empty gpt turn; write its text or remove the turn")
     assert "line 5: image no.png: No such file" in lines[1] and lines[1].endswith("mend its path or remove the row")
     number = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": 5}]}
     (tmp_path / "b.jsonl").write_text('{"caption": "a" "b"}\n' + json.dumps(number) + "\n")
-    assert data.check([f"{tmp_path}/b.jsonl"]) == 2
+    assert data.check_sources([f"{tmp_path}/b.jsonl"]) == 2
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("line 1: not valid JSON (Expecting ',' delimiter at character 17); write one object {...} per row, "
                              "in UTF-8")

@@ -300,8 +300,8 @@ with open(f"{folder}/rows.bin", "wb") as rows, open(f"{folder}/images.bin", "wb"
         os.fsync(file.fileno())
 kw = dict(tile_size=84, tokens_per_tile=9, max_tiles=4, tokens_per_pack=300, tiles_per_pack=20)
 before = of("Private_Dirty")
-big = types.SimpleNamespace(name="big", path="", rows=index_module.mapped(f"{folder}/rows.bin"), repeat=1, weight=0, max_tiles=0,
-                            images=index_module.mapped(f"{folder}/images.bin"), meta=dict(bad=[], digest=""))
+big = types.SimpleNamespace(name="big", path="", rows=index_module.map_index(f"{folder}/rows.bin"), repeat=1, weight=0, max_tiles=0,
+                            images=index_module.map_index(f"{folder}/images.bin"), meta=dict(bad=[], digest=""))
 packs = packing.Packs([big], None, "", **kw)
 planned = [len(packs.plan_window(0, w)[0]) for w in range(5)]
 index = of("Private_Dirty") - before
@@ -337,8 +337,8 @@ def test_an_index_built_by_several_processes_is_the_one_of_one_process(tmp_path,
     for name in ("rows.bin", "images.bin"):
         (want.index / name).rename(tmp_path / name)
     (want.index / "meta.json").unlink()
-    index_module.mapped.cache_clear()
-    monkeypatch.setattr(data, "CHUNK", 60)
+    index_module.map_index.cache_clear()
+    monkeypatch.setattr(index_module, "RECORDS_PER_TASK", 60)
     monkeypatch.setattr(data.os, "sched_getaffinity", lambda pid: {0, 1})
     got = open_sources(one, TOY, "sailvl-chat")[0]
     assert read(got) == [(tmp_path / name).read_bytes() for name in ("rows.bin", "images.bin")] and got.meta == want.meta
