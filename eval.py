@@ -281,7 +281,10 @@ def free_cards(pairs, assistant):
 def report_html(results, cards, free):
     """report_page.html with its data in place: one self-contained file."""
     data = json.dumps({"results": results, "cards": cards, "free": free}, ensure_ascii=False).replace("<", "\\u003c")
-    return (Path(__file__).resolve().parent / "evals" / "report.html").read_text(encoding="utf-8").replace("<!--data-->", data)
+    folder = Path(__file__).resolve().parent / "evals"
+    style = (folder / "style.css").read_text(encoding="utf-8")
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    return page.replace("<!--style-->", style).replace("<!--data-->", data)
 
 # ---- the run -------------------------------------------------------------------------------------------------------
 def score_file(argv):
