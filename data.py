@@ -29,7 +29,7 @@ from tqdm import tqdm
 from configurator import configure, run_script, setting, split_words, subcommand
 from inputs.chat import IGNORE, image_names, render
 from inputs.files import read_json
-from inputs.images import Image, image_size, load_image, picture_uri
+from inputs.images import Image, load_image, picture_uri
 from inputs.index import UNREADABLE
 from inputs.packing import Pack, Packs, REASON
 from inputs.sources import open_sources
@@ -93,7 +93,7 @@ def held_out(packs, n, dist):
 def stage_packs(cfg, stage, tokenizer, vision, packs_per_step, data=""):
     """The Packs of one stage of a run: the stage's own data where it names some, else the run's."""
     sources = open_sources(data or stage.data or cfg.data, tokenizer, cfg.template, cfg.image_as)
-    return Packs(sources, tokenizer, cfg.template, tile_size=image_size, tokens_per_tile=vision.tokens_per_tile,
+    return Packs(sources, tokenizer, cfg.template, tile_size=vision.image_size, tokens_per_tile=vision.tokens_per_tile,
                  min_tiles=cfg.min_tiles, max_tiles=cfg.max_tiles, thumbnail=cfg.thumbnail,
                  tokens_per_pack=cfg.tokens_per_pack, tiles_per_pack=cfg.max_tiles_per_pack,
                  seed=cfg.seed, image_as=cfg.image_as, cell_labels=cfg.cell_labels,

@@ -50,7 +50,7 @@ from typing import Literal
 from generate import Assistant
 from inputs.chat import cell_words, join_segments, place_images, segments
 from inputs.files import file_hash, write_atomic
-from inputs.images import GRAY, Image, image_size, load_image, make_tiles, open_image, picture_uri
+from inputs.images import GRAY, Image, load_image, make_tiles, open_image, picture_uri
 from training.distributed import (
     barrier,
     close_distributed,
@@ -220,7 +220,7 @@ def make_prompt(assistant, row, image, text, max_tiles=0, blind=False, b=TOY["to
         pictures = [open_picture(row, one, b.jpeg) for one in image]
         pictures[0] = pictures[0].resize([b.upscale * n for n in pictures[0].size], Image.Resampling.BILINEAR)
         most = max(1, min(max_tiles or b.tiles, 64 // len(pictures)))
-        tiles = [make_tiles(picture, 1, most, image_size, assistant.thumbnail) for picture in pictures]
+        tiles = [make_tiles(picture, 1, most, vision.image_size, assistant.thumbnail) for picture in pictures]
         tiles = [GRAY.expand_as(t) for t in tiles] if blind else tiles
     return assistant.prompt(turns, tiles)
 
