@@ -29,14 +29,14 @@ from bench.decoding import decoding_rows
 from bench.measure import format_cell, print_table
 from bench.samples import TRAINED_PARTS
 from bench.training import stage_rows, training_rows, transformers_rows, warmup_rows
-from configurator import configure, launch
+from configurator import configure, run_script, setting, subcommand
 from training import distributed
 
 
 @dataclass(slots=True)
 class Config:
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda where there is one, else cpu
-    rounds: int = 7  # interleaved rounds, of which the median counts
+    rounds: int = setting(7, at_least=1)  # interleaved rounds, of which the median counts
     rows: str = ""  # only rows whose name begins with one of these, separated by commas
     compiled: bool = True  # vs-hf: beside the compiled peer too, a minute or two of compilation
     threads: int = 0  # CPU threads; 0: PyTorch's choice
@@ -130,13 +130,11 @@ def end_by_signal(number, frame):
 
 
 def main():
-    part = sys.argv[1] if len(sys.argv) > 1 else ""
-    names = bench_parts(torch.device("cpu")).keys()
-    if part not in names:
-        raise ValueError(
-            f"usage: python -m bench {' | '.join(names)} [--rounds=N --rows=a,b --device=cpu]")
     cfg = Config()
-    configure(cfg, sys.argv[2:])
+    names = {name: name for name in bench_parts(torch.device("cpu"))}
+    usage = f"python -m bench {' | '.join(names)} [--rounds=N --rows=a,b --device=cpu]"
+    part, flags = subcommand(names, usage, cfg)
+    configure(cfg, flags)
     device = distributed.setup_distributed(cfg.device).device
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     signal.signal(signal.SIGTERM, end_by_signal)
@@ -151,4 +149,4 @@ def main():
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_script(main)
