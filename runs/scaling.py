@@ -187,7 +187,7 @@ SCALING_PARTS = {"plan": plan_points, "fit": fit_points, "plot": plot_points}
 
 def main():
     cfg = Config()
-    usage = "python -m runs.scaling plan | fit | plot [--out_dir=DIR ...]; --help lists all settings"
+    usage = "python -m runs.scaling plan | fit | plot [--out_dir=DIR ...]"
     part, flags = subcommand(SCALING_PARTS, usage, cfg)
     configure(cfg, flags)
     part(cfg)
