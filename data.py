@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from configurator import configure, launch
+from configurator import configure, run_script, setting, split_words, subcommand
 from inputs.chat import IGNORE, render
 from inputs.check import check_sources
 from inputs.files import read_json
@@ -317,12 +317,6 @@ def held_out(dataset, n, dist):
 
 # ---- command line: check, show, preview ---------------------------------------------------------
 
-def check_files(paths):
-    """Print every bad row of some files; return how many there are, 1 if there is no row at all."""
-    sources = open_sources(",".join(paths), Tokenizer(TOY_TOKENIZER), "sailvl-chat")
-    return check_sources(sources)
-
-
 @dataclass(slots=True)
 class Config:
     n: int = 8                       # show: samples to print; preview: packs to show
@@ -330,7 +324,7 @@ class Config:
     tokenizer: str = TOY_TOKENIZER   # tokenizer or model folder; a model's template and tiles count
     tile_size: int = 0               # pixels of a tile, 0: the model's, else 448
     max_tiles: int = 0               # tile limit of an image, 0: the model's, else 12
-    tokens_per_pack: int = 8192      # tokens of a pack
+    tokens_per_pack: int = setting(8192, at_least=1)  # tokens of a pack
     tiles_per_pack: int = 48         # tiles of a pack
 
 
@@ -350,28 +344,41 @@ def open_dataset(cfg, paths):
         tokens_per_pack=cfg.tokens_per_pack,
         tiles_per_pack=cfg.tiles_per_pack,
     )
+    if cfg.tokenizer == TOY_TOKENIZER:
+        print("tokens are those of the toy vocabulary; for a model's: --tokenizer=MODEL_FOLDER",
+              file=sys.stderr)
     packs = Packs(open_sources(",".join(paths), tokenizer, template), settings)
     return PackedDataset(packs, tokenizer, template)
 
 
+def check_files(paths, cfg=None):
+    """Print every bad row of some files; return how many there are, 1 if there is no row at all."""
+    sources = open_sources(",".join(paths), Tokenizer(TOY_TOKENIZER), "sailvl-chat")
+    return check_sources(sources)
+
+
+def show_files(paths, cfg):
+    show_samples(open_dataset(cfg, paths), cfg.n)
+
+
+def preview_files(paths, cfg):
+    preview_packs(open_dataset(cfg, paths), cfg.n, cfg.out)
+
+
+USAGE = "python data.py check FILE... | show FILE --n=8 --tokenizer=DIR | preview FILE --out=A"
+COMMANDS = {"check": check_files, "show": show_files, "preview": preview_files}
+
+
 def main():
     cfg = Config()
-    configure(cfg, [a for a in sys.argv[1:] if a.startswith("-")])
-    command, *paths = [a for a in sys.argv[1:] if not a.startswith("-")] or [""]
-    if command not in ("check", "show", "preview") or not paths:
-        raise ValueError("usage: python data.py check FILE... | "
-                         "show FILE --n=8 --tokenizer=DIR | preview FILE --out=A")
-    if command == "check":
-        sys.exit(2 if check_files(paths) else 0)
-    dataset = open_dataset(cfg, paths)
-    if cfg.tokenizer == TOY_TOKENIZER:
-        print("tokens are those of the toy vocabulary; for a model's: --tokenizer=MODEL_FOLDER",
-              file=sys.stderr)
-    if command == "show":
-        show_samples(dataset, cfg.n)
-    else:
-        preview_packs(dataset, cfg.n, cfg.out)
+    command, words = subcommand(COMMANDS, USAGE, cfg)
+    paths, flags = split_words(words)
+    configure(cfg, flags)
+    if not paths:
+        raise ValueError(f"usage: {USAGE}")
+    if command(paths, cfg):
+        sys.exit(2)
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_script(main)

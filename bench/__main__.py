@@ -33,7 +33,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 import data, vision
 from inputs import images as images_module, index, packing, sources as sources_module, tokenizer as tokenizer_module
 from training import distributed, metrics, optim, settings
-from configurator import configure, launch
+from configurator import configure, run_script, setting, subcommand
 from kernels import attention as A, cross_entropy as C
 from generate import generate
 from model import IGNORE, LLMConfig, VLM, compile_blocks, train_flops
@@ -46,7 +46,7 @@ TOKENIZER = Path(__file__).resolve().parent.parent / "toy" / "tokenizer"
 @dataclass(slots=True)
 class Config:
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda where there is one, else cpu
-    rounds: int = 7  # interleaved rounds, of which the median counts
+    rounds: int = setting(7, at_least=1)  # interleaved rounds, of which the median counts
     rows: str = ""  # only rows whose name begins with one of these, separated by commas
     compiled: bool = True  # vs-hf: beside the compiled peer as well, a minute or two of compilation
     threads: int = 0  # CPU threads; 0: PyTorch's choice
@@ -396,14 +396,14 @@ def batches_of_8(samples, *_):
 def packing(cfg, device, name, T, N):
     """fill: tokens over room. straggler_8ranks: FLOPs of a step's busiest rank over the mean of 8, 2B fine-tuning, mean
     over steps. plan_us_per_sample: CPU time, ours from the index on, the others' from lengths on."""
-    packs = packing.Packs([length_file()], None, "", tile_size=448, tokens_per_tile=256, tokens_per_pack=T,
-                       tiles_per_pack=N, packs_per_step=8)
-    order, results = packing.permute(np.arange(packs.n), packs.n, packs.seed, 0), {}
+    packs = packing.Packs([length_file()], packing.PackSettings(
+        tile_size=448, tokens_per_tile=256, tokens_per_pack=T, tiles_per_pack=N, packs_per_step=8))
+    order, results = packing.permute(np.arange(packs.n), packs.n, packs.settings.seed, 0), {}
     tokens, tiles = (x.tolist() for x in packs.plan_samples(order)[1:])
     at = dict(zip(order.tolist(), range(packs.n)))
     def ours(*_):
         planned = []
-        for w in range(-(-packs.n // packs.window)): planned += packs.plan_window(0, w, len(planned) % 8)[0]
+        for w in range(-(-packs.n // packs.settings.window)): planned += packs.plan_window(0, w, len(planned) % 8)[0]
         return planned
     for side, plan in {"ours": ours, "knapsack": knapsack, "padded 8": batches_of_8}.items():
         times = []
@@ -474,8 +474,9 @@ def loader(cfg, device, name, workers):
             Path(folder, f"{i:02d}.jpg").write_bytes(photo(i))
             Path(folder, f"{i:02d}.txt").write_text("a photo of nothing in particular, " * 24)
         sources = sources_module.open_sources(folder, tokenizer, "sailvl-chat")
-        packs = packing.Packs(sources, tokenizer, "sailvl-chat", tile_size=448, tokens_per_tile=256, max_tiles=6)
-        batches = iter(data.make_loader(packs, num_workers=workers))
+        settings = packing.PackSettings(tile_size=448, tokens_per_tile=256, max_tiles=6)
+        dataset = data.PackedDataset(packing.Packs(sources, settings), tokenizer, "sailvl-chat")
+        batches = iter(data.make_loader(dataset, num_workers=workers))
         for _ in range(4 * workers + 1): next(batches)                                          # what was fetched ahead
         for _ in range(cfg.rounds):
             start, n = time.perf_counter(), 0
@@ -505,10 +506,11 @@ def parts(device):
             "decode": (decode, {f"{row}_{kind}": [kinds[kind]] for row in ("tiny", "batched") for kind in kinds})}
 
 def main():
-    part = sys.argv[1] if len(sys.argv) > 1 else ""
-    if part not in (names := parts(torch.device("cpu"))):
-        raise ValueError(f"write bench.py {'|'.join(names)} [--rounds=N --rows=a,b --device=cpu]")
-    configure(cfg := Config(), sys.argv[2:])
+    cfg = Config()
+    names = {name: name for name in parts(torch.device("cpu"))}
+    usage = f"python -m bench {'|'.join(names)} [--rounds=N --rows=a,b --device=cpu]"
+    part, flags = subcommand(names, usage, cfg)
+    configure(cfg, flags)
     device = distributed.setup_distributed(cfg.device).device
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # of `timeout`: what there is gets reported
@@ -534,4 +536,4 @@ def main():
     sys.exit(1 if failed else 0)
 
 if __name__ == "__main__":
-    launch(main)
+    run_script(main)

@@ -189,11 +189,15 @@ class Packs:
         self.samples_per_epoch = samples_per_epoch(sources)  # of each source
         self.starts = np.cumsum([0, *self.samples_per_epoch])
         self.n = int(self.starts[-1])
-        self.n_bad = sum(len(s.meta["bad"]) for s in sources)
+        self.n_bad = len(self.unreadable())
         if self.n == 0 or self.n_bad == sum(len(s.rows) for s in sources):
             paths = ", ".join(str(s.path) for s in sources)
             raise ValueError(f"no usable sample in {paths} ({self.n} rows, {self.n_bad} "
                              f"unreadable); try: python data.py check {sources[0].path}")
+
+    def unreadable(self):
+        """The rows of all sources that could not be read when they were indexed."""
+        return [bad for source in self.sources for bad in source.meta["bad"]]
 
     @property
     def fingerprint(self):
