@@ -365,17 +365,15 @@ def preview_files(paths, cfg):
     preview_packs(open_dataset(cfg, paths), cfg.n, cfg.out)
 
 
-USAGE = "python data.py check FILE... | show FILE --n=8 --tokenizer=DIR | preview FILE --out=A"
-COMMANDS = {"check": check_files, "show": show_files, "preview": preview_files}
-
-
 def main():
     cfg = Config()
-    command, words = subcommand(COMMANDS, USAGE, cfg)
+    usage = "python data.py check FILE... | show FILE --n=8 --tokenizer=DIR | preview FILE --out=A"
+    commands = {"check": check_files, "show": show_files, "preview": preview_files}
+    command, words = subcommand(commands, usage, cfg)
     paths, flags = split_words(words)
     configure(cfg, flags)
     if not paths:
-        raise ValueError(f"usage: {USAGE}")
+        raise ValueError(f"usage: {usage}")
     if command(paths, cfg):
         sys.exit(2)
 

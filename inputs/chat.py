@@ -51,10 +51,10 @@ def row_segments(row, tokenizer, template, n_tiles, tokens_per_tile):
 
 
 def chat_ids(tokenizer, template, turns, n_tiles, tokens_per_tile):
-    """Prompt ids up to and including `assistant\\n` of turns [(user, assistant), ..., (user, None)].
+    """Prompt ids, up to and including `assistant\\n`, of turns [(user, assistant), ...].
 
-    n_tiles: tiles of each image, in the order of the `<image>` placeholders. If no placeholder is
-    written, the images go first.
+    The last assistant is None. n_tiles: tiles of each image, in the order of the `<image>`
+    placeholders. If no placeholder is written, the images go first.
     """
     images = image_ids(tokenizer, n_tiles, tokens_per_tile)
     turns = place_images(turns, len(images))
@@ -133,7 +133,7 @@ def join_segments(segments):
 
 
 def cell_words(cells, tokenizer):
-    """Cells of one toy picture, such as "LargeRedCircle TopLeft" -> ids of their words (cells, W)."""
+    """Cells of a toy picture, such as "LargeRedCircle TopLeft" -> ids of their words (cells, W)."""
     return np.array([[tokenizer.encode(" " + word)[0] for word in cell.split()] for cell in cells])
 
 

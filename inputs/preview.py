@@ -77,8 +77,8 @@ def preview_packs(dataset, n, out):
             share = 100 * n_tokens / packs.settings.tokens_per_pack
             title = html.escape(f"{batch['ids'] or batch['bad']}: {n_tokens} tokens, "
                                 f"{sum(sample[2])} tiles")
-            documents.append(f'<i style="width:{share:.2f}%;background:hsl({47 * k % 360} 60% 70%)" '
-                             f'title="{title}"></i>')
+            style = f"width:{share:.2f}%;background:hsl({47 * k % 360} 60% 70%)"
+            documents.append(f'<i style="{style}" title="{title}"></i>')
             shown.append(f"<h3>pack {number}: {title}</h3>"
                          + sample_html(dataset, sample, batch))
         bars.append(bar_html(number, pack, packs.settings, documents))

@@ -36,7 +36,8 @@ def open_tar(path):
             if tar.offset + tarfile.BLOCKSIZE > os.path.getsize(path):
                 raise tarfile.ReadError("it ends too early")
     except tarfile.TarError as e:
-        raise ValueError(f"{path} is no whole tar file ({e}); copy it again or leave it out") from None
+        raise ValueError(f"{path} is no whole tar file ({e}); "
+                         "copy it again or leave it out") from None
 
 
 def tar_key(member):
