@@ -84,7 +84,8 @@ def agreement(texts, references, tag=None):
 def page(sets, tables, shown, note):
     """A self-contained page: tables of numbers, {title: {row: {column: value}}}, then pictures with the captions of
     each set side by side. sets: {name: {id: caption}}; shown: {id: data URI of a picture}. All text is escaped."""
-    style = re.search("<style>.*?</style>", (Path(__file__).resolve().parent.parent / "evals" / "report.html").read_text("utf-8"), re.S)[0]
+    style_file = Path(__file__).resolve().parent.parent / "evals" / "style.css"
+    style = f"<style>{style_file.read_text(encoding='utf-8')}</style>"
     cell = lambda tag, value: f"<{tag}>{html.escape(str(value))}</{tag}>"
     out = [f"<!doctype html><html lang=en><meta charset=utf-8><title>Captions</title>{style}<h1>Captions</h1>"]
     out.append(cell("p", note))

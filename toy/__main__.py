@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from configurator import configure, launch
+from configurator import configure, run_script
 from inputs.files import atomic_write, write_atomic
 from inputs.tars import add_record
 from toy.draw import draw_picture, jpeg_bytes
@@ -146,4 +146,4 @@ def write_benchmarks(cfg):
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_script(main)
