@@ -26,7 +26,7 @@ from rows import (
     write_rows,
 )
 
-from bench.__main__ import length_file
+from bench.samples import length_file
 from data import make_loader
 from inputs.fill import fill_packs
 from inputs.packing import Packs, permute
