@@ -243,8 +243,10 @@ class VLM(nn.Module):
         self.llm = llm
         self.image_token_id = image_token_id
         self.always_run_vision = False  # set under FSDP, see embed()
-        self.vision_model = ViT(vision)
-        self.mlp1 = Projector(vision, llm.dim)
+        self.embed_noise = 0.0
+        if vision:
+            self.vision_model = ViT(vision)
+            self.mlp1 = Projector(vision, llm.dim)
         self.language_model = LanguageModel(llm)
 
     def to_empty(self, *, device, recurse=True):
@@ -254,8 +256,16 @@ class VLM(nn.Module):
 
     def init_weights(self, seed, std=0.02):
         """Random weights, see the function init_weights. Returns the model."""
-        init_weights(self, seed, std, self.vision.init_values)
+        init_weights(self, seed, std, self.vision.init_values if self.vision else 1.0)
         return self
+
+    def noisy(self, x):
+        # noisy, words and vision=None go as soon as the toy world makes its bases itself
+        if not (self.embed_noise and self.training):
+            return x
+        size = x.detach().square().mean(-1, True).sqrt()
+        level = self.embed_noise * torch.rand_like(x[..., :1]) * size
+        return x + level * torch.randn_like(x)
 
     def visual_tokens(self, tiles):
         """uint8 tiles (N, 3, s, s) -> visual tokens (N * tokens_per_tile, C of the LLM).
@@ -266,7 +276,7 @@ class VLM(nn.Module):
         with torch.set_grad_enabled(train_vit):
             dtype = self.vision_model.embeddings.patch_embedding.weight.dtype
             x = self.vision_model(normalize(tiles, dtype))  # (N, P, C of the ViT)
-            x = pixel_shuffle(x, self.vision.downsample)
+            x = self.noisy(pixel_shuffle(x, self.vision.downsample))
         with torch.set_grad_enabled(train_vit or needs_gradients(self.mlp1)):
             return self.mlp1(x).flatten(0, 1)
 
@@ -278,10 +288,14 @@ class VLM(nn.Module):
         h = self.language_model.embed(tokens)  # (T, C)
         image_rows = (tokens == self.image_token_id).nonzero()[:, 0]
         n_tiles = 0 if tiles is None else len(tiles)
-        expected = n_tiles * self.vision.tokens_per_tile
+        expected = n_tiles * (self.vision.tokens_per_tile if self.vision else 1)
         if len(image_rows) != expected:
             raise ValueError(f"the pack has {len(image_rows)} <IMG_CONTEXT> tokens, "
                              f"but its {n_tiles} tiles give {expected}")
+        if self.vision is None:
+            if not n_tiles:
+                return h
+            return h.index_copy(0, image_rows, self.language_model.embed(tiles).sum(1))
         if n_tiles == 0:
             # All ranks must take part in the same collectives, whether they have pictures or not:
             # the sum of the gradients of what trains and, under FSDP, the gathering of the ViT's
@@ -300,7 +314,7 @@ class VLM(nn.Module):
         tokens (T,) int64; tiles (N, 3, s, s) uint8, N may be 0; the others as in
         LanguageModel.loss. ValueError if <IMG_CONTEXT> tokens and tiles disagree.
         """
-        h = self.embed(tokens, tiles)
+        h = self.noisy(self.embed(tokens, tiles))
         return self.language_model.loss(h, labels, positions, cu_seqlens, weights)
 
     def logits(self, tokens, positions, cu_seqlens, tiles=None):
@@ -313,7 +327,8 @@ class VLM(nn.Module):
 def compile_blocks(model):
     """Compile every transformer block in place: names and checkpoints do not change."""
     blocks = list(model.language_model.model.layers)
-    for block in [*model.vision_model.encoder.layers, *blocks[:-1]]:
+    vit_blocks = model.vision_model.encoder.layers if model.vision else []
+    for block in [*vit_blocks, *blocks[:-1]]:
         block.compile()
     for block in blocks[-1:]:
         # this one returns another number of rows for each pack
@@ -383,6 +398,8 @@ def train_flops(vision, llm, n_tiles, lengths, n_supervised, train=(True, True, 
     recomputation, padding, what the last block skips.
     """
     train_vit, train_projector, train_llm = train
+    if vision is None:
+        return llm_flops(llm, lengths, n_supervised, any(train), train_llm)
     return (vit_flops(vision, n_tiles, train_vit)
             + projector_flops(vision, llm.dim, n_tiles, train_vit, train_projector)
             + llm_flops(llm, lengths, n_supervised, any(train), train_llm))
