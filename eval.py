@@ -50,7 +50,7 @@ from typing import Literal
 from generate import Assistant
 from inputs.chat import cell_words, join_segments, place_images, segments
 from inputs.files import file_hash, write_atomic
-from inputs.images import GRAY, Image, image_size, load_image, make_tiles, open_image, picture_uri
+from inputs.images import GRAY, Image, load_image, make_tiles, open_image, picture_uri
 from training.distributed import (
     barrier,
     close_distributed,
@@ -80,14 +80,14 @@ class Config:
     limit: int = 0                        # only the first rows of each benchmark; 0 = all
     max_tiles: int = 0                    # 0 = the protocol's number for each benchmark
     max_new_tokens: int = 0               # 0 = the protocol's number for each benchmark
-    batch_size: int = 64                  # prompts generated together
-    batch_tokens: int = 2 ** 19           # and their prompts and longest answers: 15 GB of cache (2B), 30 GB (8B)
+    batch_size: int = configurator.setting(64, at_least=1)  # prompts generated together
+    batch_tokens: int = configurator.setting(2 ** 19, at_least=1)  # and their prompts and longest answers: 15 GB of cache (2B), 30 GB (8B)
     report_rows: int = 40                 # pictures per benchmark in report.html
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"    # auto: bfloat16 on a GPU, else float32
     device: Literal["auto", "cuda", "cpu"] = "auto"           # auto: cuda where there is one
     threads: int = 0                      # CPU threads of torch; 0 = torch's default
     num_workers: int = 2                  # threads that decode pictures
-    timeout_s: int = 1800                 # how long ranks wait for each other
+    timeout_s: int = configurator.setting(1800, at_least=1)  # how long ranks wait for each other
 
 @dataclasses.dataclass(slots=True)
 class ScoreConfig:
@@ -220,7 +220,7 @@ def make_prompt(assistant, row, image, text, max_tiles=0, blind=False, b=TOY["to
         pictures = [open_picture(row, one, b.jpeg) for one in image]
         pictures[0] = pictures[0].resize([b.upscale * n for n in pictures[0].size], Image.Resampling.BILINEAR)
         most = max(1, min(max_tiles or b.tiles, 64 // len(pictures)))
-        tiles = [make_tiles(picture, 1, most, image_size, assistant.thumbnail) for picture in pictures]
+        tiles = [make_tiles(picture, 1, most, vision.image_size, assistant.thumbnail) for picture in pictures]
         tiles = [GRAY.expand_as(t) for t in tiles] if blind else tiles
     return assistant.prompt(turns, tiles)
 
@@ -385,4 +385,4 @@ def main():
     print(f"wrote {out / 'results.json'} and {out / 'report.html'}")
 
 if __name__ == "__main__":
-    configurator.launch(main)
+    configurator.run_script(main)

@@ -6,10 +6,11 @@ heads, D head dim, L places of the cache that attention looks at, V vocabulary, 
 import collections
 import itertools
 import math
-import torch
-import torch.nn.functional as F
 from dataclasses import dataclass
 from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
 
 from inputs.chat import chat_ids
 from inputs.images import load_image, make_tiles
@@ -341,7 +342,8 @@ class Assistant:
         self.model, about = load_folder(folder, device, dtype, vision)
         self.tokenizer = Tokenizer(folder)
         if vision and self.model.vision is None:
-            raise ValueError(f"{folder}: a language model without vision; give a whole model folder")
+            raise ValueError(f"{folder}: a language model without vision; "
+                             "give a whole model folder")
         check_vocabulary(self.model.llm, self.tokenizer)
         self.model.eval()
         self.settings = {"stop_ids": {self.tokenizer.eos_id}, **settings}
@@ -388,12 +390,12 @@ class Assistant:
 
     def stream(self, ids, tiles):
         """Yield the answer piece by piece; a character of several tokens comes when it is whole."""
-        said = []
+        ids_so_far = []
         shown = ""
         text = ""
         for token in generate_stream(self.model, ids, tiles, **self.settings):
-            said.append(token)
-            text = self.tokenizer.decode(said).strip()  # spaces at the end are held back
+            ids_so_far.append(token)
+            text = self.tokenizer.decode(ids_so_far).strip()  # spaces at the end are held back
             if len(text) > len(shown) and not text.endswith("\ufffd"):
                 yield text[len(shown):]
                 shown = text

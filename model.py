@@ -11,12 +11,14 @@ Source of the decoder: Qwen2 (arXiv 2407.10671), modeling_qwen2.py in huggingfac
 """
 import functools
 import math
+from dataclasses import dataclass
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from dataclasses import dataclass
 from torch.distributed.tensor import DTensor
 
+from configurator import setting
 from inputs.chat import IGNORE
 from inputs.images import normalize
 from kernels.attention import attention
@@ -27,11 +29,11 @@ from vision import Projector, VisionBlock, ViT, pixel_shuffle, working_dtype
 @dataclass(slots=True)
 class LLMConfig:
     vocab_size: int = 151936  # V
-    dim: int = 1536  # width C
+    dim: int = setting(1536, at_least=1)  # width C
     n_layers: int = 28
-    n_heads: int = 12  # query heads H
-    n_kv_heads: int = 2  # key/value heads K
-    head_dim: int = 128  # D; need not be dim / n_heads
+    n_heads: int = setting(12, at_least=1)  # query heads H
+    n_kv_heads: int = setting(2, at_least=1)  # key/value heads K
+    head_dim: int = setting(128, at_least=1)  # D; need not be dim / n_heads
     ffn_dim: int = 8960
     rope_theta: float = 1e6
     norm_eps: float = 1e-6
@@ -131,7 +133,7 @@ class Block(nn.Module):
 
 
 def packed(cu_seqlens):
-    """The attention of a pack, attend(q, k, v): causal inside each document of cu_seqlens (S+1,)."""
+    """The attention of a pack -> attend(q, k, v): causal inside each document of cu_seqlens."""
     cu_seqlens = cu_seqlens.cpu()
     max_seqlen = int(cu_seqlens.diff().max())
 
@@ -226,7 +228,7 @@ class LanguageModel(nn.Module):
 # ---- the vision-language model -------------------------------------------------------------------
 
 def needs_gradients(module):
-    """Whether a forward pass of this module, as things stand, prepares gradients for its weights."""
+    """Whether a forward pass of this module now prepares gradients of its weights."""
     return torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
 
 
