@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from configurator import configure, launch
+from configurator import configure, run_script
 from inputs.chat import TEMPLATES
 from inputs.files import read_json
-from inputs.images import MEAN, STD, image_size
+from inputs.images import MEAN, STD
 from inputs.tokenizer import Tokenizer
 from model import VLM, init_weights
 from weights import (
@@ -183,11 +183,11 @@ def export(source, target, transformers):
         downsample_ratio=1 / vision.downsample, projector_hidden_act="gelu", vision_feature_layer=-1,
         vision_feature_select_strategy="default", tie_word_embeddings=llm.tie_embeddings,
         text_config=config_json(None, llm, dtype), vision_config=config_json(vision, None, dtype) | dict(
-            architectures=["InternVLVisionModel"], model_type="internvl_vision", image_size=[image_size] * 2,
+            architectures=["InternVLVisionModel"], model_type="internvl_vision", image_size=[vision.image_size] * 2,
             patch_size=[vision.patch_size] * 2, attention_bias=vision.qkv_bias, use_qk_norm=False,
             layer_scale_init_value=vision.init_values, use_absolute_position_embeddings=True, use_mean_pooling=True))
     processor = dict(processor_class="InternVLProcessor")
-    pixels = dict(do_resize=True, resample=3, size=dict(height=image_size, width=image_size),
+    pixels = dict(do_resize=True, resample=3, size=dict(height=vision.image_size, width=vision.image_size),
                   do_rescale=True, rescale_factor=1 / 255, do_normalize=True, image_mean=MEAN, image_std=STD,
                   do_convert_rgb=True)
     image = dict(start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>",
@@ -216,4 +216,4 @@ def main():
             raise ValueError(USAGE)
 
 if __name__ == "__main__":
-    launch(main)
+    run_script(main)

@@ -48,9 +48,9 @@ from tqdm import tqdm
 from typing import Literal
 
 from generate import Assistant
-from inputs.chat import cell_words, join, place_images, segments
+from inputs.chat import cell_words, join_segments, place_images, segments
 from inputs.files import file_hash, write_atomic
-from inputs.images import GRAY, Image, _read, image_size, load_image, make_tiles, picture_uri
+from inputs.images import GRAY, Image, load_image, make_tiles, open_image, picture_uri
 from training.distributed import (
     barrier,
     close_distributed,
@@ -80,14 +80,14 @@ class Config:
     limit: int = 0                        # only the first rows of each benchmark; 0 = all
     max_tiles: int = 0                    # 0 = the protocol's number for each benchmark
     max_new_tokens: int = 0               # 0 = the protocol's number for each benchmark
-    batch_size: int = 64                  # prompts generated together
-    batch_tokens: int = 2 ** 19           # and their prompts and longest answers: 15 GB of cache (2B), 30 GB (8B)
+    batch_size: int = configurator.setting(64, at_least=1)  # prompts generated together
+    batch_tokens: int = configurator.setting(2 ** 19, at_least=1)  # and their prompts and longest answers: 15 GB of cache (2B), 30 GB (8B)
     report_rows: int = 40                 # pictures per benchmark in report.html
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"    # auto: bfloat16 on a GPU, else float32
     device: Literal["auto", "cuda", "cpu"] = "auto"           # auto: cuda where there is one
     threads: int = 0                      # CPU threads of torch; 0 = torch's default
     num_workers: int = 2                  # threads that decode pictures
-    timeout_s: int = 1800                 # how long ranks wait for each other
+    timeout_s: int = configurator.setting(1800, at_least=1)  # how long ranks wait for each other
 
 @dataclasses.dataclass(slots=True)
 class ScoreConfig:
@@ -184,11 +184,17 @@ def read_rows(path, limit=0, b=TOY["toy_ocr"], *columns_needed):
     if not pairs: raise ValueError(f"{path}: no rows " + ("with a picture" if rows else f"of split {b.split!r}"))
     return pairs
 
+def read_rgb(source):
+    """Pillow RGB image as VLMEvalKit reads it: not rotated, alpha dropped."""
+    with open_image(source) as image:
+        return image.convert("RGB")
+
+
 def open_picture(row, place, jpeg=False):
     """Pillow RGB image of a place or path of read_rows. jpeg: as VLMEvalKit reads it, not rotated and alpha dropped
     (load_image of sail_vl.py); one from the file went through JPEG on its disk before (decode_base64_to_image_file of
     vlmeval/smp), unless its row has several names and that is of another type."""
-    rgb = (lambda source: _read(source, lambda image: image.convert("RGB"))) if jpeg else load_image
+    rgb = read_rgb if jpeg else load_image
     try:
         if isinstance(place, Path): return rgb(place)
         path, offset, k = place
@@ -208,13 +214,13 @@ def make_prompt(assistant, row, image, text, max_tiles=0, blind=False, b=TOY["to
     if vision is None:                                                 # words in the place of the visual tokens
         cells = ["Empty " + cell.split()[1] if blind else cell for cell in row["cells"].split("|")]
         images = [[assistant.tokenizer.image_id] * len(cells)] * bool(image)
-        ids, _ = join(segments(assistant.tokenizer, assistant.template, place_images(turns, len(images)), images))
+        ids, _ = join_segments(segments(assistant.tokenizer, assistant.template, place_images(turns, len(images)), images))
         return ids, torch.from_numpy(cell_words(cells, assistant.tokenizer)) if image else None
     if image:
         pictures = [open_picture(row, one, b.jpeg) for one in image]
         pictures[0] = pictures[0].resize([b.upscale * n for n in pictures[0].size], Image.Resampling.BILINEAR)
         most = max(1, min(max_tiles or b.tiles, 64 // len(pictures)))
-        tiles = [make_tiles(picture, 1, most, image_size, assistant.thumbnail) for picture in pictures]
+        tiles = [make_tiles(picture, 1, most, vision.image_size, assistant.thumbnail) for picture in pictures]
         tiles = [GRAY.expand_as(t) for t in tiles] if blind else tiles
     return assistant.prompt(turns, tiles)
 
@@ -275,7 +281,10 @@ def free_cards(pairs, assistant):
 def report_html(results, cards, free):
     """report_page.html with its data in place: one self-contained file."""
     data = json.dumps({"results": results, "cards": cards, "free": free}, ensure_ascii=False).replace("<", "\\u003c")
-    return (Path(__file__).resolve().parent / "evals" / "report.html").read_text(encoding="utf-8").replace("<!--data-->", data)
+    folder = Path(__file__).resolve().parent / "evals"
+    style = (folder / "style.css").read_text(encoding="utf-8")
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    return page.replace("<!--style-->", style).replace("<!--data-->", data)
 
 # ---- the run -------------------------------------------------------------------------------------------------------
 def score_file(argv):
@@ -376,4 +385,4 @@ def main():
     print(f"wrote {out / 'results.json'} and {out / 'report.html'}")
 
 if __name__ == "__main__":
-    configurator.launch(main)
+    configurator.run_script(main)

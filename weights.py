@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from inputs.files import file_hash, read_json
-from inputs.images import MEAN, STD, image_size
+from inputs.images import MEAN, STD
 from inputs.tokenizer import Tokenizer
 from model import LLMConfig, VLM, init_weights, kept_rows
 from vision import VisionConfig
@@ -105,7 +105,7 @@ def _read_config(path, raw):
             head_dim=dim // heads if type(dim) is type(heads) is int and heads else 0,
             rope_theta=rope.get("rope_theta", 1e4), max_position_embeddings=32768))
     if vision and llm:
-        _values(path, raw, TOP_FIXED | dict(force_image_size=image_size), TOP_KINDS, **TOP_DEFAULTS, template="")
+        _values(path, raw, TOP_FIXED | dict(force_image_size=vision.image_size), TOP_KINDS, **TOP_DEFAULTS, template="")
     return vision, llm
 
 def has_tokenizer(folder):
@@ -241,7 +241,7 @@ def config_json(vision, llm, dtype, template="sailvl-chat", extra=None):
     if vision is None or llm is None: return v or t
     return {name: (extra or {}).get(name, value) for name, value in TOP_DEFAULTS.items()} | TOP_FIXED | dict(
         architectures=["InternVLChatModel"], model_type="internvl_chat", torch_dtype=kind, template=template,
-        downsample_ratio=1 / vision.downsample, force_image_size=image_size,
+        downsample_ratio=1 / vision.downsample, force_image_size=vision.image_size,
         tie_word_embeddings=llm.tie_embeddings, vision_config=v, llm_config=t)
 
 def save_folder(state, vision, llm, out_dir, tokenizer_dir=None, template="sailvl-chat", dtype=torch.bfloat16,
@@ -253,7 +253,7 @@ def save_folder(state, vision, llm, out_dir, tokenizer_dir=None, template="sailv
                for name in parameter_shapes(vision, llm) if name != HEAD or not llm.tie_embeddings}
     if vision and llm:                                                      # llama.cpp looks for mean and std here
         files = {"preprocessor_config.json": dict(
-            feature_extractor_type="CLIPFeatureExtractor", size=image_size, crop_size=image_size,
+            feature_extractor_type="CLIPFeatureExtractor", size=vision.image_size, crop_size=vision.image_size,
             resample=3, image_mean=MEAN, image_std=STD)} | (files or {})
     write_folder(tensors, config, out_dir, tokenizer_dir if llm else None, dtype, files)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 ATTEMPTS = (0.0, 0.5, 1.0)          # temperatures, until a reply is valid (VLMEvalKit raises it by 0.5 each time too)
 TRIES, WAIT_S, TIMEOUT_S = 6, 1.0, 120     # of a request that fails; seconds before the second try, then doubled
 REFUSED = (400, 413, 415, 422)      # HTTP: nothing is wrong but this picture or its size
-KINDS = {b"\xff\xd8": "jpeg", b"\x89P": "png", b"RI": "webp", b"GI": "gif", b"BM": "bmp"}    # by the first two bytes
+IMAGE_TYPES = {b"\xff\xd8": "jpeg", b"\x89P": "png", b"RI": "webp", b"GI": "gif", b"BM": "bmp"}    # by the first two bytes
 
 class Replies:
     """Replies by key in an append-only .jsonl: {"reply", "finish", "usage", ...}. A torn line is passed over."""
@@ -30,12 +30,12 @@ class Replies:
         self.known[key] = entry
         return entry
 
-def key_of(model, prompt, temperature, images=()):
+def reply_key(model, prompt, temperature, images=()):
     """The key of a reply: who was asked, what, about which pictures (bytes)."""
     pictures = [hashlib.sha256(image).hexdigest() for image in images]
     return hashlib.sha256(json.dumps([model, prompt, temperature, *pictures]).encode()).hexdigest()
 
-class Judge:
+class ChatClient:
     """url: of the API, such as http://127.0.0.1:8000/v1, or several that serve the same model, separated by commas;
     model: its name there; cache: path of the .jsonl; threads: requests at a time; max_tokens: longest reply."""
     def __init__(self, url, model, cache, threads=8, max_tokens=128):
@@ -50,7 +50,7 @@ class Judge:
         """The HTTP request of one call; each goes to the next endpoint."""
         content = [{"type": "text", "text": prompt}]
         for image in images:
-            uri = f"data:image/{KINDS.get(image[:2], 'jpeg')};base64,{base64.b64encode(image).decode()}"
+            uri = f"data:image/{IMAGE_TYPES.get(image[:2], 'jpeg')};base64,{base64.b64encode(image).decode()}"
             content.insert(-1, {"type": "image_url", "image_url": {"url": uri}})
         body = {"model": self.model, "messages": [{"role": "user", "content": content if images else prompt}],
                 "temperature": temperature, "max_tokens": self.max_tokens}
@@ -61,7 +61,7 @@ class Judge:
     def entry(self, prompt, temperature, images=()):
         """One reply from the log or an endpoint, {"reply", "finish", "usage"}; finish is "http_400" or the like where a
         picture was refused. ValueError when the endpoint refuses everything or stays away."""
-        key = key_of(self.model, prompt, temperature, images)
+        key = reply_key(self.model, prompt, temperature, images)
         if key in self.replies.known: return self.replies.known[key]
         for attempt in range(TRIES):
             call, last = self.request(prompt, temperature, images), attempt == TRIES - 1
@@ -109,4 +109,4 @@ class Judge:
 
 def connect(url, model, cache):
     """`ask` of that judge; None if there is neither url nor model."""
-    return Judge(url, model, cache).ask if url or model else None
+    return ChatClient(url, model, cache).ask if url or model else None

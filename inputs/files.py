@@ -1,37 +1,76 @@
-"""Files read with an error that says what to do, and written whole or not at all."""
+"""Read JSON with an error that says what to do, and write files whole or not at all."""
+import contextlib
 import hashlib
 import json
 import os
 from pathlib import Path
 
 
-
 def read_json(path, kind=object):
-    """What a JSON file holds; ValueError if that is none, or not of this kind (dict for the files of a model)."""
+    """The content of a JSON file; ValueError if it is broken or not a `kind` (dict, list)."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as e:                          # a million brackets are no data
+    except (ValueError, RecursionError) as e:  # a file of a million brackets recurses too deep
         raise ValueError(f"{path} is not valid JSON: {e}") from None
     if not isinstance(content, kind):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a {kind.__name__}; copy it again")
+        found = type(content).__name__
+        raise ValueError(f"{path} holds a {found}, not a {kind.__name__}; copy it again")
     return content
 
+
+def read_jsonl(path):
+    """The rows of an append-only .jsonl file, [] if there is none.
+
+    A process that is killed, or a full disk, leaves half a line; the run goes on behind it. Lines
+    that are no JSON are therefore skipped: each row stands for itself.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_bytes().splitlines():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
 def json_hash(value):
+    """sha256 of a value written as JSON, in hexadecimal."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
-# ---- checkpoints ----------------------------------------------------------------------------------------------------
-# checkpoints/step_00001234/ holds DCP files (which reshard when the number of ranks changes), state.json and, written
-# last, manifest.json with size and sha256 of each. The folder has a temporary name until all of it is on the disk.
-def write_atomic(path, text):
-    """Write a small file whole or not at all, for good: temporary name, fsync, rename, fsync of the folder."""
-    with open(f"{path}.tmp", "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(f"{path}.tmp", path)
+
+def file_hash(path, kind="sha256"):
+    """Digest of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, kind).hexdigest()
+
+
+@contextlib.contextmanager
+def atomic_write(path, mode="w"):
+    """Open a file that appears under its name only when all of it is on the disk.
+
+    It is written as PATH.tmp in the same folder, flushed to the disk, and renamed; then the folder
+    is flushed too, so that the new name survives a power cut. If the block fails, the old file
+    stays and PATH.tmp goes. Text is UTF-8.
+    """
+    tmp = f"{path}.tmp"
+    encoding = None if "b" in mode else "utf-8"
+    try:
+        with open(tmp, mode, encoding=encoding) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(tmp)
+        raise
+    os.replace(tmp, path)
     folder = os.open(Path(path).parent, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
 
-def file_hash(path, kind="sha256"):
-    with open(path, "rb") as f: return hashlib.file_digest(f, kind).hexdigest()
+
+def write_atomic(path, text):
+    """Write a small text file whole or not at all (see atomic_write)."""
+    with atomic_write(path) as file:
+        file.write(text)

@@ -1,138 +1,218 @@
+"""Image files -> RGB pictures -> tiles.
+
+Shapes: N tiles of a picture, s side of a tile in pixels.
+"""
 import base64
+import contextlib
 import functools
 import io
 import math
-import numpy as np
 import struct
+import warnings
+
+import numpy as np
 import torch
 import torch.nn.functional as F
-import warnings
-from PIL import ImageOps
-from PIL import UnidentifiedImageError
-
-
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+# Nothing else is even tried. Pillow opens MPO as JPEG.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+# A larger picture is refused before it is decoded. Pillow's own limit is looser and only warns.
+MAX_PIXELS = 64_000_000
+Image.MAX_IMAGE_PIXELS = None
+# What Pillow raises for a damaged file.
+PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError,
+                 struct.error)
+# ImageNet's mean and standard deviation of each channel, as in InternVL.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+# The mean colour: what a blind model sees.
+GRAY = torch.tensor([124, 116, 104], dtype=torch.uint8).view(3, 1, 1)
 
-from PIL import Image
+# torch.from_numpy warns of arrays it could damage; resize() only reads them.
+warnings.filterwarnings("ignore", "The given NumPy array is not writable")
 
-warnings.filterwarnings("ignore", "The given NumPy array is not writable")   # resize only reads it
-np.empty(2 ** 25 - 2 ** 16, np.uint8)   # gone at once; once 32 MB were freed, glibc keeps what is freed, which it else
-                                        # gives back: the pages of every picture would be new
 
-# ---- image files -----------------------------------------------------------------------------------------------------
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")             # nothing else is even tried; Pillow opens MPO as JPEG
-MAX_PIXELS = 64_000_000                                     # a larger picture is refused before it is decoded
-Image.MAX_IMAGE_PIXELS = None                               # Pillow's own limit is looser and would only add a warning
-DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error)   # Pillow's ways
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # ImageNet, as in InternVL
+# ---- image files --------------------------------------------------------------------------------
 
-def _read(source, read):
-    """Open bytes or a path, -> read(image), which decodes the pixels or not. Every error names the picture."""
-    name, file = source, source
+@contextlib.contextmanager
+def open_image(source):
+    """Open bytes, str or Path as a Pillow image, not decoded yet.
+
+    Raises ValueError that names the picture (format, size, damage; also damage that shows while
+    the caller decodes it) or OSError (no such file, no permission).
+    """
+    name = source
+    file = source
     if isinstance(source, bytes):
-        name, file = f"image of {len(source)} bytes", io.BytesIO(source)
+        name = f"image of {len(source)} bytes"
+        file = io.BytesIO(source)
     try:
         with Image.open(file, formats=FORMATS) as image:
-            if image.width * image.height <= MAX_PIXELS: return read(image)
-        problem = f"{image.width}x{image.height} is more than {MAX_PIXELS / 1e6:.0f} megapixels; shrink it first"
+            n_pixels = image.width * image.height
+            if n_pixels <= MAX_PIXELS:
+                yield image
+                return
+        problem = (f"{image.width}x{image.height} is more than {MAX_PIXELS / 1e6:.0f} megapixels; "
+                   "shrink it first")
     except UnidentifiedImageError:
         problem = f"not a picture in one of the formats {', '.join(FORMATS)}"
-    except DAMAGE as e:
-        if getattr(e, "errno", None):                       # no such file, no permission
+    except PILLOW_ERRORS as e:
+        if getattr(e, "errno", None):  # no such file, no permission
             raise
         problem = f"damaged picture ({e})"
     raise ValueError(f"{name}: {problem}")
 
-def upright(image):
-    """Decode, and turn as EXIF says; in place, for a copy takes as long as a tenth of decoding."""
-    image.load()
-    ImageOps.exif_transpose(image, in_place=True)
-    return image
 
 def load_image(source):
-    """bytes, str or Path -> PIL image in RGB, upright (EXIF), alpha on white, the first frame of an animation.
-    Raises ValueError (format, size, damage) or OSError (no such file)."""
-    image = _read(source, upright)
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):   # 16-bit grey: keep the upper byte
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    """bytes, str or Path -> Pillow image in RGB, upright, alpha on white, first frame.
+
+    Raises ValueError (format, size, damage) or OSError (no such file).
+    """
+    with open_image(source) as image:
+        image.load()
+        # In place: a copy takes a tenth of the time that decoding takes.
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        # 16-bit grey: keep the upper byte.
+        upper = np.asarray(image).astype(np.int64) >> 8
+        image = Image.fromarray(upper.clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
     return image if image.mode == "RGB" else image.convert("RGB")
 
+
 def image_size(source):
-    """(width, height) in pixels as load_image would give them, from the header only. Raises like load_image."""
-    def size(image):
-        known = image.format != "PNG" or "exif" in image.info               # Pillow decodes a PNG to look for more
-        turned = known and image.getexif().get(0x0112) in (5, 6, 7, 8)      # orientations that swap width and height
-        return image.size[::-1] if turned else image.size
-    return _read(source, size)
+    """(width, height) in pixels as load_image would give them, from the header only.
+
+    Raises like load_image.
+    """
+    with open_image(source) as image:
+        # Without EXIF in its header, Pillow would decode a whole PNG to look for some.
+        has_exif = image.format != "PNG" or "exif" in image.info
+        # The four orientations that swap width and height.
+        if has_exif and image.getexif().get(0x0112) in (5, 6, 7, 8):
+            return image.size[::-1]
+        return image.size
+
 
 def picture_uri(image):
-    """A Pillow image, which is made small in place, as a JPEG data URI for a page."""
+    """Pillow image -> JPEG data URI for a page. Shrinks the image in place."""
     image.thumbnail((224, 224))
-    image.save(file := io.BytesIO(), "JPEG", quality=75)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=75)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
-# ---- dynamic tiling --------------------------------------------------------------------------------------------------
+
+# ---- dynamic tiling -----------------------------------------------------------------------------
+
 @functools.lru_cache
 def _candidates(min_tiles, max_tiles):
-    """All grids (columns, rows) of min..max tiles. Equal areas come in the order of a Python set of tuples, as in the
-    released code: that order decides between grids equally good, so it is part of the format."""
-    grids = {(i, j) for n in range(min_tiles, max_tiles + 1) for i in range(1, n + 1) for j in range(1, n + 1)
-             if min_tiles <= i * j <= max_tiles}
+    """All grids (columns, rows) of min_tiles to max_tiles tiles, by their number of tiles.
+
+    Grids of as many tiles come in the order of a Python set of tuples, as in the released code.
+    That order decides between grids that fit equally well, so it is part of the format.
+    """
+    grids = set()
+    for n in range(min_tiles, max_tiles + 1):
+        for columns in range(1, n + 1):
+            for rows in range(1, n + 1):
+                if min_tiles <= columns * rows <= max_tiles:
+                    grids.add((columns, rows))
     return sorted(grids, key=math.prod)
+
 
 @functools.lru_cache(65536)
 def tile_grid(width, height, min_tiles=1, max_tiles=12, tile_size=448):
-    """The grid (columns, rows) whose aspect ratio is nearest to the image's. On an exact tie a later, larger grid is
-    taken if the image has more than half its pixels. (find_closest_aspect_ratio in InternVL.)"""
+    """The grid (columns, rows) whose aspect ratio is nearest to the picture's.
+
+    On an exact tie a later, larger grid wins if the picture has more than half of its pixels
+    (find_closest_aspect_ratio in InternVL).
+    """
     if not 1 <= min_tiles <= max_tiles:
-        raise ValueError(f"min_tiles={min_tiles} and max_tiles={max_tiles}: need 1 <= min_tiles <= max_tiles")
-    aspect, best, best_gap = width / height, (1, 1), math.inf
+        raise ValueError(f"min_tiles={min_tiles} and max_tiles={max_tiles}: "
+                         "need 1 <= min_tiles <= max_tiles")
+    aspect = width / height
+    best = (1, 1)
+    best_gap = math.inf
     for columns, rows in _candidates(min_tiles, max_tiles):
         gap = abs(aspect - columns / rows)
-        if gap < best_gap or (gap == best_gap and width * height > 0.5 * tile_size ** 2 * columns * rows):
-            best, best_gap = (columns, rows), gap
+        large = width * height > 0.5 * tile_size ** 2 * columns * rows
+        if gap < best_gap or (gap == best_gap and large):
+            best = (columns, rows)
+            best_gap = gap
     return best
+
+
+def with_thumbnail(n_grid, thumbnail):
+    """Tiles of a picture whose grid has n_grid: one more where a thumbnail of it follows.
+
+    A single tile is the whole picture already, so only larger grids get one.
+    """
+    return n_grid + 1 if thumbnail and n_grid > 1 else n_grid
+
+
+def without_thumbnail(n_tiles, thumbnail):
+    """Tiles in the grid of a picture that has n_tiles, the inverse of with_thumbnail."""
+    return n_tiles - 1 if thumbnail and n_tiles > 1 else n_tiles
+
 
 @functools.lru_cache(65536)
 def count_tiles(width, height, min_tiles=1, max_tiles=12, tile_size=448, thumbnail=True):
-    """How many tiles make_tiles gives for an image of this size, thumbnail included."""
-    n = math.prod(tile_grid(width, height, min_tiles, max_tiles, tile_size))
-    return n + (thumbnail and n > 1)
+    """How many tiles make_tiles gives for a picture of this size, thumbnail included."""
+    n_grid = math.prod(tile_grid(width, height, min_tiles, max_tiles, tile_size))
+    return with_thumbnail(n_grid, thumbnail)
+
 
 def resize(image, width, height):
-    """PIL RGB image -> uint8 (3, height, width), bicubic, each value at most 1 from what Pillow's resize gives.
-    Pillow makes a pass over the columns, then one over the rows, and rounds in between. PyTorch's passes are up to four
-    times as fast; each may round otherwise, by 1, and the second carries that on whole unless it shrinks by half. So
-    Pillow makes the first pass, where it must; and both where it begins with the rows: from release 13 on, if height
-    loses more than twice as much as width (Resample.c)."""
+    """Pillow RGB image -> uint8 (3, height, width), bicubic, each value within 1 of Pillow's.
+
+    Pillow makes a pass over the columns, then one over the rows, and rounds in between. PyTorch's
+    passes are up to four times as fast, but each may round differently, by 1. The second pass
+    carries a difference of the first on in full, unless it shrinks by half. So Pillow makes the
+    first pass where that matters. It makes both where it begins with the rows, as it does from
+    release 13 on if the height shrinks by more than twice as much as the width (Resample.c).
+    """
     w, h = image.size
     if h - height > max(0, 2 * (w - width)):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     elif h < 2 * height:
         image = image.resize((width, h), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.asarray(image))[None].permute(0, 3, 1, 2)  # channels last, and PyTorch sees it: the
-    if image.size != (width, height):                                       # fast code
+    # The pixels stay in Pillow's order, channels last: PyTorch has fast code for it.
+    pixels = torch.from_numpy(np.asarray(image))[None].permute(0, 3, 1, 2)  # (1, 3, h, w)
+    if image.size != (width, height):
         pixels = F.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True)
     return pixels[0]
 
+
 def make_tiles(image, min_tiles=1, max_tiles=12, tile_size=448, thumbnail=True, out=None):
-    """PIL RGB image -> uint8 (N, 3, s, s): the whole image resized (bicubic) to the grid and cut row by row, then,
-    if there is more than one tile, the whole image again as a thumbnail. out: where to write them, if not anew."""
-    s, (columns, rows) = tile_size, tile_grid(*image.size, min_tiles, max_tiles, tile_size)
-    n = rows * columns
-    tiles = torch.empty(n + (thumbnail and n > 1), 3, s, s, dtype=torch.uint8) if out is None else out
+    """Pillow RGB image -> uint8 (N, 3, s, s), written to `out` if that is given.
+
+    The whole picture is resized to its grid and cut row by row. If that gives more than one tile,
+    the whole picture comes once more, as a thumbnail, last.
+    """
+    s = tile_size
+    columns, rows = tile_grid(*image.size, min_tiles, max_tiles, s)
+    n_grid = columns * rows
+    tiles = out
+    if tiles is None:
+        tiles = torch.empty(with_thumbnail(n_grid, thumbnail), 3, s, s, dtype=torch.uint8)
     pixels = resize(image, s * columns, s * rows).view(3, rows, s, columns, s)
-    tiles[:n].view(rows, columns, 3, s, s).copy_(pixels.permute(1, 3, 0, 2, 4))
-    if len(tiles) > n: tiles[n] = resize(image, s, s)
+    grid = tiles[:n_grid].view(rows, columns, 3, s, s)
+    grid.copy_(pixels.permute(1, 3, 0, 2, 4))
+    if len(tiles) > n_grid:
+        tiles[n_grid] = resize(image, s, s)
     return tiles
 
-GRAY = torch.tensor([124, 116, 104], dtype=torch.uint8).view(3, 1, 1)      # the mean colour: what a blind model sees
 
 def normalize(tiles, dtype=torch.float32):
-    """uint8 (N, 3, s, s) -> (tiles / 255 - mean) / std in `dtype`, on the tiles' device, computed in fp32."""
-    mean, std = (255 * torch.tensor(x, device=tiles.device).view(3, 1, 1) for x in (MEAN, STD))
+    """uint8 (N, 3, s, s) -> (tiles / 255 - mean) / std in `dtype`.
+
+    Computed in fp32 on the tiles' device, in place on one copy of them.
+    """
+    mean = 255 * torch.tensor(MEAN, device=tiles.device).view(3, 1, 1)
+    std = 255 * torch.tensor(STD, device=tiles.device).view(3, 1, 1)
     return tiles.float().sub_(mean).div_(std).to(dtype)

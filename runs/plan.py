@@ -1,4 +1,7 @@
-"""Run several command lines in a row and go on where they stopped."""
+"""Several command lines in a row, resumed where they stopped.
+
+Used by runs.scaling and by the tiers of curate.py.
+"""
 import json
 import shlex
 import subprocess
@@ -7,19 +10,36 @@ from pathlib import Path
 
 from inputs.files import write_atomic
 
+
 def run_plan(folder, commands, run, processes=1, **files):
-    """Print command lines that end in folder/eval/results.json, unless it is there, and with run=True run them. files:
-    {name: text} to be in the folder before. ValueError where a folder was run otherwise, or where a command fails."""
-    made, plan = Path(folder) / "plan.json", json.dumps([commands, files])
-    if made.exists() and made.read_text() != plan:
-        raise ValueError(f"{folder} was run with other data or flags: remove it, or give another --out")
-    if (made.parent / "eval" / "results.json").exists(): return
-    files |= {made.name: plan} if run else {}
-    if files: made.parent.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items(): write_atomic(made.parent / name, text)
-    ranks = [f"--nproc_per_node={processes}"] if processes > 1 else []
-    shown, module = (["torchrun"], ["-m", "torch.distributed.run", "--standalone"]) if ranks else (["python"], [])
+    """Print command lines whose last one writes folder/eval/results.json; with run=True, run them.
+
+    A folder that has its results is passed over. files: {name: text} to write into the folder
+    before. Raises ValueError where a folder was run with other commands, or where one fails."""
+    folder = Path(folder)
+    record = folder / "plan.json"
+    plan = json.dumps([commands, files])
+    if record.exists() and record.read_text() != plan:
+        raise ValueError(
+            f"{folder} was run with other data or flags: remove it, or give another --out")
+    if (folder / "eval" / "results.json").exists():
+        return
+
+    if run:
+        files = files | {record.name: plan}
+    if files:
+        folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        write_atomic(folder / name, text)
+
+    # The printed line is what a user would type; the line that runs needs no torchrun on the PATH.
+    shown = ["python"]
+    launcher = [sys.executable]
+    if processes > 1:
+        ranks = f"--nproc_per_node={processes}"
+        shown = ["torchrun", ranks]
+        launcher += ["-m", "torch.distributed.run", "--standalone", ranks]
     for command in commands:
-        print(shlex.join([*shown, *ranks, *command]), flush=True)
-        if run and subprocess.run([sys.executable, *module, *ranks, *command]).returncode:
-            raise ValueError(f"{folder}: {command[0]} failed, see above; run again to go on")
+        print(shlex.join([*shown, *command]), flush=True)
+        if run and subprocess.run([*launcher, *command]).returncode != 0:
+            raise ValueError(f"{folder}: {command[0]} failed, see above; run again to resume")

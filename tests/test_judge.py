@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from evals import endpoint as J
-from evals.endpoint import Judge
+from evals.endpoint import ChatClient
 
 @pytest.fixture
 def endpoint(monkeypatch):
@@ -37,54 +37,54 @@ always = lambda reply: True
 def test_replies_are_kept_and_asked_only_once(endpoint, tmp_path, monkeypatch):
     endpoint.answer = lambda prompt, temperature: prompt.upper()
     prompts = [f"question {i}\nfoo" for i in range(40)]
-    assert Judge(endpoint.url, "m", tmp_path / "x" / "j.jsonl").ask(prompts, [always] * 40) == [p.upper() for p in prompts]
+    assert ChatClient(endpoint.url, "m", tmp_path / "x" / "j.jsonl").ask(prompts, [always] * 40) == [p.upper() for p in prompts]
     assert sorted(endpoint.asked) == sorted(prompts) and endpoint.keys[0] is None
     text = (tmp_path / "x" / "j.jsonl").read_text()
     assert [json.loads(line)["model"] for line in text.split("\n")[1:]] == ["m"] * 40
     (tmp_path / "x" / "j.jsonl").write_text(text[:-9])                  # as if killed in the middle of a line
     monkeypatch.setenv("JUDGE_API_KEY", "secret")
-    again = Judge(endpoint.url + "/chat/completions", "m", tmp_path / "x" / "j.jsonl")
+    again = ChatClient(endpoint.url + "/chat/completions", "m", tmp_path / "x" / "j.jsonl")
     assert again.ask(prompts, [always] * 40) == [p.upper() for p in prompts] and len(endpoint.asked) == 41
     assert endpoint.keys[-1] == "Bearer secret" and "secret" not in (tmp_path / "x" / "j.jsonl").read_text()
 
 def test_a_busy_or_broken_endpoint_is_asked_again(endpoint, tmp_path):
     replies = [429, 503, "torn", [{"type": "text"}], None, "B"]
     endpoint.answer = lambda prompt, temperature: replies.pop(0)
-    one = Judge(endpoint.url, "m", tmp_path / "j.jsonl", threads=1)
+    one = ChatClient(endpoint.url, "m", tmp_path / "j.jsonl", threads=1)
     assert one.ask(["q"], [lambda reply: reply == "B"]) == ["B"] and not replies        # None is a reply, and not valid
 
 def test_what_stays_invalid_is_no_reply_and_temperature_rises(endpoint, tmp_path):
     seen = []
     endpoint.answer = lambda prompt, temperature: seen.append(temperature) or f"hm {temperature}"
-    one = Judge(endpoint.url, "m", tmp_path / "j.jsonl")
+    one = ChatClient(endpoint.url, "m", tmp_path / "j.jsonl")
     assert one.ask(["q"], [lambda reply: reply == "yes"]) == [""] and seen == [0.0, 0.5, 1.0]
     assert one.ask(["q"], [lambda reply: "0.5" in reply]) == ["hm 0.5"] and len(seen) == 3
 
 def test_pictures_go_along_and_come_back_with_finish_and_usage_and_a_refused_picture_is_not_the_end(endpoint, tmp_path):
     endpoint.answer = lambda parts, temperature: 400 if parts[0]["image_url"]["url"].endswith("AAAA") else "A"
-    one = Judge(f"{endpoint.url}, {endpoint.url}", "m", tmp_path / "j.jsonl", threads=1)
+    one = ChatClient(f"{endpoint.url}, {endpoint.url}", "m", tmp_path / "j.jsonl", threads=1)
     pictures = [b"\x89PNG", b"\xff\xd8\xff", b"\0\0\0"]
     found = dict(one.each([("q", always, [picture]) for picture in pictures]))
     assert [found[i]["reply"] for i in range(3)] == ["A", "A", ""] and found[2]["finish"] == "http_400"
     assert found[0]["usage"] == {} and endpoint.asked[0] == [
         {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw=="}}, {"type": "text", "text": "q"}]
     assert endpoint.asked[1][0]["image_url"]["url"].startswith("data:image/jpeg;base64,")
-    again = Judge(endpoint.url, "m", tmp_path / "j.jsonl")             # another picture or none: another question
+    again = ChatClient(endpoint.url, "m", tmp_path / "j.jsonl")             # another picture or none: another question
     assert dict(again.each([("q", always, pictures[:1])]))[0]["reply"] == "A" and len(endpoint.asked) == 3
     endpoint.answer = lambda prompt, temperature: "B"
     assert again.ask(["q"], [always]) == ["B"] and again.counts == {"calls": 1}
 
 def test_a_refusal_and_an_absent_endpoint_end_in_one_line_and_what_was_answered_stays(endpoint, tmp_path):
     endpoint.answer = lambda prompt, temperature: 401 if prompt == "q3" else "A"
-    one = Judge(endpoint.url, "m", tmp_path / "j.jsonl", threads=1)
+    one = ChatClient(endpoint.url, "m", tmp_path / "j.jsonl", threads=1)
     with pytest.raises(ValueError, match="HTTP 401.*run again to go on"):
         one.ask(["q1", "q2", "q3", "q4"], [always] * 4)
     assert endpoint.asked[:3] == ["q1", "q2", "q3"] and endpoint.asked.count("q3") == 1    # not asked again at once
     endpoint.answer = lambda prompt, temperature: "A"
-    assert Judge(endpoint.url, "m", tmp_path / "j.jsonl").ask(["q1", "q2", "q3", "q4"], [always] * 4) == ["A"] * 4
+    assert ChatClient(endpoint.url, "m", tmp_path / "j.jsonl").ask(["q1", "q2", "q3", "q4"], [always] * 4) == ["A"] * 4
     assert [endpoint.asked.count(q) for q in ("q1", "q2", "q3", "q4")] == [1, 1, 2, 1]
     with pytest.raises(ValueError, match="127.0.0.1:9/.*kept, run again"):
-        Judge("http://127.0.0.1:9/v1", "m", tmp_path / "k.jsonl").ask(["q"], [always])
+        ChatClient("http://127.0.0.1:9/v1", "m", tmp_path / "k.jsonl").ask(["q"], [always])
     for url, model in (("", "m"), ("127.0.0.1", "m"), (endpoint.url, "")):
         with pytest.raises(ValueError, match="--judge_model=NAME"):
-            Judge(url, model, tmp_path / "j.jsonl")
+            ChatClient(url, model, tmp_path / "j.jsonl")
