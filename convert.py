@@ -220,7 +220,8 @@ RENAMED = {
 
 # configuration_internvl_chat.py of the internvl layout: transformers does not know this
 # model_type, and vLLM reads config.json through it
-CONFIGURATION = '''"""config.json of an InternVL folder, for AutoConfig with trust_remote_code=True."""
+CONFIGURATION = '''\
+"""config.json of an InternVL folder, for AutoConfig with trust_remote_code=True."""
 from transformers import PretrainedConfig, Qwen2Config
 
 class InternVLChatConfig(PretrainedConfig):
@@ -272,12 +273,8 @@ def dtype_of(model):
 
 def export_internvl(model, source_config, template, source, target, files):
     config = config_json(model.vision, model.llm, dtype_of(model), template, source_config)
-    # config.json on the disk has one entry more than save_folder knows.
-    auto_map = {"AutoConfig": "configuration_internvl_chat.InternVLChatConfig"}
-    files = files | {
-        "config.json": config | {"auto_map": auto_map},
-        "configuration_internvl_chat.py": CONFIGURATION,
-    }
+    config["auto_map"] = {"AutoConfig": "configuration_internvl_chat.InternVLChatConfig"}
+    files = files | {"configuration_internvl_chat.py": CONFIGURATION}
     save_folder(model.state_dict(), config, target, source, files)
 
 

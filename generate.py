@@ -135,7 +135,7 @@ class Assistant:
     """A loaded model folder with the settings of `generate`. Shapes: T tokens of a prompt, N tiles of side s."""
     def __init__(self, folder, device, dtype, vision=True, max_tiles=0, **settings):
         if not folder: raise ValueError("give a model folder with --model=DIR")
-        (self.model, about), self.tokenizer = load_folder(folder, device, dtype, vision), Tokenizer(folder)
+        (self.model, about), self.tokenizer = load_folder(folder, device, dtype), Tokenizer(folder)
         if vision and self.model.vision is None:
             raise ValueError(f"{folder}: a language model without vision; give a whole model folder")
         check_vocabulary(self.model.llm, self.tokenizer)

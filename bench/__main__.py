@@ -39,6 +39,7 @@ from generate import generate
 from model import IGNORE, LLMConfig, VLM, compile_blocks, train_flops
 from inputs.images import normalize
 from vision import VisionConfig
+from model_config import config_json
 from weights import image_token_id, load_folder, save_folder
 
 TOKENIZER = Path(__file__).resolve().parent.parent / "toy" / "tokenizer"
@@ -301,7 +302,7 @@ def export_and_load(state, configs, dtype, device):
     """-> transformers' InternVL with these weights, and the folder of ours beside it, which goes with the process."""
     from transformers import InternVLForConditionalGeneration
     folder = Path(tempfile.mkdtemp(dir=temporary().name))
-    save_folder(state, *configs, folder / "ours", TOKENIZER, dtype=torch.float32)
+    save_folder(state, config_json(*configs, torch.float32), folder / "ours", TOKENIZER)
     export = [sys.executable, "convert.py", "export", folder / "ours", folder / "theirs", "--layout=transformers"]
     subprocess.run(export, cwd=TOKENIZER.parent.parent, check=True, capture_output=True)
     return InternVLForConditionalGeneration.from_pretrained(folder / "theirs", dtype=dtype).to(device), folder / "ours"

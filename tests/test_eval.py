@@ -13,6 +13,7 @@ import eval as ev
 from inputs.tokenizer import Tokenizer
 from model import VLM, LLMConfig
 from vision import VisionConfig
+from model_config import config_json
 from weights import save_folder
 from zygote import Zygote
 
@@ -190,7 +191,7 @@ def make_model_folder(folder, seed=0):
     llm = LLMConfig(vocab_size=1056, dim=32, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=16, ffn_dim=64)
     tokenizer = ROOT / "toy" / "tokenizer"
     model = VLM(vision, llm, Tokenizer(tokenizer).image_id).init_weights(seed, std=0.3)
-    save_folder(model.state_dict(), vision, llm, folder, tokenizer, dtype=torch.float32)
+    save_folder(model.state_dict(), config_json(vision, llm, torch.float32), folder, tokenizer)
     return folder
 
 @pytest.fixture(scope="module")
@@ -258,7 +259,7 @@ def test_words_in_the_place_of_pictures(world, tmp_path, capsys):
     write_tsv(tmp_path / "toy_ocr.tsv", rows)
     llm = LLMConfig(vocab_size=1056, dim=32, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=16, ffn_dim=64)
     state = VLM(None, llm, tokenizer.image_id).init_weights(0, std=0.3).state_dict()
-    save_folder(state, None, llm, tmp_path / "llm", ROOT / "toy" / "tokenizer", dtype=torch.float32)
+    save_folder(state, config_json(None, llm, torch.float32), tmp_path / "llm", ROOT / "toy" / "tokenizer")
     for folder in (tmp_path / "llm", world[0]):
         ask = ev.Assistant(folder, "cpu", torch.float32, vision=False)
         ids, tiles = ev.make_prompt(ask, rows[0], rows[0]["image"], "What?")
