@@ -28,9 +28,9 @@ from bench.samples import (
 from inputs.chat import IGNORE
 from inputs.images import normalize
 from model import compile_blocks, train_flops
+from model_config import config_json
 from train import RunConfig
 from training import distributed, metrics
-from model_config import config_json
 from weights import save_folder
 
 
