@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from inputs.files import file_hash, read_json
 from inputs.images import MEAN, STD
 from inputs.tokenizer import Tokenizer
-from model import VLM, LLMConfig, kept_rows
+from model import VLM, LanguageModel, LLMConfig, kept_rows
 from model_config import PREFIX, parse_config, read_configs
-from vision import VisionConfig
+from vision import ViT, VisionConfig
 
 EMBEDDINGS = "language_model.model.embed_tokens.weight"
 HEAD = "language_model.lm_head.weight"
@@ -83,9 +84,13 @@ def inspect_folder(folder):
 def parameter_shapes(vision, llm):
     """{name: shape} of the whole model, its ViT (llm None) or language model (vision None)."""
     with torch.device("meta"):
-        model = VLM(vision, llm or LLMConfig(n_layers=0, vocab_size=1), -1)
-    return {name: tuple(t.shape) for name, t in model.state_dict().items()
-            if llm or name.startswith("vision_model.")}
+        if vision and llm:
+            model = VLM(vision, llm, image_token_id=-1)
+        elif llm:
+            model = nn.ModuleDict({"language_model": LanguageModel(llm)})
+        else:
+            model = nn.ModuleDict({"vision_model": ViT(vision)})
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def stored_files(folder):

@@ -103,7 +103,7 @@ def parallelize(model, cfg, dist):
     if not td.is_initialized(): return move(device=dist.device)
     if cfg.parallel == "ddp":  # without device_ids, with which DDP would move cu_seqlens to the GPU
         return DistributedDataParallel(move(device=dist.device), gradient_as_bucket_view=True, init_sync=False)
-    model.always_sees = True
+    model.always_run_vision = True
     mesh, dtype = td.init_device_mesh(dist.device.type, (dist.world,)), compute_dtype(cfg.dtype, dist.device)
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)  # so that loss weights stay fp32
     for unit in filter(None, [*blocks, vision, model]): fully_shard(unit, mesh=mesh, mp_policy=policy)
