@@ -23,7 +23,7 @@ from inputs.images import MEAN, STD
 from inputs.tokenizer import Tokenizer
 from model import VLM, LanguageModel, LLMConfig, kept_rows
 from model_config import PREFIX, parse_config, read_configs
-from vision import ViT, VisionConfig
+from vision import VisionConfig, ViT
 
 EMBEDDINGS = "language_model.model.embed_tokens.weight"
 HEAD = "language_model.lm_head.weight"
