@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from configurator import configure, resolved, run_script
-from data import held_out, make_loader, model_inputs, stage_packs
+from data import held_out, make_loader, model_inputs, stage_dataset
 from model import LLMConfig, compile_blocks, train_flops
 from inputs.tokenizer import Tokenizer
 from training import checkpoint, distributed, metrics, optim, run_folder, settings
@@ -102,10 +102,11 @@ def train_stage(run, name, stage, resume_from, began, later_steps):
     model, source = start_model(cfg, run.origins, folder, tokenizer)
     vision, llm = model.vision, model.llm
     cfg.template = cfg.template or source.config.get("template", "sailvl-chat")
-    packs = stage_packs(cfg, stage, tokenizer, vision or cfg.vision, accum * dist.world)
+    dataset = stage_dataset(cfg, stage, tokenizer, vision or cfg.vision, accum * dist.world)
+    packs = dataset.packs
     val = None
     if cfg.val_data:
-        val = stage_packs(cfg, stage, tokenizer, vision or cfg.vision, 1, cfg.val_data)
+        val = stage_dataset(cfg, stage, tokenizer, vision or cfg.vision, 1, cfg.val_data)
         next(held_out(val, 1, dist))  # fail now, not only at step val_every
 
     trainable = optim.set_trainable(model, stage)
@@ -122,7 +123,7 @@ def train_stage(run, name, stage, resume_from, began, later_steps):
     state = run_folder.resume(resume_from, name, steps, packs, began, model, optimizer, dist)
     run_folder.announce(cfg, run.values, run.origins, name, model, stage, packs, state,
                         first_step, dist)
-    batches = iter(make_loader(packs, dist.rank, dist.world, cfg.num_workers,
+    batches = iter(make_loader(dataset, dist.rank, dist.world, cfg.num_workers,
                                state["position"], state["counts"]))
     peak = metrics.peak_flops(dist.device)
     saving = None  # the checkpoint that is being written
