@@ -135,7 +135,7 @@ def resume(checkpoint, name, steps, packs, began, model, optimizer, dist):
     """State of stage `name`: the checkpoint's, with weights and moments loaded, if it is of this stage; else new."""
     state = read_state(checkpoint) if checkpoint else {}
     if state.get("stage") != name:
-        return {"stage": name, "fingerprint": packs.fingerprint, "packs_per_step": packs.packs_per_step, "world": began,
+        return {"stage": name, "fingerprint": packs.fingerprint, "packs_per_step": packs.settings.packs_per_step, "world": began,
                 "position": [0, 0, 0], "counts": {}, "step": 0, "bad_steps": 0, "quarantined": 0, "tokens_seen": 0,
                 "samples_seen": 0}
     if state["fingerprint"] != packs.fingerprint:
@@ -158,7 +158,7 @@ def announce(cfg, values, origins, name, model, stage, packs, state, first_step,
         set_aside(out_dir, first_step + state["step"])
         write_run_config(out_dir, values, origins, state["world"])
         if state["step"] == 0:
-            log_bad(out_dir, [bad for source in packs.sources for bad in source.meta["bad"]])
+            log_bad(out_dir, packs.unreadable())
         print_stage_table(name, model, stage)
         print(f"{packs.n:,} samples in {(n := len(packs.sources))} source{'s' * (n > 1)}, {packs.n_bad} unreadable; "
               f"{'goes on at' if state['step'] else 'starts at'} step {state['step']}", flush=True)
