@@ -13,12 +13,11 @@ from curation_helpers import (
     run_well,
     stage_files,
 )
+from rows import sources_of
 from toy_endpoint import Endpoint, read_shards
 
 from curation import ask
 from evals import endpoint as endpoint_client
-from inputs.sources import open_sources
-from inputs.tokenizer import Tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -156,6 +155,5 @@ def test_sft_quality_scores_dialogues_of_any_source(small, tmp_path):
     row = next(iter(read_shards(tmp_path / "q")))
     assert row["conversations"] == dialogue
     assert row["image"] == ["row-000000.0.png", "row-000000.1.png"]
-    tokenizer = Tokenizer(ROOT / "toy" / "tokenizer")
-    (source,) = open_sources(f"{tmp_path}/q/*.tar", tokenizer, "sailvl-chat")
+    (source,) = sources_of(f"{tmp_path}/q/*.tar")
     assert source.rows["n_images"].tolist() == [2, 2, 2]

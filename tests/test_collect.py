@@ -2,12 +2,9 @@
 import json
 import os
 
-from curation_helpers import ROOT, png, run_well, stage_files, write_tar
+from curation_helpers import png, run_well, stage_files, write_tar
+from rows import dataset_of
 from toy_endpoint import read_shards
-
-from inputs.packing import Packs
-from inputs.sources import open_sources
-from inputs.tokenizer import Tokenizer
 
 
 def test_folders_jsonl_and_tars_are_collected_and_data_reads_what_collect_writes(tmp_path):
@@ -47,10 +44,9 @@ def test_folders_jsonl_and_tars_are_collected_and_data_reads_what_collect_writes
     assert row["alt_text"] == row["caption"] == "picture a"
     assert (row["width"], row["height"]) == (70, 80)
 
-    toy = Tokenizer(ROOT / "toy" / "tokenizer")
-    sources = open_sources(f"{tmp_path}/c/*.tar", toy, "sailvl-chat")
-    packs = Packs(sources, toy, "sailvl-chat", tile_size=84, tokens_per_tile=9)
-    assert packs.n == 1 and packs[next(packs.sequence())]["size"]["tiles"] == 1
+    dataset = dataset_of(f"{tmp_path}/c/*.tar", tile_size=84, tokens_per_tile=9)
+    packs = dataset.packs
+    assert packs.n == 1 and dataset[next(packs.sequence())]["size"]["tiles"] == 1
 
 
 def test_an_input_that_is_touched_or_grows_is_collected_again_and_loses_nothing(tmp_path):

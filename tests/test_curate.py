@@ -8,7 +8,6 @@ import time
 import pytest
 from curation_helpers import (
     FORK,
-    ROOT,
     SHARED,
     TOY_PROMPTS,
     dropped_rows,
@@ -19,11 +18,10 @@ from curation_helpers import (
     stage_files,
     write_web,
 )
+from rows import sources_of
 from toy_endpoint import Endpoint, read_shards
 
 from evals import endpoint as endpoint_client
-from inputs.sources import open_sources
-from inputs.tokenizer import Tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -156,8 +154,7 @@ def test_r29_a_chain_with_failures_and_kills_gives_the_same_shards_and_pays_for_
         question = row["conversations"][0]["value"]
         assert question == "<image>\nDescribe the image.\nsome shapes"
     # The reference captions are training data.
-    tokenizer = Tokenizer(ROOT / "toy" / "tokenizer")
-    sources = open_sources(f"{killed}/annotate/*.tar", tokenizer, "sailvl-chat")
+    sources = sources_of(f"{killed}/annotate/*.tar")
     assert sum(len(source.rows) for source in sources) == len(done)
     assert not any(source.meta["bad"] for source in sources)
 

@@ -6,13 +6,12 @@ import time
 from pathlib import Path
 
 import pytest
-from curation_helpers import ROOT, make_small_collection, png, run, run_well, write_tar
+from curation_helpers import make_small_collection, png, run, run_well, write_tar
+from rows import sources_of
 from test_hostile import hostile_tar
 from toy_endpoint import read_shards
 
 from curation import shards
-from inputs.sources import open_sources
-from inputs.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +115,7 @@ def test_what_a_record_is_called_loses_no_row(tmp_path):
     assert report["dropped"] == {"bad_row": 1}
     report = run_well("dedup", f"--in={tmp_path}/c", f"--out={tmp_path}/d", "--by=text")
     assert report["in"] == 2
-    tokenizer = Tokenizer(ROOT / "toy" / "tokenizer")
-    (source,) = open_sources(f"{tmp_path}/c/*.tar", tokenizer, "sailvl-chat")
+    (source,) = sources_of(f"{tmp_path}/c/*.tar")
     assert source.rows["n_images"].tolist() == [1, 1]
 
 
