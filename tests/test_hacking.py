@@ -43,10 +43,11 @@ def test_the_readmes_projector_takes_the_place_of_ours_and_learns(blocks, monkey
     pack = dict(tokens=tokens, labels=labels, positions=torch.arange(len(tokens)),
                 cu_seqlens=torch.tensor([0, len(tokens)], dtype=torch.int32),
                 tiles=torch.randint(0, 256, (1, 3, 56, 56)).byte())
-    optimizer = torch.optim.AdamW(vlm.mlp1.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(vlm.parameters(), lr=1e-3)
     before = vlm(**pack).item()
-    for _ in range(20):
+    for _ in range(40):
         vlm(**pack).backward()
+        assert all(p.grad.abs().sum() > 0 for p in vlm.mlp1.parameters())
         optimizer.step()
         optimizer.zero_grad()
     assert vlm(**pack).item() < 0.7 * before
@@ -62,7 +63,7 @@ def test_the_readmes_benchmark_is_scored(blocks):
 
 
 def test_the_readmes_format_is_read_as_training_data(blocks, monkeypatch, tmp_path):
-    monkeypatch.setattr(records, "ROW_READERS", dict(records.ROW_READERS))
+    monkeypatch.setitem(records.ROW_READERS, ".csv", None)  # gone when the test is over
     exec(blocks[2], {"csv": csv, "ROW_READERS": records.ROW_READERS})
     (tmp_path / "a.jpg").write_bytes((ROOT / "examples" / "folder" / "1.jpg").read_bytes())
     (tmp_path / "rows.csv").write_text('image,question,answer\na.jpg,"What, then?",A board.\n')
