@@ -19,6 +19,7 @@ import eval as evaluation
 from evals import files, prompts, table
 from inputs.tokenizer import Tokenizer
 from model import VLM, LLMConfig
+from model_config import config_json
 from training import distributed
 from vision import VisionConfig
 from weights import save_folder
@@ -39,7 +40,8 @@ def make_model_folder(folder, seed=0):
     )
     tokenizer = ROOT / "toy" / "tokenizer"
     model = VLM(vision, llm, Tokenizer(tokenizer).image_id).init_weights(seed, std=0.3)
-    save_folder(model.state_dict(), vision, llm, folder, tokenizer, dtype=torch.float32)
+    config = config_json(vision, llm, torch.float32)
+    save_folder(model.state_dict(), config, folder, tokenizer)
     return folder
 
 

@@ -487,7 +487,7 @@ train.model_inputs = poisoned
 start = train.start_weights
 def with_hook(model, *args):
     start(model, *args)
-    weight = model.module.mlp1[1].weight
+    weight = model.mlp1[1].weight
     weight.register_hook(lambda g: g * float("inf") if len(count) in STEPS and WHERE == f"gradient {RANK}" else g)
 train.start_weights = with_hook
 """
