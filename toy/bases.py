@@ -24,6 +24,7 @@ import torch.nn as nn
 
 from configurator import configure, run_script, subcommand
 from data import make_loader
+from inputs.images import normalize
 from inputs.packing import Packs, PackSettings
 from inputs.sources import open_sources
 from inputs.tokenizer import Tokenizer
@@ -34,7 +35,7 @@ from training.distributed import all_reduce_dict, all_reduce_sum, close_distribu
 from training.distributed import setup_distributed
 from training.optim import clip_grad_norm, lr_scale, make_optimizer, seed_everything
 from training.optim import set_dtypes, set_trainable
-from vision import Projector, ViT, VisionConfig, normalize, pixel_shuffle
+from vision import Projector, ViT, VisionConfig, pixel_shuffle
 from weights import fill, inspect_folder, save_folder
 
 TOY_VOCABULARY = str(Path(__file__).with_name("tokenizer"))
@@ -151,16 +152,20 @@ class BaseModel(nn.Module):
 
     def forward(self, batch, noise):
         """A batch -> the SUM of the loss of its supervised tokens, an fp32 scalar."""
-        tokens = batch["tokens"]
-        h = self.language_model.embed(tokens)  # (T, C)
-        rows = (tokens == self.image_token_id).nonzero()[:, 0]
-        visual = self.visual_tokens(batch, noise)
-        h = add_noise(h.index_copy(0, rows, visual.to(h.dtype)), noise)
+        h = add_noise(self.embed(batch, noise), noise)
         return self.language_model.loss(
             h, batch["labels"], batch["positions"], batch["cu_seqlens"], batch["weights"])
 
+    def embed(self, batch, noise=0.0):
+        """A batch -> its embeddings (T, C)."""
+        tokens = batch["tokens"]
+        h = self.language_model.embed(tokens)
+        rows = (tokens == self.image_token_id).nonzero()[:, 0]  # (M,)
+        visual = self.visual_tokens(batch, noise)
+        return h.index_copy(0, rows, visual.to(h.dtype))
+
     def visual_tokens(self, batch, noise):
-        """(M, C)"""
+        """The `cells` or `tiles` of a batch -> (M, C)."""
         if self.vision is None:
             return self.language_model.embed(batch["cells"]).sum(1)
         x = self.vision_model(normalize(batch["tiles"]))
@@ -181,13 +186,16 @@ def add_noise(x, noise):
     return x + level * torch.randn_like(x)
 
 
-def start_model(cfg, tokenizer):
-    """The BaseModel of a folder, or of toy sizes with random weights."""
-    if cfg.init_from:
-        about = inspect_folder(cfg.init_from)
-        model = BaseModel(about.vision, about.llm, tokenizer.image_id)
-        fill(model, about.tensors)
-        return model
+def load_base(folder, tokenizer):
+    """The BaseModel of a model folder."""
+    about = inspect_folder(folder)
+    model = BaseModel(about.vision, about.llm, tokenizer.image_id)
+    fill(model, about.tensors)
+    return model
+
+
+def fresh_base(cfg, tokenizer):
+    """A BaseModel of toy sizes with random weights."""
     llm = LLMConfig(**LLMConfig.PRESETS["toy"])
     vision = None
     if cfg.reads == "pictures":
@@ -236,7 +244,8 @@ def train_base(cfg):
     dist = setup_distributed("cpu")
     tokenizer_dir = cfg.init_from or TOY_VOCABULARY
     tokenizer = Tokenizer(tokenizer_dir)
-    model = start_model(cfg, tokenizer).train()
+    start = load_base(cfg.init_from, tokenizer) if cfg.init_from else fresh_base(cfg, tokenizer)
+    model = start.train()
     set_trainable(model, cfg)
     dtype = getattr(torch, cfg.dtype)
     set_dtypes(model, dtype)
