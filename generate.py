@@ -339,11 +339,8 @@ class Assistant:
         """
         if not folder:
             raise ValueError("give a model folder with --model=DIR")
-        self.model, about = load_folder(folder, device, dtype, vision)
+        self.model, about = load_folder(folder, device, dtype)
         self.tokenizer = Tokenizer(folder)
-        if vision and self.model.vision is None:
-            raise ValueError(f"{folder}: a language model without vision; "
-                             "give a whole model folder")
         check_vocabulary(self.model.llm, self.tokenizer)
         self.model.eval()
         self.settings = {"stop_ids": {self.tokenizer.eos_id}, **settings}

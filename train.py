@@ -25,6 +25,7 @@ from training import checkpoint, distributed, metrics, optim, run_folder, settin
 from training.settings import RunConfig, Stage
 from training.dry_run import print_plan
 from vision import VisionConfig
+from model_config import config_json
 from weights import save_folder, start_model, start_weights
 
 
@@ -98,10 +99,9 @@ def train_stage(run, name, stage, resume_from, began, later_steps):
     tokenizer_dir = folder or cfg.tokenizer
     tokenizer = Tokenizer(tokenizer_dir)
 
-    model, extra, table = start_model(cfg, run.origins, folder, tokenizer,
-                                      text_only=cfg.image_as == "words")
+    model, source = start_model(cfg, run.origins, folder, tokenizer)
     vision, llm = model.vision, model.llm
-    cfg.template = cfg.template or extra.get("template", "sailvl-chat")
+    cfg.template = cfg.template or source.config.get("template", "sailvl-chat")
     dataset = stage_dataset(cfg, stage, tokenizer, vision or cfg.vision, accum * dist.world)
     packs = dataset.packs
     val = None
@@ -117,7 +117,7 @@ def train_stage(run, name, stage, resume_from, began, later_steps):
         compile_blocks(model)
     model = distributed.parallelize(model, cfg, dist).train()
     raw_model = getattr(model, "module", model)  # out of DDP
-    start_weights(model, table, cfg)  # each rank reads only what it keeps
+    start_weights(raw_model, source, cfg.seed)  # each rank reads only what it keeps
     optimizer = optim.make_optimizer(model, stage, cfg)
 
     state = run_folder.resume(resume_from, name, steps, packs, began, model, optimizer, dist)
@@ -222,9 +222,11 @@ def train_stage(run, name, stage, resume_from, began, later_steps):
     if dist.is_main:
         if getattr(cfg, "export", "model") == "vision":
             llm = None
-        extra |= dict(min_dynamic_patch=cfg.min_tiles, max_dynamic_patch=cfg.max_tiles,
-                      use_thumbnail=cfg.thumbnail)
-        save_folder(weights, vision, llm, out / name, tokenizer_dir, cfg.template, extra=extra)
+        extra = source.config | {"min_dynamic_patch": cfg.min_tiles,
+                                 "max_dynamic_patch": cfg.max_tiles,
+                                 "use_thumbnail": cfg.thumbnail}
+        config = config_json(vision, llm, template=cfg.template, extra=extra)
+        save_folder(weights, config, out / name, tokenizer_dir)
     distributed.barrier()
     distributed.say(dist, f"{name}: model folder {out / name}")
     return False

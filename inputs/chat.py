@@ -132,11 +132,6 @@ def join_segments(segments):
     return ids, targets
 
 
-def cell_words(cells, tokenizer):
-    """Cells of a toy picture, such as "LargeRedCircle TopLeft" -> ids of their words (cells, W)."""
-    return np.array([[tokenizer.encode(" " + word)[0] for word in cell.split()] for cell in cells])
-
-
 # ---- dialects -----------------------------------------------------------------------------------
 
 ROLES = {"human": "user", "gpt": "assistant"}

@@ -60,6 +60,23 @@ def some_rows(folder, n, seed=0):
     return write_rows(folder, rows)
 
 
+def image_spans(ids):
+    """Lengths of the runs of <IMG_CONTEXT> between <img> and </img>.
+
+    Nothing else may stand there, and none of them elsewhere.
+    """
+    start = TOY.special["<img>"]
+    end = TOY.special["</img>"]
+    found = []
+    for i in np.flatnonzero(ids == start):
+        n = int(np.flatnonzero(ids[i:] == end)[0]) - 1
+        assert (ids[i + 1 : i + 1 + n] == TOY.image_id).all()
+        found.append(n)
+    assert sum(found) == (ids == TOY.image_id).sum()
+    assert len(found) == (ids == end).sum()
+    return found
+
+
 def sources_of(spec):
     """The sources of --data=SPEC."""
     return open_sources(str(spec), TOY, CHAT)

@@ -4,9 +4,11 @@ import io
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -16,8 +18,8 @@ from rows import (
     CHAT,
     ROOT,
     SHARED,
-    TOY,
     dataset_of,
+    image_spans,
     picture,
     some_rows,
     sources_of,
@@ -28,13 +30,21 @@ from rows import (
 import configurator
 import data
 from data import make_loader
-from inputs import images
+from inputs.chat import IGNORE
+from inputs.images import GRAY
+from inputs.packing import Packs, PackSettings
+from inputs.sources import open_sources
 from inputs.tokenizer import Tokenizer
 
 
+def first_epoch(packs):
+    return itertools.takewhile(lambda pack: pack.position[0] == 0, packs.sequence())
+
+
 def test_no_image_span_is_cut_and_a_picture_that_changed_is_left_out_with_its_id(tmp_path):
-    """R16, with real pictures and tight packs."""
-    rng, rows = np.random.default_rng(5), []
+    """With real pictures and tight packs."""
+    rng = np.random.default_rng(5)
+    rows = []
     for k in range(20):
         size = np.exp(rng.uniform(2, 6, 2)).astype(int).tolist() if k else (336, 84)
         (tmp_path / f"{k}.png").write_bytes(picture(*size))
@@ -47,22 +57,19 @@ def test_no_image_span_is_cut_and_a_picture_that_changed_is_left_out_with_its_id
                 image=[f"{k}.png" for k in rng.integers(0, 20, rng.integers(1, 5))],
             )
         )
-    sources = sources_of(write_rows(tmp_path, rows))
-    packs, seen = Packs(sources), 0
-    for pack in itertools.takewhile(lambda pack: pack.position[0] == 0, packs.sequence()):
-        batch = packs[pack]
+    dataset = dataset_of(write_rows(tmp_path, rows))
+    n_seen = 0
+    for pack in first_epoch(dataset.packs):
+        batch = dataset[pack]
         planned = [9 * n for _, _, tiles in pack.samples for n in tiles]
-        assert spans(batch["tokens"].numpy(), TOY) == planned and sum(planned) == 9 * len(
-            batch["tiles"]
-        )
-        seen += len(batch["ids"])
-    assert seen > 80
+        assert image_spans(batch["tokens"].numpy()) == planned
+        assert sum(planned) == 9 * len(batch["tiles"])
+        n_seen += len(batch["ids"])
+    assert n_seen > 80
     (tmp_path / "0.png").write_bytes(picture(84, 84))  # another shape than the index saw
-    bad = {
-        b["id"]: b["reason"]
-        for p in itertools.takewhile(lambda p: p.position[0] == 0, packs.sequence())
-        for b in packs[p]["bad"]
-    }
+    bad = {}
+    for pack in first_epoch(dataset.packs):
+        bad |= {b["id"]: b["reason"] for b in dataset[pack]["bad"]}
     assert bad and all("0.png" in rows[int(i[1:])]["image"] for i in bad)
     assert all("tiles where" in reason and "were planned" in reason for reason in bad.values())
 
@@ -71,50 +78,34 @@ def test_no_image_span_is_cut_and_a_picture_that_changed_is_left_out_with_its_id
     not (SHARED / "data").exists(), reason="the real pictures are not part of this repository"
 )
 def test_real_photos_charts_and_receipts_go_through_in_their_own_formats(tmp_path):
-    import shutil
-
     tok = Tokenizer(SHARED / "tokenizer" / "qwen2")
     for name, file in (("receipts", "receipts.jsonl"), ("charts", "charts.json")):
         shutil.copytree(SHARED / "data" / name, tmp_path / name, copy_function=shutil.copyfile)
-        packs = Packs(
-            open_sources(str(tmp_path / name / file), tok, CHAT),
-            tok,
-            CHAT,
-            tile_size=448,
-            tokens_per_tile=256,
-            max_tiles=6,
-            tokens_per_pack=8192,
-            tiles_per_pack=24,
-        )
-        batch = packs[next(packs.sequence())]
-        assert (
-            packs.n_bad <= 1 and not batch["bad"] and len(batch["tiles"]) > 1
-        )  # one receipt has an empty answer
+        sources = open_sources(str(tmp_path / name / file), tok, CHAT)
+        packs = Packs(sources, PackSettings(448, 256, max_tiles=6, tiles_per_pack=24))
+        batch = data.PackedDataset(packs, tok, CHAT)[next(packs.sequence())]
+        assert packs.n_bad <= 1  # one receipt has an empty answer
+        assert not batch["bad"] and len(batch["tiles"]) > 1
         assert (batch["tokens"] == tok.image_id).sum() == 256 * len(batch["tiles"])
 
 
 def test_a_blind_run_sees_gray_tiles_and_the_same_text(tmp_path):
     sources = sources_of(some_rows(tmp_path, 20))
-    seen, blind = (
-        Packs(sources, TOY, CHAT, image_as=image_as, **KW) for image_as in ("pixels", "blank")
-    )
-    a, b = seen[next(seen.sequence())], blind[next(blind.sequence())]
-    assert (
-        (a["tokens"] == b["tokens"]).all()
-        and a["tiles"].shape == b["tiles"].shape
-        and len(a["tiles"])
-    )
-    assert (b["tiles"] == images.GRAY).all() and not (a["tiles"] == images.GRAY).all()
+    seen = dataset_of(sources)
+    blind = dataset_of(sources, image_as="blank")
+    a = seen[next(seen.packs.sequence())]
+    b = blind[next(blind.packs.sequence())]
+    assert (a["tokens"] == b["tokens"]).all()
+    assert a["tiles"].shape == b["tiles"].shape and len(a["tiles"])
+    assert (b["tiles"] == GRAY).all() and not (a["tiles"] == GRAY).all()
 
 
 def test_documents_of_a_pack_are_the_documents_alone(tmp_path):
-    packs = dataset_of(some_rows(tmp_path, 12))
-    batch = packs[next(packs.sequence())]
-    for a, b in zip(batch["cu_seqlens"], batch["cu_seqlens"][1:]):
-        assert (
-            batch["positions"][a:b].tolist() == list(range(b - a))
-            and batch["labels"][b - 1] == IGNORE
-        )
+    dataset = dataset_of(some_rows(tmp_path, 12))
+    batch = dataset[next(dataset.packs.sequence())]
+    for a, b in itertools.pairwise(batch["cu_seqlens"]):
+        assert batch["positions"][a:b].tolist() == list(range(b - a))
+        assert batch["labels"][b - 1] == IGNORE
 
 
 def test_unreadable_samples_are_left_out_named_and_counted(tmp_path):
@@ -134,16 +125,12 @@ def test_unreadable_samples_are_left_out_named_and_counted(tmp_path):
     spec = write_rows(tmp_path, rows)
     with open(spec, "a") as file:
         file.write("{broken json\na stray line\n")
-    packs = dataset_of(spec)
-    batch = packs[next(packs.sequence())]
+    dataset = dataset_of(spec)
+    batch = dataset[next(dataset.packs.sequence())]
     assert batch["ids"] == ["good"] and [b["id"] for b in batch["bad"]] == ["half"]
-    reasons = " ".join(b["reason"] for b in packs.sources[0].meta["bad"])
-    assert (
-        packs.n_bad == 6
-        and "gone.png" in reasons
-        and "placeholders" in reasons
-        and "empty gpt turn" in reasons
-    )
+    reasons = " ".join(b["reason"] for b in dataset.packs.unreadable())
+    assert dataset.packs.n_bad == 6
+    assert "gone.png" in reasons and "placeholders" in reasons and "empty gpt turn" in reasons
 
 
 def test_a_row_that_changes_while_a_run_reads_it_is_quarantined_not_fatal(tmp_path):
@@ -151,14 +138,14 @@ def test_a_row_that_changes_while_a_run_reads_it_is_quarantined_not_fatal(tmp_pa
     (tmp_path / "p.png").write_bytes(picture())
     (tmp_path / "rows.jsonl").write_text(row + "\n")
     sources = sources_of(f"{tmp_path}/rows.jsonl")
-    packs = Packs(sources)
+    dataset = dataset_of(sources)
     (tmp_path / "rows.jsonl").write_text(row.replace('["p.png"]', "[]       ") + "\n")
-    batch = packs[next(packs.sequence())]
+    batch = dataset[next(dataset.packs.sequence())]
     assert [bad["id"] for bad in batch["bad"]] == ["a"] and batch["ids"] == []
 
 
 class Deadly(torch.utils.data.Dataset):
-    sources = ()
+    packs = types.SimpleNamespace(sources=())
 
     def __len__(self):
         return 9
@@ -177,38 +164,39 @@ def test_a_killed_worker_is_one_line_that_says_what_to_try(capsys):
 
 
 def test_no_room_in_shared_memory_is_one_line(tmp_path, monkeypatch):
-    packs = dataset_of(some_rows(tmp_path, 9))
+    dataset = dataset_of(some_rows(tmp_path, 9))
     monkeypatch.setattr(torch.UntypedStorage, "_new_shared", lambda size: torch.empty(0).expand(-7))
-    with pytest.raises(
-        OSError, match="MB of tiles in shared memory.*--shm-size.*fewer --num_workers"
-    ):
-        next(iter(make_loader(packs, num_workers=2)))
+    words = "MB of tiles in shared memory.*--shm-size.*fewer --num_workers"
+    with pytest.raises(OSError, match=words):
+        next(iter(make_loader(dataset, num_workers=2)))
 
 
 def test_tiles_that_come_from_workers_are_those_the_main_process_makes(tmp_path):
-    packs = Packs(sources_of(some_rows(tmp_path, 60)), TOY, CHAT, **KW, seed=3)
-    planned, batches = packs.sequence(), [iter(make_loader(packs, num_workers=n)) for n in (1, 3)]
+    dataset = dataset_of(some_rows(tmp_path, 60), seed=3)
+    planned = dataset.packs.sequence()
+    loaders = [iter(make_loader(dataset, num_workers=n)) for n in (1, 3)]
     kept = []
     for _ in range(30):  # more than there are slots, two loaders at once
-        want = packs[next(planned)]
-        kept += [(want, next(b)) for b in batches]
+        want = dataset[next(planned)]
+        kept += [(want, next(loader)) for loader in loaders]
     for want, got in kept:  # all at the end: nothing was written over
         assert want["ids"] == got["ids"] and torch.equal(want["tiles"], got["tiles"])
 
 
 FAILS = """
-import multiprocessing, sys
-import configurator, data
-from inputs import index as index_module, packing, sources, tokenizer
-from training import metrics
+import multiprocessing
+import sys
+sys.path.insert(0, "tests")
+import configurator
+import data
+from rows import dataset_of
+
 def main():
-    tok = tokenizer.Tokenizer(data.TOY_TOKENIZER)
-    packs = packing.Packs(sources.open_sources(sys.argv[1], tok, CHAT), tok, CHAT, tile_size=84,
-                       tokens_per_tile=9, tokens_per_pack=300)
-    batches = iter(data.make_loader(packs, num_workers=2))
+    batches = iter(data.make_loader(dataset_of(sys.argv[1]), num_workers=2))
     next(batches)
     print(*[worker.pid for worker in multiprocessing.active_children()], flush=True)
     raise ValueError("stopped")
+
 configurator.run_script(main)
 """
 
@@ -219,8 +207,8 @@ def test_a_program_that_fails_ends_and_so_do_its_workers_which_ignore_sigterm(tm
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=200,
-    )  # it would wait for ever
+        timeout=200,  # it would wait for ever
+    )
     assert done.returncode == 2 and done.stderr.endswith("error: stopped\n"), done.stderr
     workers = done.stdout.split()
     assert len(workers) == 2 and not any(os.path.exists(f"/proc/{pid}") for pid in workers)
@@ -228,9 +216,9 @@ def test_a_program_that_fails_ends_and_so_do_its_workers_which_ignore_sigterm(tm
 
 @pytest.mark.parametrize("world, workers", [(1, 0), (1, 1), (1, 4), (2, 4), (3, 1), (4, 0), (8, 0)])
 def test_batches_come_in_one_order_whatever_the_ranks_and_workers(tmp_path, world, workers):
-    packs = Packs(sources_of(some_rows(tmp_path, 150)), TOY, CHAT, packs_per_step=24, **KW)
-    want = [packs[pack]["ids"] for pack in itertools.islice(packs.sequence(), 48)]
-    loaders = [iter(make_loader(packs, rank, world, workers)) for rank in range(world)]
+    dataset = dataset_of(some_rows(tmp_path, 150), packs_per_step=24)
+    want = [dataset[pack]["ids"] for pack in itertools.islice(dataset.packs.sequence(), 48)]
+    loaders = [iter(make_loader(dataset, rank, world, workers)) for rank in range(world)]
     got = [next(loaders[k % world]) for k in range(48)]
     assert [batch["ids"] for batch in got] == want
     ends = [[batch["position"], batch["counts"]] for batch in got]

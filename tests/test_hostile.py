@@ -1,4 +1,4 @@
-"""R23: files from strangers. Nothing in them runs, nothing is written elsewhere, each is refused quickly and in words."""
+"""Files from strangers: nothing in them runs, nothing is written elsewhere, each is refused."""
 
 import io
 import json
@@ -58,7 +58,10 @@ def hostile_models(folder):
     long = model_folder(folder / "m3", safetensors({}, size=200_000_000))
     os.truncate(long / "model.safetensors", 200_000_100)
     yield "a header of 200 MB", long
-    entry = lambda a, b: {"dtype": "F32", "shape": [(b - a) // 4], "data_offsets": [a, b]}
+
+    def entry(a, b):
+        return {"dtype": "F32", "shape": [(b - a) // 4], "data_offsets": [a, b]}
+
     yield (
         "overlapping tensors",
         model_folder(
@@ -126,12 +129,13 @@ def hostile_tar(path, picture):
 
 
 def attacks(folder):
-    """Yield (name, function, words): the function must raise ValueError or OSError with these words, or return."""
-    from test_data import TOY, picture
+    """Yield (name, function, words).
 
-    from inputs import packing
+    The function must raise ValueError or OSError with these words, or return.
+    """
+    from rows import packs_of, picture, sources_of
+
     from inputs.images import load_image
-    from inputs.sources import open_sources
     from inputs.tokenizer import Tokenizer
     from weights import load_folder
 
@@ -149,35 +153,30 @@ def attacks(folder):
     (folder / "rows").mkdir()
     for name in ("rows.pt", "rows.bin"):
         (folder / "rows" / name).write_bytes(pickle.dumps(Payload(folder / "RAN")))
-        check = lambda name=name: packing.Packs(
-            open_sources(f"{folder}/rows/{name}", TOY, "sailvl-chat"),
-            TOY,
-            "sailvl-chat",
-            tile_size=84,
-            tokens_per_tile=9,
+        yield (
+            f"{name} as data",
+            lambda name=name: packs_of(f"{folder}/rows/{name}"),
+            "no usable sample",
         )
-        yield f"{name} as data", check, "no usable sample"
     (folder / "rows" / "deep.jsonl").write_text(
         "[" * 100_000 + "]" * 100_000 + "\n" + json.dumps({"text": "fine"}) + "\n"
     )
     (folder / "rows" / "deep.json").write_text("[" * 100_000 + "]" * 100_000)
     yield (
         "a nested array",
-        lambda: open_sources(f"{folder}/rows/deep.json", TOY, "sailvl-chat"),
+        lambda: sources_of(f"{folder}/rows/deep.json"),
         "not valid JSON",
     )
 
     def nested_row():
-        (source,) = open_sources(f"{folder}/rows/deep.jsonl", TOY, "sailvl-chat")
+        (source,) = sources_of(f"{folder}/rows/deep.jsonl")
         assert len(source.rows) == 2 and [bad["row"] for bad in source.meta["bad"]] == [0]
         raise ValueError("quarantined " + source.meta["bad"][0]["reason"])
 
     yield "a nested row", nested_row, "quarantined RecursionError"
 
     def tar():
-        (source,) = open_sources(
-            str(hostile_tar(folder / "rows" / "members.tar", picture())), TOY, "sailvl-chat"
-        )
+        (source,) = sources_of(str(hostile_tar(folder / "rows" / "members.tar", picture())))
         good = [
             source.row(i).get("caption")
             for i in range(len(source.rows))
@@ -194,7 +193,7 @@ def attacks(folder):
     (folder / "rows" / "huge.tar").write_bytes(huge.tobuf() + bytes(2048))
     yield (
         "a member of 10 GB",
-        lambda: open_sources(f"{folder}/rows/huge.tar", TOY, "sailvl-chat"),
+        lambda: sources_of(f"{folder}/rows/huge.tar"),
         "no whole tar",
     )
 

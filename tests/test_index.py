@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 from rows import (
@@ -13,40 +14,59 @@ from rows import (
     talk,
 )
 
+from inputs import index, records
+
 MEMORY = """
-import itertools, os, sys, types
+import os
+import sys
+import types
+
+sys.path.insert(0, "tests")
 import numpy as np
+from rows import dataset_of, packs_of
+
 import data
-from inputs import index as index_module, packing, sources, tokenizer
-from training import metrics
-folder, n_rows, n_batches, workers = sys.argv[1], *map(int, sys.argv[2:5])
-def of(name, pid="self"):
-    return sum(int(line.split()[1]) for line in open(f"/proc/{pid}/smaps_rollup") if line.startswith(name)) / 1024
-source = sources.open_sources(f"{folder}/rows.jsonl", tok := tokenizer.Tokenizer(data.TOY_TOKENIZER), CHAT)[0]
+from inputs.records import IMAGE, ROW, map_index
+
+folder = sys.argv[1]
+n_rows, n_batches, workers = map(int, sys.argv[2:5])
+
+
+def megabytes(name):
+    lines = open("/proc/self/smaps_rollup")
+    return sum(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
+
+
+dataset = dataset_of(f"{folder}/rows.jsonl")
 with open(f"{folder}/rows.bin", "wb") as rows, open(f"{folder}/images.bin", "wb") as images:
     for start in range(0, n_rows, 100_000):
-        part = np.zeros(min(100_000, n_rows - start), index_module.ROW)
-        part["tokens"], part["n_images"], part["first_image"] = 50, 1, start + np.arange(len(part))
+        part = np.zeros(min(100_000, n_rows - start), ROW)
+        part["tokens"] = 50
+        part["n_images"] = 1
+        part["first_image"] = start + np.arange(len(part))
         rows.write(part.tobytes())
-        sizes = np.zeros(len(part), index_module.IMAGE)
-        sizes["width"] = sizes["height"] = 84
+        sizes = np.zeros(len(part), IMAGE)
+        sizes["width"] = 84
+        sizes["height"] = 84
         images.write(sizes.tobytes())
-    for file in (rows, images):                                         # what is not on the disk yet counts as dirty
+    for file in (rows, images):  # what is not on the disk yet counts as dirty
         file.flush()
         os.fsync(file.fileno())
-kw = dict(tile_size=84, tokens_per_tile=9, max_tiles=4, tokens_per_pack=300, tiles_per_pack=20)
-before = of("Private_Dirty")
-big = types.SimpleNamespace(name="big", path="", rows=index_module.map_index(f"{folder}/rows.bin"), repeat=1, weight=0, max_tiles=0,
-                            images=index_module.map_index(f"{folder}/images.bin"), meta=dict(bad=[], digest=""))
-packs = packing.Packs([big], None, "", **kw)
+before = megabytes("Private_Dirty")
+big = types.SimpleNamespace(
+    name="big", path="", repeat=1, weight=0, max_tiles=0, meta={"bad": [], "digest": ""},
+    rows=map_index(f"{folder}/rows.bin"), images=map_index(f"{folder}/images.bin"))
+packs = packs_of([big])
 planned = [len(packs.plan_window(0, w)[0]) for w in range(5)]
-index = of("Private_Dirty") - before
-loader = iter(data.make_loader(packing.Packs([source], tok, CHAT, **kw), num_workers=workers))
+index = megabytes("Private_Dirty") - before
+loader = iter(data.make_loader(dataset, num_workers=workers))
 warm = n_batches // 4
-for _ in range(warm): next(loader)
-start = of("Rss")
-for _ in range(n_batches - warm): next(loader)
-print(index, (of("Rss") - start) / (n_batches - warm) * 1000, packs.n)
+for _ in range(warm):
+    next(loader)
+start = megabytes("Rss")
+for _ in range(n_batches - warm):
+    next(loader)
+print(index, (megabytes("Rss") - start) / (n_batches - warm) * 1000, packs.n)
 """
 
 
@@ -81,19 +101,50 @@ def test_an_index_built_by_several_processes_is_the_one_of_one_process(tmp_path,
     one = some_rows(tmp_path, 260)
     with open(one, "a") as file:
         file.write("a stray line\n" + json.dumps(talk(image="gone.png")) + "\n")
-    read = lambda source: [
-        (source.index / f"{name}.bin").read_bytes() for name in ("rows", "images")
-    ]
     want = sources_of(one)[0]
-    for name in ("rows.bin", "images.bin"):
+    names = ("rows.bin", "images.bin")
+    for name in names:
         (want.index / name).rename(tmp_path / name)
     (want.index / "meta.json").unlink()
-    index_module.map_index.cache_clear()
-    monkeypatch.setattr(index_module, "RECORDS_PER_TASK", 60)
-    monkeypatch.setattr(data.os, "sched_getaffinity", lambda pid: {0, 1})
+    records.map_index.cache_clear()
+    monkeypatch.setattr(index, "RECORDS_PER_TASK", 60)
+    monkeypatch.setattr(index.os, "sched_getaffinity", lambda pid: {0, 1})
     got = sources_of(one)[0]
-    assert (
-        read(got) == [(tmp_path / name).read_bytes() for name in ("rows.bin", "images.bin")]
-        and got.meta == want.meta
-    )
+    for name in names:
+        assert (got.index / name).read_bytes() == (tmp_path / name).read_bytes()
+    assert got.meta == want.meta
     assert len(got.meta["bad"]) == 2 and len(got.rows) == 262
+
+
+PARENT = """
+import concurrent.futures
+import multiprocessing
+import os
+import time
+
+from inputs import index
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(1, context, index.start_indexer, (None, ""))
+    print(pool.submit(os.getpid).result(), flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.nightly
+def test_processes_that_index_end_where_their_parent_was_killed(tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    parent = subprocess.Popen(
+        [sys.executable, script],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    child = int(parent.stdout.readline())
+    parent.kill()
+    end = time.time() + 20
+    while os.path.exists(f"/proc/{child}/cwd") and time.time() < end:
+        time.sleep(0.1)
+    assert not os.path.exists(f"/proc/{child}/cwd")

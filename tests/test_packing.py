@@ -1,10 +1,11 @@
-"""The order of samples, packs and what becomes of each record: nothing lost, nothing doubled, hardly any room left."""
+"""inputs/packing.py and fill.py: nothing is lost, nothing doubled, hardly any room left."""
 
 import collections
 import functools
 import io
 import itertools
 import json
+import math
 import struct
 import types
 import zlib
@@ -16,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from rows import (
-    CHAT,
     TOY,
     dataset_of,
+    packs_of,
     picture,
     some_rows,
     sources_of,
@@ -28,8 +29,9 @@ from rows import (
 
 from bench.samples import length_file
 from data import make_loader
-from inputs.fill import fill_packs
-from inputs.packing import Packs, permute
+from inputs.fill import WAITING, fill_packs
+from inputs.packing import Packs, PackSettings, permute
+from inputs.records import IMAGE, ROW
 from model import LLMConfig, train_flops
 from training import metrics
 from vision import VisionConfig
@@ -37,28 +39,25 @@ from vision import VisionConfig
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Pictures this small take ten times as long on threads that wait for each other on a busy machine."""
+    """On a busy machine pictures this small take ten times as long on several threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
 
-def plan_of_lengths(T, N, n=60000, **more):
+def plan_of_lengths(T, N, n=60000):
     """Packs of one whole epoch of the fixed length file, in the order of the run."""
-    packs = Packs(
-        [length_file(n)],
-        None,
-        "",
+    settings = PackSettings(
         tile_size=448,
         tokens_per_tile=256,
         tokens_per_pack=T,
         tiles_per_pack=N,
         packs_per_step=8,
-        **more,
     )
+    packs = Packs([length_file(n)], settings)
     planned = []
-    for w in range(-(-packs.n // packs.window)):
+    for w in range(math.ceil(packs.n / settings.window)):
         planned += packs.plan_window(0, w, len(planned) % 8)[0]
     return packs, planned
 
@@ -74,18 +73,12 @@ def test_packs_are_full_within_both_budgets_and_the_ranks_of_a_step_have_alike_m
     assert max(pack.tokens for pack in planned) <= T and max(pack.tiles for pack in planned) <= N
     assert sum(pack.tokens for pack in planned) / T / len(planned) >= fill
     text = packs.sources[0].rows["tokens"]
-    flops = np.array(
-        [
-            train_flops(
-                VisionConfig(),
-                LLMConfig(),
-                pack.tiles,
-                lengths := [int(text[row]) + 256 * sum(tiles) for _, row, tiles in pack.samples],
-                sum(lengths) // 10,
-            )
-            for pack in planned
-        ]
-    )
+    flops = []
+    for pack in planned:
+        lengths = [int(text[row]) + 256 * sum(tiles) for _, row, tiles in pack.samples]
+        supervised = sum(lengths) // 10
+        flops.append(train_flops(VisionConfig(), LLMConfig(), pack.tiles, lengths, supervised))
+    flops = np.array(flops)
     steps = flops[: len(flops) // 8 * 8].reshape(-1, 8)  # (steps, ranks), across windows too
     assert (steps.max(1) / steps.mean(1)).mean() <= 1.015
 
@@ -108,33 +101,28 @@ def test_no_sample_waits_for_more_packs_than_may_wait():
     taken = np.empty(4000, int)
     for number, pack in enumerate(packs):
         taken[pack] = number
-    arrived = np.array(
-        [taken[: max(1, i - packing.WAITING + 1)].min(initial=0) for i in range(4000)]
-    )
+    arrived = np.array([taken[: max(1, i - WAITING + 1)].min(initial=0) for i in range(4000)])
     order = np.sort(taken)  # a sample comes when that many were taken
-    comes = np.array([order[max(0, i - packing.WAITING)] for i in range(4000)])
-    assert (taken - comes).max() <= packing.WAITING and (arrived <= taken).all()
+    comes = np.array([order[max(0, i - WAITING)] for i in range(4000)])
+    assert (taken - comes).max() <= WAITING and (arrived <= taken).all()
 
 
 def test_a_pack_holds_samples_of_all_kinds():
-    """Not sorted by length: the mean length inside packs spreads no more than that of packs filled at random."""
+    """Their mean lengths spread no more than those of packs filled at random."""
     packs, planned = plan_of_lengths(16384, 64, 20000)
     length = packs.plan_samples(np.arange(packs.n))[1]
-    means = np.array(
-        [
-            length[[row for _, row, _ in pack.samples]].mean()
-            for pack in planned
-            if len(pack.samples) > 8
-        ]
-    )
+    members = [[row for _, row, _ in pack.samples] for pack in planned]
+    means = np.array([length[rows].mean() for rows in members if len(rows) > 8])
     assert means.std() < 1.6 * length.std() / 13**0.5  # 13 samples a pack
 
 
 def random_source(n, rng):
-    rows, images = np.zeros(n, index_module.ROW), np.zeros(n, index_module.IMAGE)
+    rows = np.zeros(n, ROW)
+    images = np.zeros(n, IMAGE)
     rows["tokens"] = rng.integers(1, 330, n)  # some are longer than a pack
     rows["tokens"][rng.random(n) < 0.02] = -1
-    rows["n_images"], rows["first_image"] = rng.random(n) < 0.5, np.arange(n)
+    rows["n_images"] = rng.random(n) < 0.5
+    rows["first_image"] = np.arange(n)
     images["width"], images["height"] = rng.integers(40, 400, (2, n))
     bad = [{}] * int((rows["tokens"] < 0).sum())
     return types.SimpleNamespace(
@@ -149,82 +137,83 @@ def random_source(n, rng):
     )
 
 
+def rows_of(packs):
+    return [[row for _, row, _ in pack.samples] for pack in packs]
+
+
+def global_sequence(packs, world, workers, position, counts, n):
+    """The first n packs that all ranks get, woven together.
+
+    Whatever the workers, each rank's sampler decides.
+    """
+    dataset = types.SimpleNamespace(packs=packs)
+    ranks = []
+    for rank in range(world):
+        ranks.append(iter(make_loader(dataset, rank, world, workers, position, counts).sampler))
+    return [next(ranks[i % world]) for i in range(n)]
+
+
+def two_epochs(packs):
+    """The packs of two epochs, up to the end of a step."""
+    whole = []
+    for pack in packs.sequence():
+        whole.append(pack)
+        if pack.position[0] >= 2 and len(whole) % packs.settings.packs_per_step == 0:
+            return whole
+
+
 @pytest.mark.parametrize("cases", [100, pytest.param(300, marks=pytest.mark.nightly)])
 def test_random_sizes_ranks_workers_and_resume_points_lose_no_sample_and_double_none(cases):
     rng = np.random.default_rng(12)
     for case in range(cases):
-        n, world, workers = (
-            int(np.exp(rng.uniform(0, np.log(5000)))),
-            int(rng.integers(1, 9)),
-            int(rng.integers(0, 5)),
-        )
-        accum, other = int(rng.integers(1, 4)), int(rng.integers(1, 9))
+        n = int(np.exp(rng.uniform(0, np.log(5000))))
+        world = int(rng.integers(1, 9))
+        workers = int(rng.integers(0, 5))
+        accum = int(rng.integers(1, 4))
+        other = int(rng.integers(1, 9))
         source = random_source(n, rng)
         if (source.rows["tokens"] < 0).all():
             continue
-        packs = Packs(
-            [source],
-            None,
-            "",
-            packs_per_step=world * accum,
-            seed=case,
-            window=int(rng.choice([64, 500, 16384])),
-            **KW | dict(tokens_per_pack=320),
+        per_step = world * accum
+        window = int(rng.choice([64, 500, 16384]))
+        packs = packs_of(
+            [source], packs_per_step=per_step, seed=case, window=window, tokens_per_pack=320
         )
-        plan, rows_of = (
-            packs.plan_window,
-            lambda planned: [[row for _, row, _ in pack.samples] for pack in planned],
-        )
-        packs.plan_window = functools.lru_cache(None)(
-            plan
-        )  # each rank plans the same, so once is enough:
-        assert case % 4 or rows_of(plan(0, 0, 0)[0]) == rows_of(packs.plan_window(0, 0, 0)[0]), (
-            f"case {case}: not pure"
-        )
+        plan = packs.plan_window
+        # Each rank plans the same, so once is enough.
+        packs.plan_window = functools.lru_cache(None)(plan)
+        if case % 4 == 0:
+            again = rows_of(packs.plan_window(0, 0, 0)[0])
+            assert rows_of(plan(0, 0, 0)[0]) == again, f"case {case}: not pure"
         lengths = packs.plan_samples(np.arange(n))[1]
         drop = collections.Counter(lengths[lengths < 0].tolist())
         if drop.total() == n:  # none fits: refused in another test
             continue
-
-        def global_sequence(world, position, counts, steps):
-            """What all ranks get, woven together; whatever the workers, each rank's sampler decides."""
-            ranks = [
-                iter(make_loader(packs, rank, world, workers, position, counts).sampler)
-                for rank in range(world)
-            ]
-            return [next(ranks[i % world]) for i in range(steps * packs.packs_per_step)]
-
-        whole, done = [], 0  # until two epochs are through
-        sequence = packs.sequence()
-        while done < 2 or len(whole) % packs.packs_per_step:
-            whole.append(next(sequence))
-            done = whole[-1].position[0]
-        ids = [[row for _, row, _ in pack.samples] for pack in whole]
+        whole = two_epochs(packs)
+        ids = rows_of(whole)
         for epoch in (0, 1):
-            seen = [i for pack, rows in zip(whole, ids) if pack.position[0] == epoch for i in rows]
+            epoch_packs = [pack for pack in whole if pack.position[0] == epoch]
+            seen = list(itertools.chain(*rows_of(epoch_packs)))
             assert len(seen) == len(set(seen)) == n - drop.total(), (
                 f"case {case}: {n} samples, {len(seen)} used, {drop}"
             )
-        steps = len(whole) // packs.packs_per_step
-        got = global_sequence(world, (0, 0, 0), {}, min(steps, 6))
-        assert [[row for _, row, _ in p.samples] for p in got] == ids[: len(got)], f"case {case}"
+        steps = len(whole) // per_step
+        got = global_sequence(packs, world, workers, (0, 0, 0), {}, min(steps, 6) * per_step)
+        assert rows_of(got) == ids[: len(got)], f"case {case}"
         if steps > 1:  # resumed, on another number of ranks if it fits
             at = int(rng.integers(1, steps))
-            last, other = (
-                whole[at * packs.packs_per_step - 1],
-                other if packs.packs_per_step % other == 0 else world,
-            )
-            got = global_sequence(
-                other, json.loads(json.dumps(last.position)), last.counts, min(steps - at, 6)
-            )
-            want = ids[at * packs.packs_per_step :][: len(got)]
-            assert [[row for _, row, _ in p.samples] for p in got] == want, (
-                f"case {case} resumed at step {at} of {steps}"
-            )
+            last = whole[at * per_step - 1]
+            ranks = other if per_step % other == 0 else world
+            position = json.loads(json.dumps(last.position))
+            n_packs = min(steps - at, 6) * per_step
+            got = global_sequence(packs, ranks, workers, position, last.counts, n_packs)
+            want = ids[at * per_step :][: len(got)]
+            assert rows_of(got) == want, f"case {case} resumed at step {at} of {steps}"
 
 
 def encoded(image, format, **options):
-    image.save(file := io.BytesIO(), format, **options)
+    file = io.BytesIO()
+    image.save(file, format, **options)
     return file.getvalue()
 
 
@@ -232,7 +221,8 @@ def damaged(folder, n):
     """15 kinds of rows that cannot be used, by the words of their reason; each is made n times."""
     noise = encoded(Image.effect_noise((200, 200), 60), "JPEG")
     png = bytearray(encoded(Image.new("RGB", (84, 84), "red"), "PNG"))
-    bomb, png[60] = bytearray(png), png[60] ^ 255
+    bomb = bytearray(png)
+    png[60] ^= 255
     bomb[16:24] = struct.pack(">II", 20000, 10000)
     bomb[29:33] = struct.pack(">I", zlib.crc32(bomb[12:29]))
     files = {
@@ -248,6 +238,7 @@ def damaged(folder, n):
     (folder / "link.png").symlink_to(folder / "nowhere.png")
     rows = [(json.dumps(talk(image=name)), why) for name, (_, why) in files.items()]
     rows += [(json.dumps(talk(image=name)), "No such file") for name in ("missing.png", "link.png")]
+    robot = {"conversations": [{"from": "robot", "value": "a"}, {"from": "gpt", "value": "b"}]}
     rows += [
         ('{"id": "x", "conversations": [', "not valid JSON"),
         ("\0" * 40, "not valid JSON"),
@@ -258,12 +249,7 @@ def damaged(folder, n):
         ),
         (json.dumps(talk(answer=" ")), "conversations[1]: empty gpt turn"),
         (json.dumps(talk(video="a.mp4")), "a video"),
-        (
-            json.dumps(
-                {"conversations": [{"from": "robot", "value": "a"}, {"from": "gpt", "value": "b"}]}
-            ),
-            "robot",
-        ),
+        (json.dumps(robot), "robot"),
     ]
     assert len(rows) == 15
     return rows * n
@@ -291,11 +277,22 @@ def odd_but_good(folder, n):
     return [json.dumps(talk(image=name)) for name in files] * n
 
 
+def first_epoch(sequence):
+    return itertools.takewhile(lambda pack: pack.position[0] == 0, sequence)
+
+
+def bad_rows(dataset, packs):
+    """The numbers of the rows that could not be read."""
+    bad = [b for pack in packs for b in dataset[pack]["bad"]]
+    return {int(b["id"].split(":")[1]) for b in bad}
+
+
 def test_60_bad_rows_of_15_kinds_among_2000_are_quarantined_for_their_reason_and_nothing_else_is(
     tmp_path,
 ):
     Image.new("RGB", (84, 84), "blue").save(tmp_path / "good.png")
-    bad, rng = damaged(tmp_path, 4), np.random.default_rng(0)
+    bad = damaged(tmp_path, 4)
+    rng = np.random.default_rng(0)
     good = odd_but_good(tmp_path, 6) + [
         json.dumps(talk(image="good.png") if i % 2 else talk()) for i in range(1876)
     ]
@@ -307,31 +304,20 @@ def test_60_bad_rows_of_15_kinds_among_2000_are_quarantined_for_their_reason_and
     )
     lines = [lines[i] for i in rng.permutation(len(lines))]
     (tmp_path / "rows.jsonl").write_text("".join(line + "\n" for line, _ in lines))
-    packs = dataset_of(str(tmp_path / "rows.jsonl"))
+    dataset = dataset_of(tmp_path / "rows.jsonl")
+    packs = dataset.packs
     assert packs.n == 2000
     found = {b["row"]: b["reason"] for b in packs.sources[0].meta["bad"]}
-    used, later, planned = (
-        [],
-        {},
-        [*itertools.takewhile(lambda p: p.position[0] == 0, packs.sequence())],
-    )
+    used = []
+    later = {}
+    planned = list(first_epoch(packs.sequence()))
     for pack in planned:
-        batch = packs[pack]
+        batch = dataset[pack]
         used += [int(i.split(":")[1]) for i in batch["ids"]]
         later |= {int(b["id"].split(":")[1]): b["reason"] for b in batch["bad"]}
     half = planned[len(planned) // 2]  # the same after a stop in the middle
-    again = {
-        int(b["id"].split(":")[1])
-        for p in itertools.takewhile(
-            lambda p: p.position[0] == 0, packs.sequence(half.position, half.counts)
-        )
-        for b in packs[p]["bad"]
-    }
-    before = {
-        int(b["id"].split(":")[1])
-        for p in planned[: len(planned) // 2 + 1]
-        for b in packs[p]["bad"]
-    }
+    again = bad_rows(dataset, first_epoch(packs.sequence(half.position, half.counts)))
+    before = bad_rows(dataset, planned[: len(planned) // 2 + 1])
     assert before | again == set(later) and not before & again
     assert not found.keys() & later.keys()
     for i, (_, why) in enumerate(lines):
@@ -340,9 +326,8 @@ def test_60_bad_rows_of_15_kinds_among_2000_are_quarantined_for_their_reason_and
         assert reason is None or why in reason, (why, reason)
     assert sorted(used) == [i for i, (_, why) in enumerate(lines) if why is None]
     counts = planned[-1].counts
-    assert (
-        counts["too_long"] == 4 and counts["unreadable"] == len(found) and len(found | later) == 60
-    )
+    assert counts["too_long"] == 4
+    assert counts["unreadable"] == len(found) and len(found | later) == 60
     assert counts["used"] == len(used) + len(later) and sum(counts.values()) == 2000
 
 
@@ -372,7 +357,7 @@ def test_a_lost_or_doubled_sample_is_noticed_at_the_step_with_its_numbers():
 
 
 def test_an_epoch_that_does_not_add_up_is_refused(tmp_path):
-    packs = dataset_of(write_rows(tmp_path, [talk()] * 30))
+    packs = packs_of(write_rows(tmp_path, [talk()] * 30))
     with pytest.raises(ValueError, match="31 samples are accounted for after 1 epochs of 30"):
         [*itertools.islice(packs.sequence((0, 0, 0), {"used": 1}), 99)]
 
@@ -387,7 +372,8 @@ def test_the_order_of_an_epoch_is_a_permutation(n, seed, epoch):
 
 def test_every_sample_comes_exactly_once_an_epoch_and_budgets_hold(tmp_path):
     sources = sources_of(some_rows(tmp_path, 301))
-    packs, seen, dropped = Packs(sources, TOY, CHAT, seed=3, window=64, **KW), [], 0
+    packs = packs_of(sources, seed=3, window=64)
+    seen = []
     for pack in packs.sequence():
         if pack.position[0] == 1:
             break
@@ -404,13 +390,12 @@ def test_a_sample_that_is_too_long_gets_fewer_tiles_or_is_dropped_whole_and_coun
         tmp_path, [talk("<image>\nWhat?", "Red.", image="p.png"), talk("long " * 400, "Red.")]
     )
     sources = sources_of(spec)
-    budget = (
-        int(sources[0].rows[0]["tokens"]) + 30
-    )  # 45 for 4 tiles and a thumbnail, 27 for 2 and one
-    packs = Packs(sources, **(KW | dict(tokens_per_pack=budget)))
-    pack = next(packs.sequence())
+    # 4 tiles and a thumbnail take 45 tokens, 2 and one 27
+    budget = int(sources[0].rows[0]["tokens"]) + 30
+    dataset = dataset_of(sources, tokens_per_pack=budget)
+    pack = next(dataset.packs.sequence())
     assert len(pack.samples) == 1 and pack.counts == {"used": 1, "too_long": 1}
-    batch = packs[pack]
+    batch = dataset[pack]
     assert len(batch["tiles"]) == 3 and (batch["tokens"] == TOY.image_id).sum() == 27
 
 
@@ -419,40 +404,32 @@ def test_the_global_sequence_of_packs_does_not_depend_on_ranks_workers_or_where_
     tmp_path, world
 ):
     sources = sources_of(some_rows(tmp_path, 120))
-    packs = Packs(sources, TOY, CHAT, window=50, packs_per_step=4, **KW)
-    want = [packs[p]["ids"] for p, _ in zip(packs.sequence(), range(24))]
+    dataset = dataset_of(sources, window=50, packs_per_step=4)
+    want = [dataset[pack]["ids"] for pack in itertools.islice(dataset.packs.sequence(), 24)]
     for workers in (0, 2):
-        loaders = [iter(make_loader(packs, rank, world, workers)) for rank in range(world)]
+        loaders = [iter(make_loader(dataset, rank, world, workers)) for rank in range(world)]
         got = [next(loaders[k % world]) for k in range(16)]
         assert [b["ids"] for b in got] == want[:16]
-    again = iter(make_loader(packs, 0, 1, 0, got[-1]["position"], got[-1]["counts"]))
+    again = iter(make_loader(dataset, 0, 1, 0, got[-1]["position"], got[-1]["counts"]))
     assert [next(again)["ids"] for _ in range(8)] == want[16:]
 
 
 def test_samples_that_are_all_too_long_stop_the_run_with_what_to_do(tmp_path):
     sources = sources_of(some_rows(tmp_path, 9))
-    packs = Packs(sources, TOY, CHAT, **KW | dict(tokens_per_pack=5))
+    packs = packs_of(sources, tokens_per_pack=5)
     with pytest.raises(ValueError, match="raise --tokens_per_pack"):
         next(packs.sequence())
 
 
 def test_an_empty_data_set_is_refused_with_what_to_do(tmp_path):
     with pytest.raises(ValueError, match="no usable sample.*data.py check"):
-        dataset_of(write_rows(tmp_path, []))
+        packs_of(write_rows(tmp_path, []))
     with pytest.raises(FileNotFoundError, match="does not exist"):
         sources_of(str(tmp_path / "nothing.jsonl"))
 
 
 def test_other_budgets_order_or_steps_are_other_data(tmp_path):
     sources = sources_of(write_rows(tmp_path, [talk()]))
-    marks = {
-        Packs(sources, TOY, CHAT, **KW | more).fingerprint
-        for more in (
-            {},
-            dict(seed=9),
-            dict(tokens_per_pack=399),
-            dict(packs_per_step=3),
-            dict(shuffle=False),
-        )
-    }
-    assert len(marks) == 5
+    changes = ({}, {"seed": 9}, {"tokens_per_pack": 399}, {"packs_per_step": 3}, {"shuffle": False})
+    fingerprints = {packs_of(sources, **change).fingerprint for change in changes}
+    assert len(fingerprints) == 5

@@ -1,17 +1,14 @@
 """inputs/sources.py and records.py: every format is read, and what goes wrong is named."""
 
+import io
 import json
 import os
-import subprocess
-import sys
 import tarfile
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from rows import (
-    ROOT,
     dataset_of,
     picture,
     sources_of,
@@ -19,8 +16,8 @@ from rows import (
     write_rows,
 )
 
-from inputs import chat, tars
-from inputs import sources as sources_module
+import data
+from inputs import chat, index, sources, tars
 
 
 def test_every_source_format_gives_the_same_documents(tmp_path):
@@ -48,12 +45,9 @@ def test_every_source_format_gives_the_same_documents(tmp_path):
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
-    (tmp_path / "meta.json").write_text(
-        "\ufeff"
-        + json.dumps(  # with a byte-order mark, as editors write it
-            {"m": {"root": "jsonl", "annotation": "jsonl/rows.jsonl"}}
-        )
-    )
+    meta = {"m": {"root": "jsonl", "annotation": "jsonl/rows.jsonl"}}
+    # with a byte-order mark, as editors write it
+    (tmp_path / "meta.json").write_text("\ufeff" + json.dumps(meta))
     batches = []
     for spec in (
         "jsonl/rows.jsonl",
@@ -63,18 +57,14 @@ def test_every_source_format_gives_the_same_documents(tmp_path):
         "tar/s.tar",
         "meta.json",
     ):
-        packs = dataset_of(str(tmp_path / spec))
-        batches.append(packs[next(packs.sequence())])
+        dataset = dataset_of(tmp_path / spec)
+        batches.append(dataset[next(dataset.packs.sequence())])
+    first = batches[0]
     for batch in batches[1:]:
-        assert torch.equal(batch["tokens"], batches[0]["tokens"]) and torch.equal(
-            batch["labels"], batches[0]["labels"]
-        )
-        assert torch.equal(batch["tiles"], batches[0]["tiles"]) and batch["tiles"].shape == (
-            3,
-            3,
-            84,
-            84,
-        )
+        assert torch.equal(batch["tokens"], first["tokens"])
+        assert torch.equal(batch["labels"], first["labels"])
+        assert torch.equal(batch["tiles"], first["tiles"])
+        assert batch["tiles"].shape == (3, 3, 84, 84)
 
 
 def test_a_folder_of_captioned_pictures_and_a_brace_pattern_of_tars_are_read(tmp_path):
@@ -87,9 +77,9 @@ def test_a_folder_of_captioned_pictures_and_a_brace_pattern_of_tars_are_read(tmp
                 member = tarfile.TarInfo(name)
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
-    sources = sources_of(f"{tmp_path}/f,{tmp_path}/s-{{000..002}}.tar")
-    assert len(sources) == 4 and sum(len(s.rows) for s in sources) == 4
-    assert chat.conversation(sources[0].row(0))[1] == [(chat.CAPTION_PROMPT, "a red square")]
+    opened = sources_of(f"{tmp_path}/f,{tmp_path}/s-{{000..002}}.tar")
+    assert len(opened) == 4 and sum(len(s.rows) for s in opened) == 4
+    assert chat.conversation(opened[0].row(0))[1] == [(chat.CAPTION_PROMPT, "a red square")]
 
 
 def test_the_index_is_rebuilt_when_the_file_changes(tmp_path):
@@ -108,12 +98,11 @@ def test_a_row_that_was_mended_is_read_without_touching_its_file(tmp_path):
 
 def test_openai_image_urls_are_read_and_what_cannot_be_read_is_named(tmp_path):
     (tmp_path / "a.png").write_bytes(picture())
-    part = lambda **more: {
-        "messages": [
-            {"role": "user", "content": [{"type": "text", "text": "What?"}, more]},
-            {"role": "assistant", "content": "This."},
-        ]
-    }
+
+    def part(**more):
+        question = {"role": "user", "content": [{"type": "text", "text": "What?"}, more]}
+        return {"messages": [question, {"role": "assistant", "content": "This."}]}
+
     rows = [
         part(type="image_url", image_url={"url": "a.png"}),
         part(type="video_url", video_url={"url": "a.mp4"}),
@@ -135,27 +124,23 @@ def test_sources_keep_no_file_open_and_one_spelt_otherwise_is_one_index(tmp_path
     for k in range(40):
         write_rows(tmp_path, [talk(id=f"{k}")], f"{k}.jsonl")
     before = len(os.listdir("/proc/self/fd"))
-    sources = sources_of(f"{tmp_path}/*.jsonl")
-    assert (
-        sum(len(s.rows) + len(s.images) for s in sources) == 40
-        and len(os.listdir("/proc/self/fd")) == before
-    )
+    opened = sources_of(f"{tmp_path}/*.jsonl")
+    assert sum(len(s.rows) + len(s.images) for s in opened) == 40
+    assert len(os.listdir("/proc/self/fd")) == before
     monkeypatch.chdir(tmp_path)
     sources_of("7.jsonl,./7.jsonl")
     assert len([*tmp_path.glob(".7.jsonl.index-*")]) == 1
 
 
 def test_a_row_that_no_tokenizer_or_memory_can_take_is_quarantined(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "MAX_BYTES", 1_500_000)
+    for module in (index, tars):
+        monkeypatch.setattr(module, "MAX_BYTES", 1_500_000)
     rows = [talk("blanks" + " " * 1_000_000, id="a"), talk("long" * 400_000, id="b"), talk(id="c")]
     (source,) = sources_of(write_rows(tmp_path, rows))
     blanks, long = [bad["reason"] for bad in source.meta["bad"]]
     assert source.rows["size"].sum() == os.path.getsize(tmp_path / "rows.jsonl")
-    assert (
-        "cannot be split into tokens" in blanks
-        and "a row of 1600098 bytes" in long
-        and source.row(2)["id"] == "c"
-    )
+    assert "cannot be split into tokens" in blanks and "a row of 1600098 bytes" in long
+    assert source.row(2)["id"] == "c"
 
 
 def test_a_caption_file_or_array_of_another_kind_is_named(tmp_path, capsys):
@@ -166,15 +151,10 @@ def test_a_caption_file_or_array_of_another_kind_is_named(tmp_path, capsys):
         (folder / f"{name[0]}.png").write_bytes(picture())
     (folder / "d.png").write_bytes(picture())
     (folder / "d.txt").write_bytes("caf\xe9".encode("latin-1"))
-    assert data.check_sources([str(folder)]) == 2
+    assert data.check_files([str(folder)]) == 2
     out = capsys.readouterr().out
-    assert (
-        "a.png" in out
-        and "holds a list, not a dict" in out
-        and "d.png" in out
-        and "utf-8" in out
-        and "2 bad" in out
-    )
+    for words in ("a.png", "holds a list, not a dict", "d.png", "utf-8", "2 bad"):
+        assert words in out
     (source,) = sources_of(str(folder))
     assert [source.row(k)["caption"] for k in (1, 2)] == ["A cat.", "[sic] {a} cat"]
     (folder / "a.json").write_text('{"caption": "A dog."}')  # what is beside it is not looked at
@@ -183,20 +163,16 @@ def test_a_caption_file_or_array_of_another_kind_is_named(tmp_path, capsys):
     (folder / "d.txt").mkdir()
     (folder / "e.png").write_bytes(picture())
     (folder / "e.txt").write_text("far too long " * 9_000_000)
-    assert data.check_sources([str(folder)]) == 2
+    assert data.check_files([str(folder)]) == 2
     out = capsys.readouterr().out
-    assert (
-        "d.png" in out
-        and "directory" in out
-        and "e.txt has more than" in out
-        and "5 rows, 3 good, 2 bad" in out
-    )
+    for words in ("d.png", "directory", "e.txt has more than", "5 rows, 3 good, 2 bad"):
+        assert words in out
     (folder / "e.txt").unlink()
     (tmp_path / "number.json").write_text("7")
     with pytest.raises(ValueError, match="number.json holds a int, not a list"):
         sources_of(f"{tmp_path}/number.json")
     (tmp_path / "none.jsonl").write_text("")
-    assert data.check_sources([f"{tmp_path}/none.jsonl"]) == 1
+    assert data.check_files([f"{tmp_path}/none.jsonl"]) == 1
     (tmp_path / "rows.jsonl.gz").write_bytes(b"")
     with pytest.raises(ValueError, match="unpack it"):
         sources_of(f"{tmp_path}/rows.jsonl.gz")
@@ -214,11 +190,8 @@ def test_a_bare_caption_in_a_tar_is_text_whatever_it_begins_with(tmp_path):
         ):
             tars.add_member(tar, name, content)
     (source,) = sources_of(f"{tmp_path}/a.TAR")
-    assert [source.row(k)["caption"] for k in range(3)] == [
-        "{a} cat",
-        "[sic]",
-        "A dog.",
-    ] and not source.meta["bad"]
+    assert [source.row(k)["caption"] for k in range(3)] == ["{a} cat", "[sic]", "A dog."]
+    assert not source.meta["bad"]
 
 
 def test_a_folder_that_changed_below_its_top_is_indexed_again(tmp_path):
@@ -227,9 +200,11 @@ def test_a_folder_that_changed_below_its_top_is_indexed_again(tmp_path):
     for name, text in (("p", "Old."), ("q", "Other.")):
         (below / f"{name}.png").write_bytes(picture())
         (below / f"{name}.txt").write_text(text)
-    captions = lambda: [
-        s.row(k)["caption"] for s in sources_of(f"{tmp_path}/folder") for k in range(len(s.rows))
-    ]
+
+    def captions():
+        (source,) = sources_of(f"{tmp_path}/folder")
+        return [source.row(k)["caption"] for k in range(len(source.rows))]
+
     assert captions() == ["Old.", "Other."]
     (below / "p.txt").write_text("New and longer.")
     assert captions() == ["New and longer.", "Other."]
@@ -256,7 +231,7 @@ def test_what_is_there_as_it_is_written_goes_before_patterns_and_names(tmp_path,
         write_rows(Path(name).parent, [talk()], Path(name).name)
     spec = "[1].jsonl,a{0..1}.jsonl,year=2026/*.jsonl,year=2026/x{7..8}.jsonl,"
     spec += "k/year=2026/x.jsonl,mine=[1].jsonl,theirs=b=c{0..1}.jsonl"
-    assert [(name, str(path)) for name, path in sources_module.expand_paths(spec)] == [
+    assert [(name, str(path)) for name, path in sources.expand_paths(spec)] == [
         ("", "[1].jsonl"),
         ("", "a{0..1}.jsonl"),
         ("", "year=2026/x.jsonl"),
@@ -268,26 +243,3 @@ def test_what_is_there_as_it_is_written_goes_before_patterns_and_names(tmp_path,
         ("theirs", "b=c0.jsonl"),
         ("theirs", "b=c1.jsonl"),
     ]
-
-
-@pytest.mark.nightly
-def test_processes_that_index_end_where_their_parent_was_killed(tmp_path):
-    code = (
-        "import os, time, data, multiprocessing as m, concurrent.futures as c\n"
-        "if __name__ == '__main__':\n    pool = c.ProcessPoolExecutor(1, m.get_context('spawn'), index._reading, ((),))\n"
-        "    print(pool.submit(os.getpid).result(), flush=True); time.sleep(60)"
-    )
-    script = tmp_path / "parent.py"
-    script.write_text(code)
-    parent = subprocess.Popen(
-        [sys.executable, script],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    child = int(parent.stdout.readline())
-    parent.kill()
-    end = time.time() + 20
-    while os.path.exists(f"/proc/{child}/cwd") and time.time() < end:
-        time.sleep(0.1)
-    assert not os.path.exists(f"/proc/{child}/cwd")

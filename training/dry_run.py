@@ -4,7 +4,7 @@ import torch
 from model import VLM, train_flops
 from training.optim import print_stage_table
 from training.settings import stage_steps
-from weights import read_configs
+from model_config import read_configs
 
 TOKENS, TILES, SUPERVISED = 2048, 7, 192  # of the sample that a plan is made for: 6 tiles and a thumbnail
 
