@@ -13,7 +13,6 @@ meanwhile; the train.log beside them has all but one. From scratch, 13,000 steps
 
 Shapes: T tokens of a pack, M visual tokens, C width.
 """
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,11 +30,22 @@ from inputs.tokenizer import Tokenizer
 from model import LanguageModel, LLMConfig, compile_blocks, init_weights
 from model_config import config_json
 from toy.words import CellDataset, WordDataset, WordSource
-from training.distributed import all_reduce_dict, all_reduce_sum, close_distributed, say
-from training.distributed import setup_distributed
-from training.optim import clip_grad_norm, lr_scale, make_optimizer, seed_everything
-from training.optim import set_dtypes, set_trainable
-from vision import Projector, ViT, VisionConfig, pixel_shuffle
+from training.distributed import (
+    all_reduce_dict,
+    all_reduce_sum,
+    close_distributed,
+    say,
+    setup_distributed,
+)
+from training.optim import (
+    clip_grad_norm,
+    lr_scale,
+    make_optimizer,
+    seed_everything,
+    set_dtypes,
+    set_trainable,
+)
+from vision import Projector, VisionConfig, ViT, pixel_shuffle
 from weights import fill, inspect_folder, save_folder
 
 TOY_VOCABULARY = str(Path(__file__).with_name("tokenizer"))
@@ -187,8 +197,10 @@ def add_noise(x, noise):
 
 
 def load_base(folder, tokenizer):
-    """The BaseModel of a model folder."""
+    """The BaseModel of a model folder. ValueError for a ViT alone."""
     about = inspect_folder(folder)
+    if about.llm is None:
+        raise ValueError(f"{folder} has no language model; join it with one: convert.py assemble")
     model = BaseModel(about.vision, about.llm, tokenizer.image_id)
     fill(model, about.tensors)
     return model
