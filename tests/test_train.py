@@ -198,7 +198,7 @@ def test_the_loss_falls(tmp_path, shards, monkeypatch):
     (["--grad_accum_steps=0"], "grad_accum_steps=0 must be at least 1"),
     (["--max_steps=-1"], "max_steps=-1 must be at least 0"),
     (["--llm.n_heads=3", "--llm.n_kv_heads=2"], "3 heads do not divide over 2"),
-    (["--images.image_size=90"], "image_size 90 does not divide"),
+    (["--vision.image_size=90"], "image_size 90 does not divide"),
 ])
 def test_a_mistake_gets_one_clear_line_and_writes_no_weights(tmp_path, shards, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(ROOT)
