@@ -1,4 +1,8 @@
-"""Where there is no GPU, Triton's kernels run in its interpreter; it has to be told before they are defined."""
+"""Where there is no GPU, Triton's kernels run in its interpreter.
+
+It has to be told before they are defined.
+"""
+
 import os
 
 import torch
