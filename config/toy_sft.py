@@ -14,24 +14,29 @@ beta2 = 0.98
 save_every = 100
 print_every = 20
 
-knowledge.data = "shards/toy/knowledge-*.tar"  # one fact a question
+# One fact a question.
+knowledge.data = "shards/toy/knowledge-*.tar"
 knowledge.steps = 250
 knowledge.lr_vision = 6e-4
 knowledge.lr_projector = 2.5e-3
 knowledge.lr_llm = 2.5e-4
+knowledge.warmup_steps = 10
+knowledge.weight_decay = 0.02
 
-# formats: multiple choice, short answers, two pictures
+# Formats: multiple choice, short answers, two pictures.
 instruction.data = "shards/toy/instruction-*.tar"
 instruction.steps = 170
 instruction.lr_vision = 3e-4
 instruction.lr_projector = 1e-3
 instruction.lr_llm = 2e-4
+instruction.warmup_steps = 10
+instruction.weight_decay = 0.02
 
-preference.data = "shards/toy/preference-*.tar"  # several steps of reasoning
+# Several steps of reasoning.
+preference.data = "shards/toy/preference-*.tar"
 preference.steps = 60
 preference.lr_vision = 1e-4
 preference.lr_projector = 4e-4
 preference.lr_llm = 8e-5
-
-knowledge.warmup_steps = instruction.warmup_steps = preference.warmup_steps = 10
-knowledge.weight_decay = instruction.weight_decay = preference.weight_decay = 0.02
+preference.warmup_steps = 10
+preference.weight_decay = 0.02
