@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from configurator import configure, launch
+from configurator import configure, run_script
 from inputs.chat import TEMPLATES
 from inputs.files import read_json
 from inputs.images import MEAN, STD
@@ -216,4 +216,4 @@ def main():
             raise ValueError(USAGE)
 
 if __name__ == "__main__":
-    launch(main)
+    run_script(main)

@@ -17,7 +17,7 @@ whole or not at all; start a command again and it goes on; several processes, on
 the work.
 Shapes: n rows of all shards, C width of a feature.
 """
-import collections, contextlib, fcntl, functools, hashlib, itertools, json, os, re, shlex, sys, tarfile
+import collections, contextlib, fcntl, functools, hashlib, itertools, json, os, re, shlex, tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ import weights
 from inputs import files
 from training import distributed
 from generate import Assistant
-from configurator import configure, launch
+from configurator import configure, run_script, setting, subcommand
 from data import TOY_TOKENIZER
 from inputs.chat import conversation
 from inputs.images import IMAGE_SUFFIXES
@@ -52,18 +52,18 @@ from inputs.images import load_image, make_tiles, normalize, picture_uri
 
 @dataclass(slots=True)
 class Config:
-    in_: str = ""                 # shards (tars), folders of them or of pictures, .jsonl, .json; name=path,...
+    in_: str = setting("", files=True)  # shards (tars), folders of them or of pictures, .jsonl, .json; name=path,...
     out: str = ""                 # folder to write
     seed: int = 0                 # of everything that is drawn
-    workers: int = 4              # threads that decode pictures
-    shard_size: int = 1000        # rows of a shard, where the input is no shard
+    workers: int = setting(4, at_least=1)  # threads that decode pictures
+    shard_size: int = setting(1000, at_least=1)  # rows of a shard, where the input is no shard
     min_side: int = 64            # collect: pixels of the shorter side, at least
     max_aspect: float = 8.0       # collect: longer side over shorter side, at most
     by: Literal["image", "text", "both"] = "image"    # dedup: near-duplicate pictures, captions, or either
     distance: int = 3             # dedup: bits of 64 in which perceptual hashes of near-duplicates differ, at most
     jaccard: float = 0.8          # dedup: share of common word 3-grams of captions that are near-duplicates, at least
     n: int = 1000                 # select: rows to take; quick, composition, incremental: samples of a mix (0: all)
-    clusters: int = 64            # select: clusters of features, of --model's ViT, else of the hashes
+    clusters: int = setting(64, at_least=1)  # select: clusters of features, of --model's ViT, else of the hashes
     endpoint: str = ""            # OpenAI-compatible, http://.../v1, or several, with commas; key: JUDGE_API_KEY
     endpoint_model: str = ""      # the model's name there
     model: str = ""               # or a model folder of ours
@@ -71,7 +71,7 @@ class Config:
     prompts: str = "prompts"      # folder of the prompts, whose sha256 goes into every row
     threads: int = 8              # requests at a time
     max_new_tokens: int = 512     # longest reply; one that is cut off there is dropped
-    batch_size: int = 64          # pictures answered together by a model folder
+    batch_size: int = setting(64, at_least=1)  # pictures answered together by a model folder
     max_tiles: int = 0            # tiles of a picture for a model folder; 0: as it says
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"    # of a model folder
     price_in: float = 0.0         # dollars for a million tokens asked
@@ -84,7 +84,7 @@ class Config:
     script: Literal["latin", "cjk", "cyrillic", "arabic", "devanagari"] = "latin"   # filter: writing that is wanted
     min_script: float = 0.5       # filter: its share of the letters, at least
     max_ngram_share: float = 0.0  # filter: a 4-gram that more captions have is left to this share of them; 0: to all
-    references: str = ""          # report: shards whose captions are taken for right
+    references: str = setting("", files=True)  # report: shards whose captions are taken for right
     pictures: int = 60            # report: pictures on the page
     stage: str = "instruction"    # quick, composition, incremental: the stage of sft.py that is trained
     sft: str = "config/sft_2b.py"     # and its configuration and flags
@@ -722,11 +722,11 @@ STAGES = {"collect": collect, "dedup": dedup, "select": select, "annotate": lamb
           **{tier: functools.partial(tiers, tier=tier) for tier in ("quick", "composition", "incremental")}}
 
 def main():
-    stage, *flags = sys.argv[1:] or [""]
-    if stage not in STAGES and stage not in ("-h", "--help"):
-        raise ValueError(f"usage: python curate.py {'|'.join(STAGES)} --in=... --out=...; --help lists all settings")
-    configure(cfg := Config(), flags or ["--help"])
-    STAGES[stage](cfg)
+    cfg = Config()
+    usage = f"python curate.py {'|'.join(STAGES)} --in=... --out=...; --help lists all settings"
+    stage, flags = subcommand(STAGES, usage, cfg)
+    configure(cfg, flags or ["--help"])
+    stage(cfg)
 
 if __name__ == "__main__":
-    launch(main)
+    run_script(main)

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tqdm import tqdm
 
-from configurator import configure, launch
+from configurator import configure, run_script, setting, split_words, subcommand
 from inputs.chat import IGNORE, image_names, render
 from inputs.files import read_json
 from inputs.images import Image, load_image, picture_uri
@@ -195,14 +195,18 @@ class Config:
     tokenizer: str = TOY_TOKENIZER   # tokenizer folder; of a model: with its template and tiles, unless these are given
     tile_size: int = 0               # pixels of a tile, else 448
     max_tiles: int = 0               # tile limit of an image, else 12
-    tokens_per_pack: int = 8192      # tokens of a pack
+    tokens_per_pack: int = setting(8192, at_least=1)  # tokens of a pack
     tiles_per_pack: int = 48         # tiles of a pack
 
 def main():
-    configure(cfg := Config(), [a for a in sys.argv[1:] if a.startswith("-")])
-    command, *paths = [a for a in sys.argv[1:] if not a.startswith("-")] or [""]
-    if command not in ("check", "show", "preview") or not paths:
-        raise ValueError("usage: python data.py check FILE... | show FILE --n=8 --tokenizer=DIR | preview FILE --out=A")
+    cfg = Config()
+    usage = "python data.py check FILE... | show FILE --n=8 --tokenizer=DIR | preview FILE --out=A"
+    commands = {name: name for name in ("check", "show", "preview")}
+    command, words = subcommand(commands, usage, cfg)
+    paths, flags = split_words(words)
+    configure(cfg, flags)
+    if not paths:
+        raise ValueError(f"usage: {usage}")
     if command == "check":
         sys.exit(2 if check_sources(paths) else 0)
     tokenizer, about = Tokenizer(cfg.tokenizer), Path(cfg.tokenizer, "config.json")
@@ -217,4 +221,4 @@ def main():
     show_samples(packs, cfg.n) if command == "show" else preview_packs(packs, cfg.n, cfg.out)
 
 if __name__ == "__main__":
-    launch(main)
+    run_script(main)

@@ -80,14 +80,14 @@ class Config:
     limit: int = 0                        # only the first rows of each benchmark; 0 = all
     max_tiles: int = 0                    # 0 = the protocol's number for each benchmark
     max_new_tokens: int = 0               # 0 = the protocol's number for each benchmark
-    batch_size: int = 64                  # prompts generated together
-    batch_tokens: int = 2 ** 19           # and their prompts and longest answers: 15 GB of cache (2B), 30 GB (8B)
+    batch_size: int = configurator.setting(64, at_least=1)  # prompts generated together
+    batch_tokens: int = configurator.setting(2 ** 19, at_least=1)  # and their prompts and longest answers: 15 GB of cache (2B), 30 GB (8B)
     report_rows: int = 40                 # pictures per benchmark in report.html
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"    # auto: bfloat16 on a GPU, else float32
     device: Literal["auto", "cuda", "cpu"] = "auto"           # auto: cuda where there is one
     threads: int = 0                      # CPU threads of torch; 0 = torch's default
     num_workers: int = 2                  # threads that decode pictures
-    timeout_s: int = 1800                 # how long ranks wait for each other
+    timeout_s: int = configurator.setting(1800, at_least=1)  # how long ranks wait for each other
 
 @dataclasses.dataclass(slots=True)
 class ScoreConfig:
@@ -385,4 +385,4 @@ def main():
     print(f"wrote {out / 'results.json'} and {out / 'report.html'}")
 
 if __name__ == "__main__":
-    configurator.launch(main)
+    configurator.run_script(main)

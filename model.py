@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from dataclasses import dataclass
 from torch.distributed.tensor import DTensor
 
+from configurator import setting
 from inputs.chat import IGNORE
 from inputs.images import normalize
 from kernels.attention import attention
@@ -24,11 +25,11 @@ from vision import Projector, ViT, pixel_shuffle, working_dtype
 @dataclass(slots=True)
 class LLMConfig:
     vocab_size: int = 151936
-    dim: int = 1536                     # width C
+    dim: int = setting(1536, at_least=1)  # width C
     n_layers: int = 28
-    n_heads: int = 12                   # query heads H
-    n_kv_heads: int = 2                 # key/value heads K
-    head_dim: int = 128                 # D; need not be dim / n_heads
+    n_heads: int = setting(12, at_least=1)  # query heads H
+    n_kv_heads: int = setting(2, at_least=1)  # key/value heads K
+    head_dim: int = setting(128, at_least=1)  # D; need not be dim / n_heads
     ffn_dim: int = 8960
     rope_theta: float = 1e6
     norm_eps: float = 1e-6

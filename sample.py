@@ -34,7 +34,7 @@ class Config:
     top_k: int = 0                        # sample among so many tokens; 0 = all
     seed: int = 0                         # of the sampling
     max_tiles: int = 0                    # most tiles of a picture, thumbnail not counted; 0 = as the model folder says
-    batch_size: int = 16                  # questions answered together, with --out
+    batch_size: int = configurator.setting(16, at_least=1)  # questions answered together, with --out
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"    # auto: bfloat16 on a GPU, float32 elsewhere
     device: Literal["auto", "cuda", "cpu"] = "auto"           # auto: cuda where there is one
 
@@ -80,7 +80,7 @@ def batch(cfg):
             try:
                 prompt = assistant.prompt([(row["prompt"], None)], [assistant.tiles(base / path) for path in images])
             except (ValueError, OSError) as e:
-                row["error"] = configurator.told(e)
+                row["error"] = configurator.error_line(e)
                 note(f"{row.get('image')}: {row['error']}")
             else:
                 good.append(row)
@@ -125,7 +125,7 @@ def chat(assistant, cfg):
         except EOFError:
             return
         except (ValueError, OSError) as e:
-            note(f"error: {configurator.told(e)}")
+            note(f"error: {configurator.error_line(e)}")
 
 def main():
     configurator.configure(cfg := Config())
@@ -138,4 +138,4 @@ def main():
     print()
 
 if __name__ == "__main__":
-    configurator.launch(main)
+    configurator.run_script(main)

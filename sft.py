@@ -9,7 +9,7 @@ Everything trains. The loop is train.py's; only the settings differ. Examples:
 """
 from dataclasses import dataclass, field
 
-from configurator import launch
+from configurator import run_script
 from model import LLMConfig
 from train import run
 from training.settings import RunConfig, Stage
@@ -35,4 +35,4 @@ def main():
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_script(main)

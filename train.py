@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from configurator import configure, launch, resolved
+from configurator import configure, resolved, run_script
 from data import held_out, make_loader, model_inputs, stage_packs
 from model import LLMConfig, compile_blocks, train_flops
 from inputs.tokenizer import Tokenizer
@@ -234,4 +234,4 @@ def main():
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_script(main)

@@ -10,21 +10,22 @@ import torch.nn as nn
 import torch.nn.functional as F
 from dataclasses import dataclass
 
+from configurator import setting
 from kernels.attention import attention
 
 # ---- the ViT and the projector ---------------------------------------------------------------------------------------
 @dataclass(slots=True)
 class VisionConfig:
-    image_size: int = 448               # side of a tile in pixels
-    patch_size: int = 14                # side of a patch in pixels
-    dim: int = 1024                     # width C
+    image_size: int = setting(448, at_least=1)  # side of a tile in pixels
+    patch_size: int = setting(14, at_least=1)  # side of a patch in pixels
+    dim: int = setting(1024, at_least=1)  # width C
     n_layers: int = 24
-    n_heads: int = 16
+    n_heads: int = setting(16, at_least=1)
     ffn_dim: int = 4096
     norm_eps: float = 1e-6
     qkv_bias: bool = True
     init_values: float = 1.0            # layer scale of a fresh model (InternVL: initializer_factor)
-    downsample: int = 2                 # pixel shuffle: this many patches per side become one visual token
+    downsample: int = setting(2, at_least=1)  # pixel shuffle: this many patches per side become one visual token
     PRESETS = {"internvit-300m": {}, "toy": dict(image_size=84, dim=192, n_layers=3, n_heads=6, ffn_dim=768)}
 
     n_patches = property(lambda self: (self.image_size // self.patch_size) ** 2)                # P

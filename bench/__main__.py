@@ -33,7 +33,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 import data, vision
 from inputs import images as images_module, index, packing, sources as sources_module, tokenizer as tokenizer_module
 from training import distributed, metrics, optim, settings
-from configurator import configure, launch
+from configurator import configure, run_script, setting, subcommand
 from kernels import attention as A, cross_entropy as C
 from generate import generate
 from model import IGNORE, LLMConfig, VLM, compile_blocks, train_flops
@@ -46,7 +46,7 @@ TOKENIZER = Path(__file__).resolve().parent.parent / "toy" / "tokenizer"
 @dataclass(slots=True)
 class Config:
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda where there is one, else cpu
-    rounds: int = 7  # interleaved rounds, of which the median counts
+    rounds: int = setting(7, at_least=1)  # interleaved rounds, of which the median counts
     rows: str = ""  # only rows whose name begins with one of these, separated by commas
     compiled: bool = True  # vs-hf: beside the compiled peer as well, a minute or two of compilation
     threads: int = 0  # CPU threads; 0: PyTorch's choice
@@ -505,10 +505,11 @@ def parts(device):
             "decode": (decode, {f"{row}_{kind}": [kinds[kind]] for row in ("tiny", "batched") for kind in kinds})}
 
 def main():
-    part = sys.argv[1] if len(sys.argv) > 1 else ""
-    if part not in (names := parts(torch.device("cpu"))):
-        raise ValueError(f"write bench.py {'|'.join(names)} [--rounds=N --rows=a,b --device=cpu]")
-    configure(cfg := Config(), sys.argv[2:])
+    cfg = Config()
+    names = {name: name for name in parts(torch.device("cpu"))}
+    usage = f"python -m bench {'|'.join(names)} [--rounds=N --rows=a,b --device=cpu]"
+    part, flags = subcommand(names, usage, cfg)
+    configure(cfg, flags)
     device = distributed.setup_distributed(cfg.device).device
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # of `timeout`: what there is gets reported
@@ -534,4 +535,4 @@ def main():
     sys.exit(1 if failed else 0)
 
 if __name__ == "__main__":
-    launch(main)
+    run_script(main)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from configurator import configure, launch
+from configurator import configure, run_script
 
 # benchmark: beginnings of the questions that are shown, one picture each
 KINDS_SHOWN = {
@@ -122,4 +122,4 @@ def main():
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_script(main)

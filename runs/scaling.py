@@ -19,14 +19,13 @@ import json
 import math
 import re
 import shlex
-import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from configurator import configure, launch
+from configurator import configure, run_script, subcommand
 from inputs.files import read_json
 from runs.plan import run_plan
 from training.metrics import read_log
@@ -187,14 +186,12 @@ SCALING_PARTS = {"plan": plan_points, "fit": fit_points, "plot": plot_points}
 
 
 def main():
-    part = sys.argv[1] if len(sys.argv) > 1 else ""
-    if part not in SCALING_PARTS:
-        raise ValueError("usage: python -m runs.scaling plan | fit | plot [--out_dir=DIR ...]; "
-                         "plan --help lists the flags")
     cfg = Config()
-    configure(cfg, sys.argv[2:])
-    SCALING_PARTS[part](cfg)
+    usage = "python -m runs.scaling plan | fit | plot [--out_dir=DIR ...]; --help lists all settings"
+    part, flags = subcommand(SCALING_PARTS, usage, cfg)
+    configure(cfg, flags)
+    part(cfg)
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_script(main)

@@ -15,7 +15,7 @@ def run(main, argv, stdin=""):
         patch.setattr(sys, "stdout", out)
         patch.setattr(sys, "stderr", err)
         try:
-            configurator.launch(main)
+            configurator.run_script(main)
             code = 0
         except SystemExit as stop:
             code = stop.code

@@ -8,7 +8,15 @@ from typing import ClassVar, Literal
 
 import pytest
 
-from configurator import ConfigError, configure, launch, resolved
+from configurator import (
+    ConfigError,
+    configure,
+    resolved,
+    run_script,
+    setting,
+    split_words,
+    subcommand,
+)
 
 
 @dataclass(slots=True)
@@ -167,11 +175,11 @@ def test_a_users_error_is_one_line_and_an_exit_code(monkeypatch, capsys, error, 
 
     monkeypatch.setattr(sys, "argv", ["train.py"])
     with pytest.raises(SystemExit) as e:
-        launch(main)
+        run_script(main)
     assert e.value.code == code and capsys.readouterr().err == line
     monkeypatch.setattr(sys, "argv", ["train.py", "--debug=True"])
     with pytest.raises(type(error)):
-        launch(main)
+        run_script(main)
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):
@@ -180,15 +188,15 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 
     monkeypatch.setattr(sys, "argv", ["train.py"])
     with pytest.raises(KeyError):
-        launch(main)
+        run_script(main)
 
 
 def test_a_script_leaves_nothing_but_the_line(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
-                      "from dataclasses import dataclass\nfrom configurator import configure, launch\n"
+                      "from dataclasses import dataclass\nfrom configurator import configure, run_script\n"
                       "@dataclass(slots=True)\nclass Config:\n    n: int = 1\n"
-                      "launch(lambda: configure(Config()))\n")
+                      "run_script(lambda: configure(Config()))\n")
     done = subprocess.run([sys.executable, script, "--m=1"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: --m=1: unknown name 'm' (--help lists all names)\n"
@@ -208,3 +216,43 @@ def test_braces_without_quotes_which_bash_makes_flags_of_are_refused(script, fla
     cfg = __import__(script).Config()
     with pytest.raises(ConfigError, match=f"more than one --{flag}: put it in quotes, --{flag}='A-"):
         configure(cfg, [f"--{flag}=a-0.tar", f"--{flag}=a-1.tar"])
+
+
+@dataclass(slots=True)
+class Limited:
+    data: str = setting("", files=True)  # sources
+    rounds: int = setting(3, at_least=1)  # how often
+    cap: int = 0
+    llm: Llm = field(default_factory=Llm)
+
+
+@pytest.mark.parametrize(("flag", "message"), [
+    ("--rounds=0", "command line: rounds=0 must be at least 1"),
+    ("--cap=-1", "command line: cap=-1 must be at least 0"),
+    ("--llm.theta=-2", "command line: llm.theta=-2.0 must be at least 0")])
+def test_a_limit_belongs_to_its_field_and_no_number_may_be_negative(flag, message):
+    with pytest.raises(ConfigError) as e:
+        configure(Limited(), [flag])
+    assert str(e.value) == message
+
+
+def test_a_field_with_rules_shows_its_comment_too(capsys):
+    with pytest.raises(SystemExit):
+        configure(Limited(), ["--help"])
+    shown = capsys.readouterr().out
+    assert "--rounds=3" in shown and "how often" in shown and "sources" in shown
+
+
+def test_a_subcommand_is_the_first_word_that_is_no_flag(capsys):
+    commands = {"check": 1, "show": 2}
+    assert subcommand(commands, "U", argv=["check", "a", "--n=3"]) == (1, ["a", "--n=3"])
+    assert subcommand(commands, "U", argv=["--n=3", "show", "a"]) == (2, ["--n=3", "a"])
+    assert split_words(["--n=3", "a", "b"]) == (["a", "b"], ["--n=3"])
+    with pytest.raises(ConfigError, match="unknown command 'chek', did you mean 'check'.* U"):
+        subcommand(commands, "U", argv=["chek"])
+    with pytest.raises(ConfigError, match="usage: U"):
+        subcommand(commands, "U", argv=["--n=3"])
+    with pytest.raises(SystemExit) as e:
+        subcommand(commands, "U", Limited(), argv=["--help"])
+    shown = capsys.readouterr().out
+    assert e.value.code == 0 and "usage: U" in shown and "--rounds=3" in shown

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from training import distributed
 import convert
 import weights as W
-from configurator import launch
+from configurator import run_script
 from generate import generate
 from model import VLM, LLMConfig
 from test_model import IMG, pack, tiny
@@ -53,7 +53,7 @@ def run(*args):
     sys.argv = ["convert.py", *map(str, args)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            launch(convert.main)
+            run_script(convert.main)
     except SystemExit as e:
         code = e.code
     finally:

@@ -87,7 +87,7 @@ def keys(folder):
 def in_a_process(argv):
     sys.argv, J.WAIT_S = ["curate.py", *argv], 0.01
     sys.stdout = sys.stderr = open(os.devnull, "w")
-    configurator.launch(curate.main)
+    configurator.run_script(curate.main)
 
 
 def killed(endpoint, kills, argv, out):

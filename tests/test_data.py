@@ -496,7 +496,7 @@ class Deadly(torch.utils.data.Dataset):
 
 def test_a_killed_worker_is_one_line_that_says_what_to_try(capsys):
     with pytest.raises(SystemExit):
-        configurator.launch(lambda: next(iter(data.Loader(Deadly(), num_workers=1, batch_size=None))))
+        configurator.run_script(lambda: next(iter(data.Loader(Deadly(), num_workers=1, batch_size=None))))
     told = capsys.readouterr().err.splitlines()[-1]
     assert told.startswith("error: DataLoader worker") and told.endswith("Try fewer --num_workers")
 

@@ -215,7 +215,7 @@ def command(argv, capsys):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["eval.py", *map(str, argv)])
         try:
-            configurator.launch(ev.main)
+            configurator.run_script(ev.main)
             code = 0
         except SystemExit as stop:
             code = stop.code

@@ -265,7 +265,7 @@ def main():
     next(batches)
     print(*[worker.pid for worker in multiprocessing.active_children()], flush=True)
     raise ValueError("stopped")
-configurator.launch(main)
+configurator.run_script(main)
 """
 
 

@@ -203,7 +203,7 @@ def test_the_loss_falls(tmp_path, shards, monkeypatch):
 def test_a_mistake_gets_one_clear_line_and_writes_no_weights(tmp_path, shards, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["train.py", *argv(tmp_path / "run", shards, *arguments)])
-    from configurator import launch as guarded
+    from configurator import run_script as guarded
     with pytest.raises(SystemExit) as stop:
         guarded(train.main)
     error = capsys.readouterr().err.strip()

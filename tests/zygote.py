@@ -61,7 +61,7 @@ def child(q, rank):
     import configurator
     sys.argv = [q["script"] + ".py", *q["arguments"]]
     exec(q["code"], {"RANK": rank, **sys.modules})
-    configurator.launch(importlib.import_module(q["script"]).main)
+    configurator.run_script(importlib.import_module(q["script"]).main)
 
 
 def main():

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from configurator import configure, launch
+from configurator import configure, run_script
 from inputs.tars import add_record
 
 @dataclass(slots=True)
@@ -541,4 +541,4 @@ def main():
     for part in filter(writers.get, parts): writers[part](cfg)
 
 if __name__ == "__main__":
-    launch(main)
+    run_script(main)
