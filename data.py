@@ -96,8 +96,8 @@ def stage_packs(cfg, stage, tokenizer, vision, packs_per_step, data=""):
     return Packs(sources, tokenizer, cfg.template, tile_size=vision.image_size, tokens_per_tile=vision.tokens_per_tile,
                  min_tiles=cfg.min_tiles, max_tiles=cfg.max_tiles, thumbnail=cfg.thumbnail,
                  tokens_per_pack=cfg.tokens_per_pack, tiles_per_pack=cfg.max_tiles_per_pack,
-                 seed=cfg.seed, image_as=cfg.image_as, cell_labels=cfg.cell_labels,
-                 packs_per_step=packs_per_step, shuffle=cfg.shuffle, pad=cfg.pad_packs,
+                 seed=cfg.seed, image_as=cfg.image_as,
+                 packs_per_step=packs_per_step, shuffle=cfg.shuffle,
                  loss_weight=cfg.loss_weight)
 
 def model_inputs(batch, device):

@@ -222,8 +222,7 @@ def start_model(cfg, origins, folder, tokenizer, text_only=False):
 
 def start_weights(model, table, cfg):
     """Fill the model of start_model once it is on its device, sharded or not: from its folder, or at random."""
-    model = getattr(model, "module", model)                                 # out of DDP
-    fill(model, table) if table else init_weights(cfg.seed, cfg.init_std)
+    fill(model, table) if table else model.init_weights(cfg.seed)
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
 

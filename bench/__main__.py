@@ -32,7 +32,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import data, vision
 from inputs import images as images_module, index, packing, sources as sources_module, tokenizer as tokenizer_module
-from training import distributed, metrics, optim, settings
+from train import RunConfig, Stage
+from training import distributed, metrics, optim
 from configurator import configure, run_script, setting, subcommand
 from kernels import attention as A, cross_entropy as C
 from generate import generate
@@ -234,10 +235,10 @@ def build(size, stage, dtype, device):
     torch.manual_seed(0)
     for name, p in model.named_parameters():                    # on the device: init_weights would take minutes at 8B
         p.data.normal_(0, 0.02) if p.ndim > 1 else p.data.fill_(not name.endswith("bias"))
-    rates = settings.Stage(**{f"lr_{part}": 1e-6 * on for part, on in zip(("vision", "projector", "llm"), STAGES[stage])})
+    rates = Stage(**{f"lr_{part}": 1e-6 * on for part, on in zip(("vision", "projector", "llm"), STAGES[stage])})
     optim.set_trainable(model, rates)
     optim.set_dtypes(model, dtype)
-    return model.train(), optim.make_optimizer(model, rates, settings.RunConfig())
+    return model.train(), optim.make_optimizer(model, rates, RunConfig())
 
 def step(loss, optimizer, dtype, device):
     """One training step; loss() is the mean over supervised tokens."""
@@ -251,7 +252,7 @@ def step(loss, optimizer, dtype, device):
 def train(cfg, device, name, size, stage, checkpointing="none"):
     dtype, cuda = distributed.compute_dtype("auto", device), device.type == "cuda"
     (model, optimizer), (samples, tiles) = build(size, stage, dtype, device), random_samples(size)
-    distributed.parallelize(model, settings.RunConfig(activation_checkpointing=checkpointing), distributed.Dist(device=device))
+    distributed.checkpoint_activations(model, checkpointing)
     eights = [[samples[i] for i in batch] for batch in batches_of_8(samples)]   # each padded to its longest sample
     count = lambda batch: sum(int((t == model.image_token_id).sum()) for t, _ in batch) // model.vision.tokens_per_tile
     packs = {"ours": [pack(samples, tiles, device)], "ours, padded": [

@@ -481,11 +481,10 @@ def on_two_ranks(folder):
     dist, real = distributed.setup_distributed("cpu", 60), W.safe_open
     for name in ("a", "b"):
         model, _, table = W.start_model(types.SimpleNamespace(), {}, f"{folder}/{name}", types.SimpleNamespace(n_vocab=0))
-        cfg = types.SimpleNamespace(parallel="fsdp", activation_checkpointing=False, dtype="float32")
-        model = distributed.parallelize(model, cfg, dist)
+        model = distributed.parallelize(model, "fsdp", torch.float32, dist)
         Counted.real, Counted.read = real, 0
         W.safe_open = type("safe_open", (Counted,), {"real": real})
-        W.start_weights(model, table, cfg)
+        W.start_weights(model, table, types.SimpleNamespace())
         W.safe_open = real
         reads, full = distributed.gather(Counted.read, dist), distributed.full_state(model)
         if dist.is_main:

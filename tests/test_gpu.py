@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from bench import __main__ as bench
-from training import distributed, settings
+from training import distributed
 from generate import generate
 from model import compile_blocks
 from weights import load_folder, save_folder
@@ -74,10 +74,10 @@ def test_a_step_over_nccl_is_the_step_of_one_process(parallel, monkeypatch):
     for name, value in dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, MASTER_ADDR="127.0.0.1", MASTER_PORT=29411).items():
         monkeypatch.setenv(name, str(value))
     model, _, batch = toy(torch.float32)
-    exact, cfg = gradients(model, batch, torch.float32), settings.RunConfig(parallel=parallel, dtype="float32")
+    exact = gradients(model, batch, torch.float32)
     dist = distributed.setup_distributed("cuda")
     try:
-        spread = distributed.parallelize(copy.deepcopy(model), cfg, dist).train()
+        spread = distributed.parallelize(copy.deepcopy(model), parallel, torch.float32, dist).train()
         (spread(**batch) / 100).backward()
         full = [getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in spread.parameters()]
         assert error(full, exact[1:]) <= 1e-5

@@ -7,7 +7,7 @@ from torch.distributed.fsdp import fully_shard
 
 import model as M, vision
 import generate as G
-from training.distributed import Dist, parallelize
+from training.distributed import Dist, checkpoint_activations, parallelize
 from generate import generate, generate_stream
 from model import IGNORE, LLMConfig, VLM, train_flops
 from training.dry_run import activation_bytes
@@ -87,7 +87,8 @@ def test_a_sharded_head_gives_the_same_loss_and_gradients(head):
         plain, sharded = (tiny(tie_embeddings=head == "tied") for _ in range(2))
         if head == "a unit of its own":
             fully_shard(sharded.language_model.lm_head)
-        parallelize(sharded, types.SimpleNamespace(activation_checkpointing="full", parallel="fsdp", dtype="float32"), Dist())
+        checkpoint_activations(sharded, "full")
+        parallelize(sharded, "fsdp", torch.float32, Dist())
         batch = pack((9, 30, 14), (1, 3, 0))
         losses = [model(*batch, torch.linspace(0, 1, 53)) for model in (plain, sharded)]
         for loss in losses:
@@ -150,8 +151,8 @@ def test_frozen_parts_get_no_gradients_and_a_frozen_vit_keeps_no_activations():
 def test_activation_checkpointing_changes_no_gradient():
     batch, grads = pack((9, 30), (1, 3)), []
     for what in ("none", "selective", "full"):
-        vlm, cfg = tiny(), types.SimpleNamespace(activation_checkpointing=what, parallel="ddp")
-        parallelize(vlm, cfg, types.SimpleNamespace(device="cpu"))
+        vlm = tiny()
+        checkpoint_activations(vlm, what)
         vlm(*batch).backward()
         grads.append([p.grad for p in vlm.parameters()])
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*grads))

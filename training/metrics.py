@@ -136,11 +136,11 @@ def step_totals(micro_batches):
     return {name: sum(batch["size"][name] for batch in micro_batches) for name in names}
 
 
-def speed(totals, seconds, parts, peak):
+def speed(totals, seconds, parts, peak, world):
     """Counts and rates of a step.
 
-    seconds, parts: of Clock.split. peak: FLOP/s of all GPUs together, None on a CPU. mfu is strict:
-    only FLOPs that the gradients need count, over what the GPUs could do.
+    seconds, parts: of Clock.split. peak: FLOP/s of one GPU, None if unknown. mfu is strict: only
+    the FLOPs that the gradients need count, over what all GPUs could do.
     """
     row = {name: int(totals[name]) for name in ("tokens", "tiles", "supervised", "samples")}
     row["seconds"] = seconds
@@ -148,7 +148,7 @@ def speed(totals, seconds, parts, peak):
     row["tflop"] = totals["flops"] / 1e12
     row["tokens_per_s"] = totals["tokens"] / seconds
     row["tiles_per_s"] = totals["tiles"] / seconds
-    row["mfu"] = totals["flops"] / seconds / peak if peak else None
+    row["mfu"] = totals["flops"] / seconds / (peak * world) if peak else None
     row["data_wait"] = parts["data"] / seconds
     return row
 
