@@ -1,48 +1,83 @@
-"""Texts of captions: words, diversity, agreement with references, what is wrong with one, a page that shows them.
+"""Measures of captions as texts: words, n-grams, repetition, script, diversity, agreement.
 
-Source of the measures: SAIL-VL (arXiv 2501.05952) compares caption sets by unique n-grams, nouns, verbs and adjectives.
+Source of the measures: SAIL-VL (arXiv 2501.05952) compares caption sets by unique n-grams, nouns,
+verbs and adjectives.
 """
-import collections, functools, hashlib, html, importlib, re
-from pathlib import Path
+import collections
+import functools
+import hashlib
+import importlib
+import re
 
 import numpy as np
 
 CJK = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
-WORD = re.compile(rf"[{CJK}]|[^\W_{CJK}]+(?:['’-][^\W_{CJK}]+)*")
-SCRIPTS = {"latin": r"[A-Za-z\u00c0-\u024f]", "cjk": f"[{CJK}]", "cyrillic": r"[\u0400-\u04ff]",
-           "arabic": r"[\u0600-\u06ff]", "devanagari": r"[\u0900-\u097f]"}
-TAGS = {"nouns": "NN", "verbs": "VB", "adjectives": "JJ"}              # the first two letters of Penn Treebank tags
+CAPTION_WORD = re.compile(rf"[{CJK}]|[^\W_{CJK}]+(?:['’-][^\W_{CJK}]+)*")
+# A character of each script that --script may name.
+SCRIPTS = {
+    "latin": r"[A-Za-z\u00c0-\u024f]",
+    "cjk": f"[{CJK}]",
+    "cyrillic": r"[\u0400-\u04ff]",
+    "arabic": r"[\u0600-\u06ff]",
+    "devanagari": r"[\u0900-\u097f]",
+}
+# The first two letters of Penn Treebank tags.
+WORD_CLASSES = {"nouns": "NN", "verbs": "VB", "adjectives": "JJ"}
+HASH_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio (Knuth)
 
-def words(text):
-    """Lower-case words; a Chinese, Japanese or Korean character is a word of its own."""
-    return WORD.findall(text.lower())
 
-@functools.lru_cache(2 ** 16)
+# ---- words and n-grams ---------------------------------------------------------------------------
+
+
+def caption_words(text):
+    """Lower-case words of a text. A Chinese, Japanese or Korean character is a word of its own."""
+    return CAPTION_WORD.findall(text.lower())
+
+
+@functools.lru_cache(2**16)
 def word_key(word):
     """A 64-bit number that depends on nothing but the word."""
-    return int.from_bytes(hashlib.blake2b(word.encode("utf-8", "replace"), digest_size=8).digest(), "little")
+    digest = hashlib.blake2b(word.encode("utf-8", "replace"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
 
 def ngram_keys(lists, n):
-    """A 64-bit key of every n-gram of lists of words."""
-    flat = np.fromiter((word_key(word) for words in lists for word in words), np.uint64)
-    owner = np.repeat(np.arange(len(lists)), [*map(len, lists)])
-    m, keys = max(0, len(flat) - n + 1), np.zeros(max(0, len(flat) - n + 1), np.uint64)
-    for k in range(n): keys = (keys ^ flat[k:k + m]) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(k)   # wraps around
-    return keys[owner[:m] == owner[n - 1:n - 1 + m]]                     # an n-gram is inside one list
+    """A 64-bit key, uint64, of every n-gram of lists of words. No n-gram spans two lists."""
+    keys_of_words = (word_key(word) for words in lists for word in words)
+    flat = np.fromiter(keys_of_words, np.uint64)
+    owner = np.repeat(np.arange(len(lists)), [len(words) for words in lists])
+    count = max(0, len(flat) - n + 1)
+    keys = np.zeros(count, np.uint64)
+    for k in range(n):
+        # uint64 wraps around, which is what a hash wants.
+        keys = (keys ^ flat[k : k + count]) * HASH_MULTIPLIER + np.uint64(k)
+    same_list = owner[:count] == owner[n - 1 : n - 1 + count]
+    return keys[same_list]
 
-def repetition(text, n=3):
-    """Share of a caption's n-grams that were there before: 0 where none repeats, near 1 in a loop."""
-    listed = words(text)
-    grams = [*zip(*(listed[k:] for k in range(n)))]
-    return 1 - len({*grams}) / len(grams) if grams else 0.0
+
+def repeated_share(text, n=3):
+    """Share of a caption's n-grams that occurred before: 0 if none repeats, near 1 in a loop."""
+    words = caption_words(text)
+    ngrams = [tuple(words[k : k + n]) for k in range(len(words) - n + 1)]
+    if not ngrams:
+        return 0.0
+    return 1 - len(set(ngrams)) / len(ngrams)
+
 
 def script_share(text, script):
-    """Share of the letters that are of this script, 1 for a text without letters."""
-    letters = [c for c in text if c.isalpha()]
-    return sum(bool(re.match(SCRIPTS[script], c)) for c in letters) / len(letters) if letters else 1.0
+    """Share of the letters that belong to this script; 1 for a text without letters."""
+    letters = [character for character in text if character.isalpha()]
+    if not letters:
+        return 1.0
+    of_script = re.compile(SCRIPTS[script])
+    return sum(1 for letter in letters if of_script.match(letter)) / len(letters)
 
-def tagger():
-    """A function from words to (word, tag) pairs, nltk's, and how it is called; None and why where there is none."""
+
+# ---- sets of captions ----------------------------------------------------------------------------
+
+
+def load_tagger():
+    """(a function from words to (word, tag) pairs, its name); (None, the reason) without nltk."""
     try:
         nltk = importlib.import_module("nltk")
         nltk.pos_tag(["a"])
@@ -50,55 +85,68 @@ def tagger():
     except ImportError:
         return None, "n-grams only: for nouns, verbs and adjectives pip install nltk"
     except LookupError:
-        return None, "n-grams only: nltk has no tagger yet: python -m nltk.downloader averaged_perceptron_tagger_eng"
+        return None, ("n-grams only: nltk has no tagger yet: "
+                      "python -m nltk.downloader averaged_perceptron_tagger_eng")
 
-def statistics(texts, tag=None):
-    """The diversity table of a set of captions: counts of captions, words, unique n-grams, equal captions, lengths."""
-    lists = [words(t) for t in texts]
-    lengths = np.array([*map(len, lists)] or [0])
-    out = {"captions": len(texts), "words": int(lengths.sum()), "mean_words": round(float(lengths.mean()), 2),
-           "words_5_50_95": [int(q) for q in np.percentile(lengths, (5, 50, 95))],
-           "equal_to_another": len(texts) - len({*texts})}
-    out |= {f"unique_{n}grams": len(np.unique(ngram_keys(lists, n))) for n in (1, 2, 3, 4)}
+
+def diversity(texts, tag=None):
+    """Diversity of a set of captions, {column: number}: words, lengths, unique n-grams and words.
+
+    tag: a tagger as load_tagger gives it, for unique nouns, verbs and adjectives.
+    """
+    lists = [caption_words(text) for text in texts]
+    lengths = np.array([len(words) for words in lists] or [0])
+    table = {
+        "captions": len(texts),
+        "words": int(lengths.sum()),
+        "mean_words": round(float(lengths.mean()), 2),
+        "words_5_50_95": [int(q) for q in np.percentile(lengths, (5, 50, 95))],
+        "equal_to_another": len(texts) - len(set(texts)),
+    }
+    for n in (1, 2, 3, 4):
+        table[f"unique_{n}grams"] = len(np.unique(ngram_keys(lists, n)))
     if tag:
-        found = {(word, kind[:2]) for listed in lists for word, kind in tag(listed)}
-        out |= {f"unique_{name}": sum(kind == short for _, kind in found) for name, short in TAGS.items()}
-    return out
+        tagged = {(word, kind[:2]) for words in lists for word, kind in tag(words)}
+        for name, kind in WORD_CLASSES.items():
+            table[f"unique_{name}"] = sum(1 for _, found in tagged if found == kind)
+    return table
+
 
 def agreement(texts, references, tag=None):
-    """Mean precision, recall and F1 (0 to 1) of the words of captions against those of their references, each as often
-    as it is there; with a tagger also of sets of nouns and of adjectives: the objects and attributes of CAPTURE (arXiv
-    2405.19092) as far as tags go. Its relations, synonyms, soft matches need a scene-graph parser and are left out."""
-    def overlap(have, want):
-        hits = sum((have & want).values())
-        p, r = hits / max(1, have.total()), hits / max(1, want.total())
-        return np.array([p, r, 2 * p * r / (p + r) if hits else 0.0])
-    readings = {"words": lambda text: collections.Counter(words(text))}
-    for name in ("nouns", "adjectives") if tag else ():
-        readings[name] = lambda text, kind=TAGS[name]: collections.Counter(
-            {word for word, found in tag(words(text)) if found[:2] == kind})
-    return {name: dict(zip(("precision", "recall", "f1"), np.mean(
-        [overlap(read(a), read(b)) for a, b in zip(texts, references)], 0).round(4).tolist()))
-        for name, read in readings.items()} if texts else {}
+    """Mean precision, recall and F1 (0 to 1) of captions against their references.
 
-def page(sets, tables, shown, note):
-    """A self-contained page: tables of numbers, {title: {row: {column: value}}}, then pictures with the captions of
-    each set side by side. sets: {name: {id: caption}}; shown: {id: data URI of a picture}. All text is escaped."""
-    style_file = Path(__file__).resolve().parent.parent / "evals" / "style.css"
-    style = f"<style>{style_file.read_text(encoding='utf-8')}</style>"
-    cell = lambda tag, value: f"<{tag}>{html.escape(str(value))}</{tag}>"
-    out = [f"<!doctype html><html lang=en><meta charset=utf-8><title>Captions</title>{style}<h1>Captions</h1>"]
-    out.append(cell("p", note))
-    for title, rows in tables.items():
-        columns = [*dict.fromkeys(c for row in rows.values() for c in row)]
-        out.append(cell("h2", title) + "<table><tr>" + "".join(cell("th", c) for c in ["", *columns]) + "</tr>")
-        out += ["<tr>" + "".join(cell("td", v) for v in [name, *(row.get(c, "") for c in columns)]) + "</tr>"
-                for name, row in rows.items()]
-        out.append("</table>")
-    out.append("<h2>Pictures</h2><div class=cards>")
-    for key, uri in shown.items():
-        said = "".join(f"<div><span class=soft>{html.escape(name)}</span> {html.escape(texts.get(key, '(none)'))}</div>"
-                       for name, texts in sets.items())
-        out.append(f'<div class="card free"><div class=shot><img src="{uri}" alt=""></div>'
-                   f"<div class=text>{said}</div></div>")
-    return "\n".join([*out, "</div></html>"]).encode("utf-8", "replace").decode()
+    Returns {"words": {"precision", "recall", "f1"}}, words counted as often as they occur. With a
+    tagger also "nouns" and "adjectives", as sets: the objects and attributes of CAPTURE (arXiv
+    2405.19092) as far as tags go. Its relations, synonyms and soft matches need a scene-graph
+    parser and are left out.
+    """
+    if not texts:
+        return {}
+    means = {}
+    for name in ("words", "nouns", "adjectives") if tag else ("words",):
+        scores = []
+        for text, reference in zip(texts, references, strict=True):
+            found = count_words(text, name, tag)
+            wanted = count_words(reference, name, tag)
+            scores.append(overlap_scores(found, wanted))
+        mean = np.mean(scores, 0).round(4).tolist()
+        means[name] = dict(zip(("precision", "recall", "f1"), mean, strict=True))
+    return means
+
+
+def count_words(text, name, tag):
+    """A Counter of the words of a text; of its nouns or adjectives, each counts once."""
+    words = caption_words(text)
+    if name == "words":
+        return collections.Counter(words)
+    kind = WORD_CLASSES[name]
+    return collections.Counter({word for word, found in tag(words) if found[:2] == kind})
+
+
+def overlap_scores(found, wanted):
+    """Precision, recall and F1, a (3,) array, of one Counter of words against another."""
+    hits = (found & wanted).total()
+    precision = hits / max(1, found.total())
+    recall = hits / max(1, wanted.total())
+    f1 = 2 * precision * recall / (precision + recall) if hits else 0.0
+    return np.array([precision, recall, f1])

@@ -11,8 +11,8 @@
 
 SAIL-VL's second claim (arXiv 2501.05952): scores rise by as much for each tenfold of the data,
 from billions to 655B tokens, also after the same fine-tuning. Each point is a run of its own with a
-whole learning-rate schedule: a cosine that is stopped before its end is worth less than one that was
-meant to end there.
+whole learning-rate schedule: a cosine that is stopped before its end is worth less than one that
+was meant to end there.
 """
 import itertools
 import json
@@ -187,7 +187,7 @@ SCALING_PARTS = {"plan": plan_points, "fit": fit_points, "plot": plot_points}
 
 def main():
     cfg = Config()
-    usage = "python -m runs.scaling plan | fit | plot [--out_dir=DIR ...]; --help lists all settings"
+    usage = "python -m runs.scaling plan | fit | plot [--out_dir=DIR ...]"
     part, flags = subcommand(SCALING_PARTS, usage, cfg)
     configure(cfg, flags)
     part(cfg)

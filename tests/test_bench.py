@@ -1,18 +1,31 @@
-"""bench.py compares honestly: what fails is named, what disagrees is refused, what was measured is never lost."""
-import json, os, signal, subprocess, sys, time
+"""bench: what fails is named, what disagrees is refused, what was measured is never lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from bench import __main__ as bench
+from bench import kernels
+from bench.measure import compare_sides
+from kernels import cross_entropy
 
 ROOT = Path(__file__).parent.parent
 
 
 def run(monkeypatch, capsys, function, rows=("a", "b"), part="ce"):
-    """bench.main with this function in the place of a part's -> (exit code, rows of the last line, everything printed)."""
-    monkeypatch.setattr(bench, "parts", lambda device: {part: (function, {name: [] for name in rows})})
+    """bench.main with this function as a part.
+
+    -> exit code, rows of the last line, everything printed."""
+    monkeypatch.setattr(
+        bench, "bench_parts", lambda device: {part: (function, {name: () for name in rows})}
+    )
     monkeypatch.setattr(sys, "argv", ["bench.py", part, "--device=cpu"])
     handler = signal.getsignal(signal.SIGTERM)
     try:
@@ -29,6 +42,7 @@ def test_a_row_that_fails_is_named_and_costs_no_other(monkeypatch, capsys):
         if name == "a":
             raise RuntimeError("out of memory")
         yield dict(row=name, value=2.0, unit="s")
+
     code, rows, text = run(monkeypatch, capsys, part)
     assert code == 1 and [row["row"] for row in rows] == ["b"]
     assert "a FAILED: RuntimeError: out of memory" in text and "| b | 2 | s |" in text
@@ -36,32 +50,57 @@ def test_a_row_that_fails_is_named_and_costs_no_other(monkeypatch, capsys):
 
 def test_what_timeout_cuts_off_is_reported_up_to_there(tmp_path):
     script = tmp_path / "cut.py"
-    script.write_text("import sys, time, bench\n"
-                      "def part(cfg, device, name):\n"
-                      "    yield dict(row=name, value=1.0, unit='s')\n"
-                      "    time.sleep(60)\n"
-                      "bench.parts = lambda device: {'ce': (part, {'first': [], 'second': []})}\n"
-                      "bench.main()\n")
-    with subprocess.Popen([sys.executable, script, "ce", "--device=cpu"], stdout=subprocess.PIPE, text=True, cwd=ROOT,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)}) as process:
+    script.write_text(
+        "import sys, time\nfrom bench import __main__ as bench\n"
+        "def part(cfg, device, name):\n"
+        "    yield dict(row=name, value=1.0, unit='s')\n"
+        "    time.sleep(60)\n"
+        "bench.bench_parts = lambda device: {'ce': (part, {'first': [], 'second': []})}\n"
+        "bench.main()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, script, "ce", "--device=cpu"],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    ) as process:
         while not process.stdout.readline().startswith("row first"):
             assert process.poll() is None
         process.send_signal(signal.SIGTERM)
         rest = process.stdout.read()
-    assert process.returncode == 143 and json.loads(rest.splitlines()[-1]) == [dict(row="first", value=1.0, unit="s")]
+    assert process.returncode == 143 and json.loads(rest.splitlines()[-1]) == [
+        dict(row="first", value=1.0, unit="s")
+    ]
 
 
 def test_a_row_in_which_we_err_more_than_twice_as_much_is_refused(monkeypatch, capsys):
-    plain = bench.C.linear_cross_entropy
-    monkeypatch.setattr(bench.C, "linear_cross_entropy", lambda h, w, labels: plain(h, w, labels) * 1.001)
-    code, rows, text = run(monkeypatch, capsys, lambda cfg, device, name: bench.ce(cfg, device, name, False), ["ce"])
+    plain = cross_entropy.linear_cross_entropy
+    monkeypatch.setattr(
+        cross_entropy, "linear_cross_entropy", lambda h, w, labels: plain(h, w, labels) * 1.001
+    )
+    code, rows, text = run(
+        monkeypatch,
+        capsys,
+        lambda cfg, device, name: kernels.head_loss_rows(cfg, device, name, False),
+        ["ce"],
+    )
     assert code == 1 and rows == [] and "ce FAILED: AssertionError: ours errs by 0.001" in text
 
 
 def test_the_ratio_is_ours_over_theirs_and_sides_take_turns():
-    calls, cfg = [], bench.Config(rounds=3)
-    sides = {"ours": lambda: (calls.append("ours"), time.sleep(0.02)),
-             "peer": lambda: (calls.append("peer"), time.sleep(0.06))}
-    row, = bench.compare("x", sides, cfg, torch.device("cpu"), 6.0, "steps/s")
+    calls = []
+    sides = {
+        "ours": lambda: (calls.append("ours"), time.sleep(0.02)),
+        "peer": lambda: (calls.append("peer"), time.sleep(0.06)),
+    }
+    (row,) = compare_sides("x", sides, 3, torch.device("cpu"), 6.0, "steps/s")
     assert row["peer"] == "peer" and row["ratio"] == row["value"] / row["peer_value"] > 1
-    assert calls[4:] == ["peer", "ours", "ours", "peer", "peer", "ours"]           # after the warm-up and the first clock
+    assert calls[4:] == [
+        "peer",
+        "ours",
+        "ours",
+        "peer",
+        "peer",
+        "ours",
+    ]  # after the warm-up and the first clock

@@ -1,11 +1,13 @@
 """The whole chain as `make demo` runs it, in a handful of steps: data, assemble, five stages, evaluation, an answer."""
-import json, sys
+import json, random, sys
 from pathlib import Path
 
 import pytest
 
 import convert, eval as evaluation, sample, sft, train
 from toy import __main__ as toy
+from toy.boards import make_board
+from toy.draw import draw_picture, jpeg_bytes
 from weights import load_folder
 
 ROOT = Path(__file__).parent.parent
@@ -28,8 +30,8 @@ def world(tmp_path_factory):
 
 
 def test_the_bases_fit_in_three_megabytes_each():
-    for name in ("toy_vit", "toy_llm"):
-        assert sum(f.stat().st_size for f in (ROOT / "config" / name).iterdir()) <= 3e6
+    for name in ("vit", "llm"):
+        assert sum(f.stat().st_size for f in (ROOT / "toy" / name).iterdir()) <= 3e6
 
 
 def test_the_language_base_answers_every_benchmark_from_words_alone(world, monkeypatch, tmp_path):
@@ -58,8 +60,8 @@ def test_five_stages_evaluation_and_an_answer_run_end_to_end(world, monkeypatch,
     assert all(0 <= results[name] <= 100 for name in names)
     page = (world / "eval" / "report.html").read_text()
     assert page.count("data:image") >= 6 and "toy_chart" in page
-    board = toy.make_board(__import__("random").Random(3), "sign")
-    (world / "a.jpg").write_bytes(toy.jpeg(toy.render(board, __import__("random").Random(3))))
+    board = make_board(random.Random(3), "sign")
+    (world / "a.jpg").write_bytes(jpeg_bytes(draw_picture(board, random.Random(3))))
     capsys.readouterr()
     call(sample, monkeypatch, f"--model={model}", f"--image={world}/a.jpg", "--prompt=What is written in the image?",
          "--max_new_tokens=12")

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 import command_line, configurator, curate
-from curation import text as captions
+from curation import ask as ask_module, balance, dedup, shards, text as captions
+from curation.filter import caption_problem
 from evals import endpoint as J
 pass
 from runs import plan
@@ -228,7 +229,7 @@ def test_clusters_of_hashes_are_those_of_all_pairs_compared(distance):
     hash = np.array([*base, *(flip(x, rng.integers(0, distance + 3)) for x in base[:200]), *[base[0]] * 50])
     order = rng.permutation(len(hash))
     hash, tone = hash[order], np.zeros((len(hash), 48), np.uint8)
-    root = curate.near_duplicates(hash, tone, distance)
+    root = dedup.near_duplicates(hash, tone, distance)
     near = np.bitwise_count(hash[:, None] ^ hash) <= distance
     for _ in range(6): near = near.astype(np.float32) @ near.astype(np.float32) > 0    # whoever is reached in steps
     assert ((root[:, None] == root) == near).all() and (near.sum(1) > 1).any()
@@ -239,8 +240,8 @@ def test_near_duplicate_captions_are_found_and_short_ones_are_nobodys_duplicates
     words = [f"w{i}" for i in range(300)]
     texts = [" ".join(rng.choices(words, k=60)) for _ in range(200)]
     copies = [t.replace(t.split()[30], "changed") for t in texts[:30]]
-    every = np.stack([curate.minhash(t) for t in [*texts, *copies, "a b", "a b"]])
-    root = curate.near_texts(every, 0.7, np.arange(len(every)))
+    every = np.stack([dedup.minhash(t) for t in [*texts, *copies, "a b", "a b"]])
+    root = dedup.near_texts(every, 0.7, np.arange(len(every)))
     assert [int(r) for r in root[200:230]] == [*range(30)] and len({*root.tolist()}) == 202
 
 
@@ -256,9 +257,9 @@ def test_select_is_balanced_over_sources_and_clusters_and_reproducible(tmp_path)
     assert files(tmp_path / "a") == files(tmp_path / "b")
     good("select", *flags, "--seed=1", f"--out={tmp_path}/s")
     assert files(tmp_path / "a") != files(tmp_path / "s")
-    assert curate.fair_shares(np.array([5, 1, 100, 0]), 16).tolist() == [5, 1, 10, 0]
+    assert balance.fair_shares(np.array([5, 1, 100, 0]), 16).tolist() == [5, 1, 10, 0]
     groups = np.repeat(np.eye(3, dtype=np.float32) * 9, 50, axis=0) + rng.normal(size=(150, 3)).astype(np.float32)
-    assert len({*zip(curate.kmeans(groups, 3, 1).tolist(), np.repeat(range(3), 50).tolist())}) == 3
+    assert len({*zip(balance.kmeans(groups, 3, 1).tolist(), np.repeat(range(3), 50).tolist())}) == 3
 
 
 @pytest.mark.parametrize("text, want", [
@@ -267,12 +268,12 @@ def test_select_is_balanced_over_sources_and_clusters_and_reproducible(tmp_path)
     ("richness: 4.5\nalignment: 5", None), ("Sure!\nrichness: 4\nalignment: 5", None), ("4\n5", None), ("", None),
     ("richness: 4\n\nalignment: 5", None), ("richness: 4 or 5\nalignment: 5", None)])
 def test_scores_are_read_strictly(text, want):
-    assert curate.read_scores(text, ("richness", "alignment")) == want
+    assert ask_module.read_scores(text, ("richness", "alignment")) == want
 
 
 def test_a_caption_is_filtered_for_the_first_reason_and_passes_without_one():
     long = "a red ball lies on a green table next to two cups"
-    ask = lambda text, scores=(), **settings: curate.fault(curate.Config(**settings), {"caption": text, "scores": dict(scores)})
+    ask = lambda text, scores=(), **settings: caption_problem(curate.Config(**settings), {"caption": text, "scores": dict(scores)})
     assert ask(long) is None and ask(long, {"richness": 3}, min_richness=3.0) is None
     assert ask(long, {"richness": 2}, min_richness=3.0) == "low_richness" and ask(long, min_alignment=1.0) == "not_scored"
     assert ask("a ball") == "too_short" and ask(long, max_words=5) == "too_long"
@@ -315,7 +316,7 @@ def test_report_numbers_are_those_counted_by_hand_and_the_page_escapes_text(tmp_
     assert "&lt;b&gt;blue&lt;/b&gt; dog &amp;" in page and "<b>blue" not in page and page.count("data:image") == 3
     assert "n-grams only" in told["note"] or "nltk" in told["note"]
     tag = lambda listed: [(w, {"cat": "NN", "dog": "NNS", "red": "JJ", "blue": "JJ"}.get(w, "DT")) for w in listed]
-    monkeypatch.setattr(captions, "tagger", lambda: (tag, "a tagger made for this test"))
+    monkeypatch.setattr(captions, "load_tagger", lambda: (tag, "a tagger made for this test"))
     good("report", sets, f"--out={tmp_path}/r2")
     numbers = json.loads((tmp_path / "r2" / "report.json").read_text())["Diversity"]["one"]
     assert [numbers[f"unique_{k}"] for k in ("nouns", "verbs", "adjectives")] == [2, 0, 2]
@@ -354,12 +355,12 @@ def test_what_a_record_may_hold_is_bounded_and_what_it_is_called_loses_no_row(tm
                 file.write(head(*block))
                 file.seek(block[1], 1)
             file.write(bytes(1024))
-    with pytest.raises(curate.Damaged, match="3000000000 bytes"): [*curate.read_unit(curate.Unit("", tmp_path / "pax.tar"))]
+    with pytest.raises(shards.DamagedShard, match="3000000000 bytes"): [*shards.read_records(shards.InputShard("", tmp_path / "pax.tar"))]
     for name in ("many", "json"):
-        assert [*curate.read_unit(curate.Unit("", tmp_path / f"{name}.tar"))] == [({"id": "a"}, {}, "too_big")]
+        assert [*shards.read_records(shards.InputShard("", tmp_path / f"{name}.tar"))] == [({"id": "a"}, {}, "too_big")]
     write_tar(tmp_path / "in" / "0.tar", [("row-000001.txt", b"a red cat"), ("b c.txt", b"a red dog")])
     good("filter", f"--in={tmp_path}/in", f"--out={tmp_path}/f")
-    assert [reason for *_, reason in curate.read_unit(curate.Unit("", tmp_path / "f" / "0.tar"))] == [None, None]
+    assert [reason for *_, reason in shards.read_records(shards.InputShard("", tmp_path / "f" / "0.tar"))] == [None, None]
     for name in ("plain", "x.jfif"): (tmp_path / name).write_bytes(png((len(name), 0, 0), (70, 70)))
     (tmp_path / "r.jsonl").write_text("".join(json.dumps({"id": n, "image": n, "caption": "a red cat"}) + "\n" for n in (
         "plain", "x.jfif", "/dev/zero")))
@@ -439,7 +440,7 @@ def test_pictures_go_to_several_endpoints_and_spend_is_what_they_say(small, tmp_
     report = good("annotate", f"--in={folder}/c", f"--out={tmp_path}/a", f"--endpoint={a.url},{b.url}", "--endpoint_model=m",
                   "--mode=caption", "--price_in=1000", "--price_out=1000000")
     assert len(a.asked) > 5 and len(b.asked) > 5 and len(a.asked) + len(b.asked) == report["replies"]
-    words = len((ROOT / "prompts" / "caption.txt").read_text().split())
+    words = len((ROOT / "curation" / "prompts" / "caption.txt").read_text().split())
     said = sum(len(text.split()) for text in truth.values())
     assert report["prompt_tokens"] == (100 + words) * report["replies"] and report["completion_tokens"] == said
     assert report["dollars"] == pytest.approx(report["prompt_tokens"] / 1000 + said)

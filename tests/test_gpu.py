@@ -4,7 +4,7 @@ import copy
 import pytest
 import torch
 
-from bench import __main__ as bench
+from bench import samples as bench
 from training import distributed
 from generate import generate
 from model import compile_blocks
@@ -16,9 +16,9 @@ CUDA = torch.device("cuda")
 
 def toy(dtype=torch.bfloat16, stage="sft"):
     """-> model, optimizer and a pack of the toy size on the GPU."""
-    model, optimizer = bench.build("toy", stage, dtype, CUDA)
+    model, optimizer = bench.build_model("toy", stage, dtype, CUDA)
     model.init_weights(0)
-    return model, optimizer, bench.pack(*bench.random_samples("toy"), CUDA)
+    return model, optimizer, bench.pack_samples(*bench.random_samples("toy"), CUDA)
 
 
 def gradients(model, batch, dtype):
@@ -50,16 +50,16 @@ def test_compiled_blocks_err_at_most_twice_as_much_as_eager_ones_and_new_packs_c
     ours = gradients(compiled, batch, torch.bfloat16)
     assert error(ours, exact) <= 2 * error(eager, exact), (error(ours, exact), error(eager, exact))
     graphs = torch._dynamo.utils.counters["stats"]
-    gradients(compiled, bench.pack(*bench.random_samples("toy", 1), CUDA), torch.bfloat16)      # its sizes go free
+    gradients(compiled, bench.pack_samples(*bench.random_samples("toy", 1), CUDA), torch.bfloat16)      # its sizes go free
     before = graphs["unique_graphs"]
     for seed in range(2, 12):
-        gradients(compiled, bench.pack(*bench.random_samples("toy", seed), CUDA), torch.bfloat16)
+        gradients(compiled, bench.pack_samples(*bench.random_samples("toy", seed), CUDA), torch.bfloat16)
     assert graphs["unique_graphs"] == before, f"{graphs['unique_graphs'] - before} graphs compiled for ten more packs"
 
 
 def test_decoding_by_cuda_graphs_says_what_decoding_on_the_cpu_says(tmp_path):
     model, _, _ = toy(torch.float32)
-    save_folder(model.state_dict(), *bench.SIZES["toy"][:2], tmp_path / "model", bench.TOKENIZER, dtype=torch.float32)
+    save_folder(model.state_dict(), bench.VISION_TOY, bench.LLM_TOY, tmp_path / "model", bench.TOKENIZER_FOLDER, dtype=torch.float32)
     g, image = torch.Generator().manual_seed(0), model.image_token_id
     size, n = model.vision.image_size, model.vision.tokens_per_tile
     tiles = torch.randint(0, 256, (9, 1, 3, size, size), generator=g).byte()

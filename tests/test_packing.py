@@ -10,7 +10,7 @@ from PIL import Image
 import data
 from inputs import index as index_module, packing, sources, tokenizer
 from training import checkpoint, metrics
-from bench.__main__ import length_file
+from bench.samples import length_file
 from data import make_loader
 from inputs.packing import Packs, fill_packs
 from inputs.sources import open_sources

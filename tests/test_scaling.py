@@ -67,10 +67,8 @@ def test_a_plan_is_whole_runs_of_each_budget_the_smallest_first_and_passes_over_
         )  # a schedule of its own, 3 % of it warm-up
     assert "'--data=a b.json'" in train and "--seed=1" in train
     assert f"--init_from={tmp_path}/400_steps_seed_1/pretrain/advance" in sft
-    assert (
-        f"--model={tmp_path}/400_steps_seed_1/sft/preference --out_dir={tmp_path}/400_steps_seed_1/eval"
-        in test
-    )
+    point = f"{tmp_path}/400_steps_seed_1"
+    assert f"--model={point}/sft/preference --out_dir={point}/eval" in test
     import configurator
     import train as script
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as td
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import (
     checkpoint,
@@ -210,6 +210,17 @@ def set_gradient_sync(model, on):
     the backward pass computes the block before.
     """
     model.require_backward_grad_sync = on  # DDP reads it, no other module does
+
+
+def reshard(model):
+    """Give back the whole weights that FSDP has gathered; other models stay as they are.
+
+    FSDP does it in the backward pass. After a forward pass alone its last unit still has whole
+    weights, and these are not the parameters that the optimizer knows.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def unwrap(model):

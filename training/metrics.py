@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from training.distributed import all_reduce_sum, unwrap
+from training.distributed import all_reduce_sum, reshard, unwrap
 
 # ---- log.jsonl and bad_samples.jsonl -------------------------------------------------------------
 
@@ -247,6 +247,7 @@ def validation_loss(model, batches, dist):
     sums = torch.zeros(2, dtype=torch.float64)  # loss, weight
     for inputs, weight in batches:
         sums += torch.tensor([model(**inputs).item(), weight], dtype=torch.float64)
+    reshard(model)
     model.train()
     loss, weight = all_reduce_sum(sums.to(dist.device), dist).tolist()
     return loss / max(weight, 1e-9)

@@ -1,0 +1,267 @@
+"""Stages annotate, recaption, score and sft-quality: a model is asked about every row.
+
+The model is an OpenAI-compatible endpoint or a model folder. Replies are kept in OUT/replies/, so
+that no question is paid for twice, whatever is killed.
+"""
+import functools
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+import weights
+from curation.local_model import LocalModel, load_assistant
+from curation.shards import read_records
+from curation.stages import cost_in_dollars, run_stage
+from evals.endpoint import ChatClient, reply_key
+from inputs.chat import conversation
+from inputs.index import UNREADABLE
+
+REFUSAL = re.compile(
+    r"\W*((i['’]?m|i am) (sorry|unable|not able)|sorry|i (can['’]?t|cannot|won['’]?t)\b"
+    r"|很?抱歉|对不起)", re.IGNORECASE)
+# What a judge gives points for, by prompt. SAIL-VL2 scores captions by richness and alignment.
+SCORE_NAMES = {
+    "score": ("richness", "alignment"),
+    "sft_quality": ("difficulty", "complexity", "relevance"),
+}
+
+
+class Question(NamedTuple):
+    """What a model is asked about a row."""
+    prompt_name: str  # the file in --prompts that the text was made of
+    text: str
+
+
+# ---- what is asked -------------------------------------------------------------------------------
+
+
+def read_prompts(cfg, names):
+    """{name: text} of the prompts in --prompts."""
+    folder = Path(cfg.prompts)
+    return {name: (folder / f"{name}.txt").read_text("utf-8").strip() for name in names}
+
+
+def escape_images(text):
+    """A text in which no "<image>" is left that would stand for a picture."""
+    return text.replace("<image>", "< image >")
+
+
+class CaptionTask:
+    """Ask for a caption; annotate also stores the dialogue that a captioner is trained on."""
+    needs_picture = True
+    score_names = ()
+
+    def __init__(self, cfg, stage):
+        self.stage = stage
+        self.mode = cfg.mode
+        self.prompts = read_prompts(cfg, ("caption", "recaption"))
+
+    def question(self, row):
+        alt_text = row.get("alt_text") or ""
+        name = "recaption" if self.mode == "recaption" and alt_text else "caption"
+        return Question(name, self.prompts[name].replace("{alt_text}", escape_images(alt_text)))
+
+    def is_valid(self, reply):
+        return bool(reply.strip())
+
+    def store(self, row, reply, question):
+        """Put a valid reply into the row."""
+        if row.get("caption") not in (None, "", row.get("alt_text")):
+            row["caption_before"] = row["caption"]
+        row["caption"] = reply.strip()
+        row["mode"] = question.prompt_name
+        # These belong to the caption before.
+        row.pop("scores", None)
+        row.pop("conversations", None)
+        if self.stage == "annotate":
+            row["conversations"] = [
+                {"from": "human", "value": "<image>\n" + question.text},
+                {"from": "gpt", "value": row["caption"]},
+            ]
+
+
+class ScoreTask:
+    """Ask for scores of 1 to 5: of a caption, or of the dialogue of a training row."""
+
+    def __init__(self, cfg, stage):
+        self.name = "score" if stage == "score" else "sft_quality"
+        self.needs_picture = self.name == "score"
+        self.score_names = SCORE_NAMES[self.name]
+        self.prompts = read_prompts(cfg, (self.name,))
+
+    def question(self, row):
+        dialogue = ""
+        if self.name == "sft_quality":
+            _, turns = conversation(row)
+            dialogue = "\n".join(f"Question: {q}\nAnswer: {a}" for q, a in turns)
+        text = self.prompts[self.name].replace("{caption}", row.get("caption") or "")
+        text = text.replace("{conversation}", dialogue)
+        return Question(self.name, escape_images(text))
+
+    def is_valid(self, reply):
+        return read_scores(reply, self.score_names) is not None
+
+    def store(self, row, reply, question):
+        """Put valid scores into the row, beside those it has."""
+        row["scores"] = {**row.get("scores", {}), **read_scores(reply, self.score_names)}
+
+
+def read_scores(text, names):
+    """{name: 1 to 5} of a reply with one line `name: N` for each name; None for any other reply."""
+    scores = {}
+    lines = text.strip().splitlines()
+    for line in lines:
+        match = re.fullmatch(r"(\w+): ([1-5])", line.strip().lower())
+        if not match:
+            return None
+        scores[match[1]] = int(match[2])
+    complete = len(lines) == len(names) and set(scores) == set(names)
+    return scores if complete else None
+
+
+# ---- asking --------------------------------------------------------------------------------------
+
+
+def write_captions(cfg, stage):
+    """Caption every picture; stage: annotate or recaption."""
+    ask_rows(cfg, stage, CaptionTask(cfg, stage))
+
+
+def judge_rows(cfg, stage):
+    """Let a judge score every row; stage: score or sft-quality."""
+    ask_rows(cfg, stage, ScoreTask(cfg, stage))
+
+
+def ask_rows(cfg, stage, task):
+    """Run a stage that asks a model about every row; task: a CaptionTask or ScoreTask."""
+    if bool(cfg.model) == bool(cfg.endpoint):
+        raise ValueError(f"{stage} asks a model: give --model=FOLDER, or --endpoint=URL and "
+                         "--endpoint_model=NAME")
+    model = weights.weights_hash(cfg.model)[:16] if cfg.model else cfg.endpoint_model
+    hashes = {}
+    for name, text in task.prompts.items():
+        hashes[name] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    asker = Asker(cfg, stage, task, model, hashes)
+    run_stage(cfg, stage, asker.process, model=model, prompts=hashes,
+              max_new_tokens=cfg.max_new_tokens, mode=cfg.mode, max_tiles=cfg.max_tiles)
+
+
+@dataclass
+class Asker:
+    """Asks one model the questions of one task."""
+    cfg: object
+    stage: str
+    task: object  # CaptionTask or ScoreTask
+    model: str  # name in the rows and in the log of replies
+    prompt_hashes: dict
+
+    @functools.cached_property
+    def assistant(self):
+        return load_assistant(self.cfg)
+
+    def open_client(self, shard):
+        """Who answers the questions about a shard."""
+        cfg = self.cfg
+        cache = Path(cfg.out) / "replies" / f"{shard.name}.jsonl"
+        if cfg.model:
+            return LocalModel(cfg, self.assistant, self.model, cache)
+        return ChatClient(cfg.endpoint, self.model, cache, cfg.threads, cfg.max_new_tokens)
+
+    def process(self, shard, counts):
+        """Yield every record of a shard with its reply, or with the reason why it has none."""
+        records = list(read_records(shard))
+        client = self.open_client(shard)
+        questions = self.make_questions(records)
+        self.ask(client, records, questions, shard.name)
+
+        # Everything in the log was paid for, also by processes that were killed.
+        entries = client.replies.known.values()
+        for kind in ("prompt_tokens", "completion_tokens"):
+            counts[kind] = sum(entry["usage"].get(kind, 0) for entry in entries)
+        counts["replies"] = len(entries)
+        counts.update(client.counts)
+        for record in records:
+            if not record.reason:
+                for name in self.task.score_names:
+                    counts[f"sum {name}"] += record.row["scores"][name]
+        yield from records
+
+    def make_questions(self, records):
+        """{number of a record: Question}. The records that get none get a reason, in place."""
+        questions = {}
+        for i, record in enumerate(records):
+            reason = record.reason
+            if not reason and not record.pictures and self.task.needs_picture:
+                reason = "no_picture"
+            if not reason:
+                try:
+                    questions[i] = self.task.question(record.row)
+                except UNREADABLE:  # no dialogue, or a caption that is a number
+                    reason = "bad_row"
+            records[i] = record._replace(reason=reason)
+        return questions
+
+    def ask(self, client, records, questions, title):
+        """Ask all questions, equal ones once, and put the replies into the records, in place."""
+        groups = self.group_equal(records, questions)
+        jobs = []
+        for group in groups:
+            first = group[0]
+            pictures = list(records[first].pictures.values())
+            jobs.append((questions[first].text, self.task.is_valid, pictures))
+
+        spent = 0.0
+        n_refused = 0
+        with tqdm(total=len(questions), desc=title, leave=False, disable=None) as bar:
+            for k, entry in client.each(jobs):
+                if entry:
+                    spent += cost_in_dollars(self.cfg, entry["usage"])
+                for i in groups[k]:
+                    records[i] = self.take_reply(records[i], questions[i], entry)
+                    reason = records[i].reason
+                    if reason and reason.startswith("http_"):
+                        n_refused += 1
+                    if n_refused > max(20, len(questions) // 2):
+                        raise ValueError(f"{self.cfg.endpoint} refuses most pictures ({reason}): "
+                                         "see its log, then run again")
+                    bar.set_postfix({**client.counts, "dollars": round(spent, 2)}, refresh=False)
+                    bar.update()
+
+    def group_equal(self, records, questions):
+        """Lists of the numbers of records with the same question about the same pictures."""
+        groups = {}
+        for i, question in questions.items():
+            key = reply_key(self.model, question.text, 0, records[i].pictures.values())
+            groups.setdefault(key, []).append(i)
+        return list(groups.values())
+
+    def take_reply(self, record, question, entry):
+        """The record with a reply in its row, or with the reason why the reply is none.
+
+        entry: the reply's entry in the log, None if no attempt was valid.
+        """
+        row = record.row
+        reason = reply_problem(entry)
+        if not reason:
+            self.task.store(row, entry["reply"], question)
+        row["by"] = {**row.get("by", {}), self.stage: self.model}
+        row["prompt_sha256"] = self.prompt_hashes[question.prompt_name]
+        return record._replace(reason=reason)
+
+
+def reply_problem(entry):
+    """Why a reply is not taken, or None."""
+    if entry is None:
+        return "no_valid_reply"
+    finish = str(entry["finish"])
+    if finish.startswith("http_"):  # the endpoint refused the picture
+        return finish
+    if finish == "content_filter" or REFUSAL.match(entry["reply"]):
+        return "refused"
+    if finish == "length":
+        return "cut_off"
+    return None

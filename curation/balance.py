@@ -1,0 +1,137 @@
+"""Stage select: a subset that is balanced over sources and clusters of pictures.
+
+Shapes: n rows of all shards, C width of a feature.
+"""
+import functools
+import hashlib
+
+import numpy as np
+import torch
+
+import weights
+from curation.dedup import build_row_table
+from curation.local_model import load_assistant
+from curation.shards import Record, all_inputs_hash, find_input_shards, in_blocks, read_records
+from curation.stages import run_stage
+from inputs.images import load_image, make_tiles, normalize
+
+KMEANS_STEPS = 10
+KMEANS_SAMPLE = 100_000  # rows that the centres are fitted on
+VIT_BATCH = 32  # pictures that go through the ViT at once
+
+
+def select_balanced(cfg):
+    """Take as many rows from each cluster of each source as there are, up to a common level."""
+
+    @functools.cache
+    def selection():
+        shards = find_input_shards(cfg)
+        table, starts = build_row_table(cfg, shards)
+        features = vit_features(cfg, shards) if cfg.model else hash_features(table)
+        cluster = kmeans(features, cfg.clusters, cfg.seed)
+        pairs = np.stack([table["source"], cluster])  # (2, n)
+        cells = np.unique(pairs, axis=1, return_inverse=True)[1]
+        return choose_rows(cfg, table["id"], cells), cells, starts
+
+    def process(shard, counts):
+        keep, cells, starts = selection()
+        for i, record in enumerate(read_records(shard), starts[shard.name]):
+            reason = record.reason
+            if not reason and not keep[i]:
+                reason = "not_selected"
+            row = {**record.row, "cluster": int(cells[i])}
+            yield Record(row, record.pictures, reason)
+
+    model = weights.weights_hash(cfg.model)[:16] if cfg.model else "hashes"
+    run_stage(cfg, "select", process, alone=True, n=cfg.n, clusters=cfg.clusters, seed=cfg.seed,
+              inputs=all_inputs_hash(cfg), model=model)
+
+
+# ---- which rows ----------------------------------------------------------------------------------
+
+
+def choose_rows(cfg, ids, cells):
+    """ids (n,), cells (n,) int -> which rows to keep (n,) bool: random ones of each cell."""
+    ranks = [random_rank(cfg.seed, name.decode()) for name in ids]
+    order = np.lexsort((ranks, cells))
+    sizes = np.bincount(cells)
+    cell_starts = np.cumsum(sizes) - sizes
+    rank_in_cell = np.arange(len(order)) - np.repeat(cell_starts, sizes)
+    shares = fair_shares(sizes, cfg.n)
+    keep = np.zeros(len(order), bool)
+    keep[order] = rank_in_cell < shares[cells[order]]
+    return keep
+
+
+def fair_shares(sizes, n):
+    """Sizes of cells (cells,) -> how many rows to take of each, n together.
+
+    No cell gives more than another that could give as much.
+    """
+    take = np.zeros_like(sizes)
+    n = min(n, int(sizes.sum()))
+    while True:
+        left = n - int(take.sum())
+        if left == 0:
+            return take
+        room = np.flatnonzero(take < sizes)[:left]
+        level = take[room] + max(1, left // len(room))
+        take[room] = np.minimum(sizes[room], level)
+
+
+def random_rank(seed, name):
+    """A number in [0, 1) that depends on seed and name alone."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode("utf-8", "replace")).digest()
+    return int.from_bytes(digest[:7], "little") / 2**56
+
+
+# ---- features and clusters -----------------------------------------------------------------------
+
+
+def hash_features(table):
+    """Mean colours and perceptual hashes of all rows as features (n, 48 + 64), float32."""
+    hash_bytes = table["hash"].astype(">u8").view(np.uint8).reshape(-1, 8)
+    bits = np.unpackbits(hash_bytes, axis=1)
+    return np.concatenate([table["tone"] / np.float32(255), bits / np.float32(8)], 1)
+
+
+@torch.inference_mode()
+def vit_features(cfg, shards):
+    """The mean patch vector (n, C) float32 of each picture, seen as one tile by --model's ViT."""
+    model = load_assistant(cfg).model
+    weight = model.vision_model.embeddings.patch_embedding.weight
+    features = []
+    for shard in shards:
+        for block in in_blocks(read_records(shard), VIT_BATCH):
+            tiles = []
+            for record in block:
+                image = load_image(next(iter(record.pictures.values())))
+                tiles.append(make_tiles(image, 1, 1, model.vision.image_size))
+            tiles = normalize(torch.cat(tiles).to(weight.device), weight.dtype)
+            patches = model.vision_model(tiles)  # (pictures, P, C)
+            features.append(patches.mean(1).float().cpu())
+    return torch.cat(features).numpy()
+
+
+def kmeans(features, k, seed):
+    """features (n, C) float32 -> cluster (n,) int64. The centres are fitted on a sample."""
+    features = torch.from_numpy(features)
+    sample = features[shuffled(len(features), seed)[:KMEANS_SAMPLE].sort()[0]]
+    centres = sample[shuffled(len(sample), seed)[:k]].clone()  # (k, C)
+    for _ in range(KMEANS_STEPS):
+        one_hot = torch.nn.functional.one_hot(nearest_centre(sample, centres), len(centres))
+        one_hot = one_hot.float()  # (sample, k)
+        sizes = one_hot.sum(0)
+        full = sizes > 0  # an empty cluster keeps its centre
+        centres[full] = (one_hot.T @ sample)[full] / sizes[full, None]
+    return nearest_centre(features, centres).numpy()
+
+
+def shuffled(n, seed):
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+
+
+def nearest_centre(rows, centres):
+    """rows (n, C), centres (k, C) -> the number (n,) of the nearest centre."""
+    blocks = [torch.cdist(block, centres).argmin(1) for block in rows.split(8192)]
+    return torch.cat(blocks)

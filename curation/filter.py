@@ -1,0 +1,90 @@
+"""Stage filter: drop captions below thresholds, and some of those with stock phrases."""
+import functools
+
+import numpy as np
+
+from curation.balance import random_rank
+from curation.shards import all_inputs_hash, find_input_shards, read_records
+from curation.stages import run_stage
+from curation.text import caption_words, ngram_keys, repeated_share, script_share
+
+# Counters of 4-grams. Some 4-grams share a counter; where a 4-gram is common, few do.
+NGRAM_COUNTERS = 2**22
+# The settings that decide what filter lets through.
+FILTER_SETTINGS = ("min_richness", "min_alignment", "min_words", "max_words", "max_repetition",
+                   "script", "min_script", "max_ngram_share", "seed")
+
+
+def filter_captions(cfg):
+    """Drop captions that fail a threshold; with --max_ngram_share also thin out stock phrases.
+
+    A caption whose most common 4-gram occurs in a share s of all captions stays with probability
+    max_ngram_share / s.
+    """
+
+    @functools.cache
+    def shares():
+        return ngram_shares(cfg)
+
+    def process(shard, counts):
+        for record in read_records(shard):
+            reason = record.reason or caption_problem(cfg, record.row)
+            if not reason and cfg.max_ngram_share:
+                highest = shares()[ngram_counters(record.row)].max(initial=0)
+                # Not the ranks of select: it has kept the rows with low ones.
+                rank = random_rank(f"filter {cfg.seed}", record.row["id"])
+                if rank * highest > cfg.max_ngram_share:
+                    reason = "homogeneous"
+            yield record._replace(reason=reason)
+
+    settings = {name: getattr(cfg, name) for name in FILTER_SETTINGS}
+    # With --max_ngram_share a shard depends on all the others.
+    needs_all = bool(cfg.max_ngram_share)
+    run_stage(cfg, "filter", process, alone=needs_all, **settings,
+              inputs=all_inputs_hash(cfg) if needs_all else None)
+
+
+def caption_and_scores(row):
+    """(caption, scores) of a row from anywhere; "" and {} if they are of another type."""
+    text = row.get("caption")
+    scores = row.get("scores")
+    return text if isinstance(text, str) else "", scores if isinstance(scores, dict) else {}
+
+
+def caption_problem(cfg, row):
+    """The first reason against a caption, or None."""
+    text, scores = caption_and_scores(row)
+    for name, least in (("richness", cfg.min_richness), ("alignment", cfg.min_alignment)):
+        if least and name not in scores:
+            return "not_scored"
+        if least and scores[name] < least:
+            return f"low_{name}"
+    n_words = len(caption_words(text))
+    if n_words < cfg.min_words:
+        return "too_short"
+    if n_words > cfg.max_words:
+        return "too_long"
+    if repeated_share(text) > cfg.max_repetition:
+        return "repetitive"
+    if script_share(text, cfg.script) < cfg.min_script:
+        return "other_script"
+    return None
+
+
+def ngram_counters(row):
+    """The numbers of the counters of a caption's 4-grams, each once."""
+    text, _ = caption_and_scores(row)
+    keys = ngram_keys([caption_words(text)], 4)
+    return np.unique(keys & np.uint64(NGRAM_COUNTERS - 1))
+
+
+def ngram_shares(cfg):
+    """Share of all captions that have a 4-gram, by counter: (NGRAM_COUNTERS,) float64."""
+    counts = np.zeros(NGRAM_COUNTERS, np.int64)
+    n_captions = 0
+    for shard in find_input_shards(cfg):
+        for record in read_records(shard, with_pictures=False):
+            if not record.reason and not caption_problem(cfg, record.row):
+                counts[ngram_counters(record.row)] += 1
+                n_captions += 1
+    return counts / max(1, n_captions)

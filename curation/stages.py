@@ -1,0 +1,188 @@
+"""Run a stage: shard by shard, shared by several processes, resumed after any kill, with totals."""
+import collections
+import contextlib
+import fcntl
+import json
+from pathlib import Path
+
+from tqdm import tqdm
+
+from curation import shards
+from inputs import files
+
+# Counts of a shard that a stage prints only if they are not 0.
+SPEND_COUNTS = ("replies", "calls", "retries", "prompt_tokens", "completion_tokens")
+
+
+def run_stage(cfg, stage, process, alone=False, **settings):
+    """Make every output shard that is missing or out of date, then print and write report.json.
+
+    process(shard, counts) yields a Record for every record of an input shard, in order. A shard
+    that another process works on is passed over. alone: the stage needs all shards at once, so
+    only one process may run it. settings: all that decides what comes out; a folder made with
+    others is refused.
+    """
+    if not cfg.out:
+        raise ValueError("give a folder to write, --out=DIR")
+    out = Path(cfg.out)
+    inputs = shards.find_input_shards(cfg)
+    make_output_folder(out, inputs)
+    with file_lock(out / ".shards" / "settings"):
+        check_settings(out, {"stage": stage, **settings})
+
+    if alone:
+        with try_lock(out / ".shards" / "stage") as mine:
+            if not mine:
+                raise ValueError(f"another process is at {out}; {stage} is the work of one")
+            n_new, damaged = make_missing_shards(out, stage, inputs, process)
+    else:
+        n_new, damaged = make_missing_shards(out, stage, inputs, process)
+
+    # One process at a time, so that the last one to finish writes the complete report.
+    with file_lock(out / ".shards" / "settings"):
+        totals = stage_totals(cfg, out, stage, inputs)
+        report = json.dumps(totals | {"damaged": damaged}, indent=1)
+        files.write_atomic(out / "report.json", report + "\n")
+    print(totals_line(totals, n_new, len(damaged)))
+    if damaged:
+        problems = "; ".join(damaged.values())
+        raise ValueError(f"left out: {problems}; {totals['done']} shards are whole")
+
+
+def make_output_folder(out, inputs):
+    """Create a stage's folder and its sub-folders. ValueError if it is the input's own folder."""
+    taken = {path.resolve() for shard in inputs for path in (shard.path, shard.path.parent)}
+    if out.resolve() in taken:
+        raise ValueError(f"--out={out} holds the input; write into another folder")
+    for folder in (".shards", "dropped", "replies"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+
+
+def check_settings(out, settings):
+    """Write stage.json; ValueError if the folder was made with other settings."""
+    settings = json.loads(json.dumps(settings))  # a tuple becomes a list, as in the file
+    path = out / "stage.json"
+    if path.exists():
+        old = files.read_json(path, dict)
+        changed = [k for k in {**old, **settings} if old.get(k) != settings.get(k)]
+        if changed:
+            raise ValueError(f"{out} was made with another {', '.join(changed)}: "
+                             "write into another folder, or remove this one")
+    files.write_atomic(path, json.dumps(settings, indent=1) + "\n")
+
+
+def make_missing_shards(out, stage, inputs, process):
+    """Write the shards that are not finished -> how many, {name: error} of damaged inputs."""
+    n_new = 0
+    damaged = {}
+    for shard in tqdm(inputs, desc=stage, unit="shard", disable=None):
+        if is_finished(out, shard):
+            continue
+        with try_lock(out / ".shards" / shard.name) as mine:
+            # Another process works on it, or has finished it since the check above.
+            if not mine or is_finished(out, shard):
+                continue
+            try:
+                shards.write_output_shard(out, shard, process)
+                n_new += 1
+            except shards.DamagedShard as e:
+                # Another input is damaged, and this stage needs all of them.
+                if str(shard.path) not in str(e):
+                    raise
+                damaged[shard.name] = str(e)
+    return n_new, damaged
+
+
+def is_finished(out, shard):
+    """Whether an output shard exists and its input has not changed since."""
+    facts = out / ".shards" / f"{shard.name}.json"
+    if not (out / f"{shard.name}.tar").exists() or not facts.exists():
+        return False
+    return files.read_json(facts, dict)["input"] == shards.input_state(shard)
+
+
+# ---- locks ---------------------------------------------------------------------------------------
+# The kernel frees a lock when its process ends, however it ends.
+
+
+@contextlib.contextmanager
+def file_lock(path):
+    """Hold the lock PATH.lock, waiting for it as long as another process has it."""
+    with open(f"{path}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def try_lock(path):
+    """Hold the lock PATH.lock if it is free. Yields whether it was, without waiting."""
+    with open(f"{path}.lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = True
+        except BlockingIOError:
+            mine = False
+        yield mine
+
+
+# ---- totals --------------------------------------------------------------------------------------
+
+
+def cost_in_dollars(cfg, usage):
+    """What tokens cost. usage: {"prompt_tokens", "completion_tokens"}."""
+    cost_in = usage.get("prompt_tokens", 0) * cfg.price_in
+    cost_out = usage.get("completion_tokens", 0) * cfg.price_out
+    return (cost_in + cost_out) / 1e6
+
+
+def stage_totals(cfg, out, stage, inputs):
+    """Sums over all finished shards: rows in, out, dropped by reason; rates, tokens, dollars."""
+    finished = [shard for shard in inputs if is_finished(out, shard)]
+    counts = collections.Counter()
+    for shard in finished:
+        facts = files.read_json(out / ".shards" / f"{shard.name}.json", dict)
+        del facts["input"]
+        counts.update(facts)
+
+    seconds = counts.pop("seconds", 0)
+    n_left = len(inputs) - len(finished)
+    dropped = {}
+    for key in sorted(counts):
+        if key.startswith("dropped "):
+            dropped[key.removeprefix("dropped ")] = counts[key]
+    totals = {
+        "stage": stage,
+        "shards": len(inputs),
+        "done": len(finished),
+        "in": counts["in"],
+        "out": counts["out"],
+        "dropped": dropped,
+        "seconds": round(seconds, 2),
+        "rows/s": round(counts["in"] / max(seconds, 1e-9), 1),
+        "seconds to go": round(seconds / max(1, len(finished)) * n_left),
+    }
+    for key in SPEND_COUNTS:
+        if counts[key]:
+            totals[key] = counts[key]
+    spend = cost_in_dollars(cfg, counts)
+    if spend:
+        totals["dollars"] = round(spend, 4)
+    means = {}
+    for key, value in counts.items():
+        if key.startswith("sum ") and counts["out"]:
+            means[key.removeprefix("sum ")] = round(value / counts["out"], 3)
+    if means:
+        totals["means"] = means
+    return totals
+
+
+def totals_line(totals, n_new, n_damaged):
+    """What a stage prints at its end."""
+    news = "" if n_new else ", nothing new to do"
+    line = (f"{totals['stage']}: {totals['done']} of {totals['shards']} shards{news}; "
+            f"in {totals['in']}, out {totals['out']}, dropped {totals['dropped'] or 'none'}; ")
+    shown_before = ("stage", "shards", "done", "in", "out", "dropped")
+    line += ", ".join(f"{v} {k}" for k, v in totals.items() if k not in shown_before)
+    if totals["done"] + n_damaged < totals["shards"]:
+        line += ", others are at work elsewhere"
+    return line
