@@ -1,30 +1,31 @@
 """Checkpoints in and out.
 
-    python convert.py assemble --vision=InternViT-300M-448px --llm=Qwen2.5-1.5B-Instruct --out=start_2b
-    python convert.py check start_2b
+    python convert.py assemble --vision=InternViT-300M-448px --llm=Qwen2.5-1.5B-Instruct --out=m
+    python convert.py check m
     python convert.py export out/demo/model exported --layout=transformers
 
-assemble joins a released ViT and a released language model (each may also be a whole model folder, of which that part
-is taken) with a fresh projector and adds the image tokens to the tokenizer. export writes InternVL's layout, made for
-vLLM and llama.cpp, or the layout of transformers' own InternVL classes. Nothing is ever half written.
+assemble joins a released ViT and a released language model with a fresh projector and adds the
+image tokens to the tokenizer. Each of the two may also be a whole model folder, of which that part
+is taken. export writes InternVL's layout, made for vLLM and llama.cpp, or the layout of
+transformers' own InternVL classes. Nothing is ever half written.
 """
 import math
-import sys
-import torch
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from configurator import configure, run_script
+import torch
+
+from configurator import configure, run_script, split_words, subcommand
 from inputs.chat import TEMPLATES
 from inputs.files import read_json
 from inputs.images import MEAN, STD
 from inputs.tokenizer import Tokenizer
 from model import VLM, init_weights
+from model_config import config_json
 from weights import (
     HEAD,
     check_vocabulary,
-    config_json,
     fill,
     has_tokenizer,
     inspect_folder,
@@ -33,94 +34,194 @@ from weights import (
     write_folder,
 )
 
-USAGE = ("usage: convert.py assemble --vision=DIR --llm=DIR --out=DIR | check DIR | "
+USAGE = ("convert.py assemble --vision=DIR --llm=DIR --out=DIR | check DIR | "
          "export SRC DST --layout=internvl|transformers")
 
+# ---- assemble ------------------------------------------------------------------------------------
+
+
 @dataclass(slots=True)
-class Assemble:
-    vision: str = ""                    # folder of a released InternViT, or a whole model folder
-    llm: str = ""                       # folder of a released Qwen2.5, or a whole model folder
-    out: str = ""                       # the model folder to write
-    seed: int = 1234                    # of the fresh projector
+class AssembleConfig:
+    vision: str = ""  # folder of a released InternViT, or a whole model folder
+    llm: str = ""  # folder of a released Qwen2.5, or a whole model folder
+    out: str = ""  # the model folder to write
+    seed: int = 1234  # of the fresh projector
     template: Literal[tuple(TEMPLATES)] = "sailvl-chat"  # prompt template, stored in config.json
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the stored weights
 
+
 def assemble(cfg):
+    """Join cfg.vision and cfg.llm to the model folder cfg.out."""
     for name in ("vision", "llm", "out"):
-        if not getattr(cfg, name): raise ValueError(f"--{name}=DIR is missing; {USAGE}")
-    spare_the_source(cfg.out, cfg.vision, cfg.llm)
-    (vision, *_, ours), (_, llm, _, theirs) = map(inspect_folder, (cfg.vision, cfg.llm))
-    if not vision or not llm:
-        raise ValueError(f"{cfg.llm} holds no language model" if vision else f"{cfg.vision} holds no vision encoder")
+        if not getattr(cfg, name):
+            raise ValueError(f"--{name}=DIR is missing; usage: {USAGE}")
+    refuse_to_replace(cfg.out, cfg.vision, cfg.llm)
+    vision_folder = inspect_folder(cfg.vision)
+    llm_folder = inspect_folder(cfg.llm)
+    vision = vision_folder.vision
+    llm = llm_folder.llm
+    if not vision:
+        raise ValueError(f"{cfg.vision} holds no vision encoder")
+    if not llm:
+        raise ValueError(f"{cfg.llm} holds no language model")
+
+    dtype = getattr(torch, cfg.dtype)
     with torch.device("meta"):
-        model = VLM(vision, llm, -1).to(dtype := getattr(torch, cfg.dtype))
-    fill(model.to_empty(device="cpu"), {name: entry for part, table in (("vision", ours), ("language", theirs))
-                                        for name, entry in table.items() if name.startswith(part + "_model.")})
+        model = VLM(vision, llm, -1).to(dtype)
+    model.to_empty(device="cpu")
+    fill(model.vision_model, vision_folder.tensors, "vision_model.")
+    fill(model.language_model, llm_folder.tensors, "language_model.")
     init_weights(model.mlp1, cfg.seed)
+
     files = extend_tokenizer(Path(cfg.llm), llm.vocab_size, cfg.template)
-    save_folder(model.state_dict(), vision, llm, cfg.out, cfg.llm, cfg.template, dtype, files=files)
+    config = config_json(vision, llm, dtype, cfg.template)
+    save_folder(model.state_dict(), config, cfg.out, cfg.llm, files)
     print(f"{cfg.out}: written; the projector is untrained (seed {cfg.seed})")
 
-def spare_the_source(target, *sources):
+
+def refuse_to_replace(target, *sources):
     """ValueError if writing the folder target would replace a source, or what holds one."""
     for source in sources:
-        if Path(target).resolve() in ((path := Path(source).resolve()), *path.parents):
-            raise ValueError(f"{target} is or holds the source {source}; name another folder for the result")
+        path = Path(source).resolve()
+        if Path(target).resolve() in (path, *path.parents):
+            raise ValueError(
+                f"{target} is or holds the source {source}; name another folder for the result")
+
 
 def extend_tokenizer(folder, vocab_size, template):
-    """Give the special tokens of SAIL-VL that Qwen2.5's tokenizer does not have the ids that follow -> {file name: new
-    content}. ValueError for other added tokens, and if an id has no row in the embedding table: it is never resized."""
-    ids, config = Tokenizer(folder).special, read_json(folder / "tokenizer_config.json", dict)
-    try:
-        added = {int(i): token["content"] for i, token in config.get("added_tokens_decoder", {}).items()}
-        strange = [f"{token} with id {i}" for i, token in added.items() if ids.get(token) != i]
-    except (AttributeError, TypeError, KeyError, ValueError):
-        raise ValueError(f"{folder}/tokenizer_config.json: added_tokens_decoder is no table of tokens; copy it "
-                         "again") from None
-    if strange:
-        raise ValueError(f"{folder}: added token {strange[0]} is not one of Qwen2.5's")
-    if (last := max(ids.values())) >= vocab_size:
-        raise ValueError(f"{folder}: the embedding table has {vocab_size} rows, token ids go up to {last}")
-    plain = ("<tool_call", "</tool_call", "<|fim", "<|repo", "<|file")      # added, not special: decoding shows them
-    tokens = {i: dict(content=token, lstrip=False, normalized=False, rstrip=False, single_word=False,
-                      special=not token.startswith(plain)) for token, i in ids.items()}
-    special = dict(additional_special_tokens=[token["content"] for token in tokens.values() if token["special"]])
-    files = prompt_files(config | special | dict(added_tokens_decoder=tokens), template, "<image>") | {
-        "added_tokens.json": ids,
-        "special_tokens_map.json": special | dict(eos_token="<|im_end|>", pad_token="<|endoftext|>")}
-    if (path := folder / "tokenizer.json").is_file():
-        files[path.name] = read_json(path, dict) | dict(
-            added_tokens=[{"id": i, **token} for i, token in tokens.items()])
+    """Add SAIL-VL's special tokens to a Qwen2.5 tokenizer -> {file name: new content}.
+
+    They get the ids that follow its own. ValueError for added tokens that are not Qwen2.5's, and
+    if an id has no row in the embedding table, which is never resized.
+    """
+    ids = Tokenizer(folder).special
+    config = read_json(folder / "tokenizer_config.json", dict)
+    check_added_tokens(folder, config, ids)
+    last = max(ids.values())
+    if last >= vocab_size:
+        raise ValueError(
+            f"{folder}: the embedding table has {vocab_size} rows, token ids go up to {last}")
+
+    # Qwen2.5 adds these without making them special, so that decoding shows them.
+    not_special = ("<tool_call", "</tool_call", "<|fim", "<|repo", "<|file")
+    tokens = {}
+    for token, i in ids.items():
+        tokens[i] = {
+            "content": token, "lstrip": False, "normalized": False, "rstrip": False,
+            "single_word": False, "special": not token.startswith(not_special),
+        }
+    special = {"additional_special_tokens": [
+        token["content"] for token in tokens.values() if token["special"]]}
+    config = config | special | {"added_tokens_decoder": tokens}
+    files = prompt_files(config, template, "<image>")
+    files["added_tokens.json"] = ids
+    files["special_tokens_map.json"] = special | {
+        "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        added = [{"id": i, **token} for i, token in tokens.items()]
+        files[path.name] = read_json(path, dict) | {"added_tokens": added}
     return files
 
-def check(folder):
-    """Print what a folder is; ValueError unless every tensor and every parameter is accounted for."""
-    vision, llm, raw, table = inspect_folder(folder)
-    print(f"{folder}: {raw['architectures'][0]}, {len(table)} tensors in {len({e[0] for e in table.values()})} file(s)")
-    for prefix, cfg in (("vision_model.", vision), ("mlp1.", ""), ("language_model.", llm)):
-        if entries := [entry for name, entry in table.items() if name.startswith(prefix)]:
-            numel, kinds = sum(math.prod(e[2]) for e in entries), "/".join(sorted({e[3] for e in entries}))
-            print(f"  {prefix[:-1]}: {numel:,} parameters, {len(entries)} tensors, {kinds} {cfg}".rstrip())
-    if llm:
-        if tokenizer := Tokenizer(folder) if has_tokenizer(folder) else None:
-            check_vocabulary(llm, tokenizer)
-        known = "" if (template := raw.get("template", "none")) in (*TEMPLATES, "none") else "unknown, "
-        print(f"  <IMG_CONTEXT>: {tokenizer.image_id if tokenizer else 'no tokenizer'}, template: {known}{template}")
+
+def check_added_tokens(folder, config, ids):
+    """ValueError unless the tokens that tokenizer_config.json adds have the ids we know."""
+    try:
+        decoder = config.get("added_tokens_decoder", {})
+        added = {int(i): token["content"] for i, token in decoder.items()}
+        strange = [f"{token} with id {i}" for i, token in added.items() if ids.get(token) != i]
+    except (AttributeError, TypeError, KeyError, ValueError):
+        raise ValueError(f"{folder}/tokenizer_config.json: added_tokens_decoder is no table of "
+                         "tokens; copy it again") from None
+    if strange:
+        raise ValueError(f"{folder}: added token {strange[0]} is not one of Qwen2.5's")
+
+
+def prompt_files(config, template, image):
+    """The prompt template as Jinja, for other programs -> {file name: content}.
+
+    config: the content of tokenizer_config.json so far. image: what stands for a picture, <image>
+    where a model's own code or vLLM puts the image tokens in its place.
+    """
+    system = TEMPLATES[template]["system"]
+    end = "<|im_end|>" + TEMPLATES[template]["sep"].replace("\n", "\\n")
+    jinja = (
+        "{% if messages[0]['role'] != 'system' %}"
+        "{{ '<|im_start|>system\\n" + system + end + "' }}{% endif %}"
+        "{% for message in messages %}"
+        "{{ '<|im_start|>' + message['role'] + '\\n' }}"
+        "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+        "{% for part in message['content'] %}"
+        "{{ '" + image + "\\n' if part['type'] == 'image' else part['text'] }}"
+        "{% endfor %}{% endif %}"
+        "{{ '" + end + "' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    return {
+        "tokenizer_config.json": config | {"chat_template": jinja},
+        "chat_template.jinja": jinja,
+    }
+
+
+# ---- check ---------------------------------------------------------------------------------------
+
+
+def check_folder(folder):
+    """Print what a folder is; ValueError unless all tensors and parameters are accounted for."""
+    about = inspect_folder(folder)
+    kind = about.config["architectures"][0]
+    n_files = len({tensor.file for tensor in about.tensors.values()})
+    print(f"{folder}: {kind}, {len(about.tensors)} tensors in {n_files} file(s)")
+    for part, cfg in (("vision_model", about.vision), ("mlp1", ""), ("language_model", about.llm)):
+        tensors = [t for name, t in about.tensors.items() if name.startswith(f"{part}.")]
+        if tensors:
+            numel = sum(math.prod(tensor.shape) for tensor in tensors)
+            dtypes = "/".join(sorted({tensor.dtype for tensor in tensors}))
+            words = f"  {part}: {numel:,} parameters, {len(tensors)} tensors, {dtypes} {cfg}"
+            print(words.rstrip())
+    if about.llm:
+        print_tokens(folder, about)
     print("ok: every tensor used once, every parameter filled once")
 
-# ---- export ----------------------------------------------------------------------------------------------------------
 
-# our name -> the name in the released "-hf" checkpoints, which transformers 4.52 and later read; applied one by one
+def print_tokens(folder, about):
+    """Print the id of <IMG_CONTEXT> and the prompt template; ValueError for a wrong tokenizer."""
+    image_id = "no tokenizer"
+    if has_tokenizer(folder):
+        tokenizer = Tokenizer(folder)
+        check_vocabulary(about.llm, tokenizer)
+        image_id = tokenizer.image_id
+    template = about.config.get("template", "none")
+    if template not in (*TEMPLATES, "none"):
+        template = f"unknown, {template}"
+    print(f"  <IMG_CONTEXT>: {image_id}, template: {template}")
+
+
+# ---- export --------------------------------------------------------------------------------------
+
+# our name -> the name in the released "-hf" checkpoints, which transformers 4.52 and later read;
+# applied one by one
 RENAMED = {
-    "vision_model.": "vision_tower.", ".class_embedding": ".cls_token", ".position_embedding": ".position_embeddings",
-    ".patch_embedding.": ".patch_embeddings.projection.", ".encoder.layers.": ".encoder.layer.",
-    ".attn.": ".attention.", ".proj.": ".projection_layer.", ".norm1.": ".layernorm_before.",
-    ".norm2.": ".layernorm_after.", ".ls1": ".lambda_1", ".ls2": ".lambda_2",
-    "mlp1.0.": "multi_modal_projector.layer_norm.", "mlp1.1.": "multi_modal_projector.linear_1.",
-    "mlp1.3.": "multi_modal_projector.linear_2."}
+    "vision_model.": "vision_tower.",
+    ".class_embedding": ".cls_token",
+    ".position_embedding": ".position_embeddings",
+    ".patch_embedding.": ".patch_embeddings.projection.",
+    ".encoder.layers.": ".encoder.layer.",
+    ".attn.": ".attention.",
+    ".proj.": ".projection_layer.",
+    ".norm1.": ".layernorm_before.",
+    ".norm2.": ".layernorm_after.",
+    ".ls1": ".lambda_1",
+    ".ls2": ".lambda_2",
+    "mlp1.0.": "multi_modal_projector.layer_norm.",
+    "mlp1.1.": "multi_modal_projector.linear_1.",
+    "mlp1.3.": "multi_modal_projector.linear_2.",
+}
 
-# the internvl layout's; transformers does not know this model_type, and vLLM reads config.json through it
-CONFIGURATION = '''"""config.json of an InternVL folder, for AutoConfig with trust_remote_code=True."""
+# configuration_internvl_chat.py of the internvl layout: transformers does not know this
+# model_type, and vLLM reads config.json through it
+CONFIGURATION = '''\
+"""config.json of an InternVL folder, for AutoConfig with trust_remote_code=True."""
 from transformers import PretrainedConfig, Qwen2Config
 
 class InternVLChatConfig(PretrainedConfig):
@@ -133,87 +234,166 @@ class InternVLChatConfig(PretrainedConfig):
         super().__init__(**others)
 '''
 
+
+def export(source, target, layout):
+    """Write the whole model folder source in the layout "internvl" or "transformers".
+
+    ValueError or OSError, before weights are read, if it cannot be.
+    """
+    refuse_to_replace(target, source)
+    about = inspect_folder(source)
+    template = about.config.get("template", "sailvl-chat")
+    if not about.vision or not about.llm:
+        raise ValueError(f"{source} is no whole model; assemble a vision encoder and a language "
+                         "model first")
+    if template not in TEMPLATES:
+        known = ", ".join(TEMPLATES)
+        raise ValueError(
+            f"{source}: config.json names the template {template!r}; known are {known}")
+    if layout == "transformers" and not about.config.get("use_thumbnail", True):
+        raise ValueError(f"{source}: transformers' layout cannot say use_thumbnail = False; "
+                         "take --layout=internvl")
+    tokenizer = Tokenizer(source)
+    check_vocabulary(about.llm, tokenizer)
+    tokenizer_config = read_json(Path(source) / "tokenizer_config.json", dict)
+
+    model, _ = load_folder(source)
+    files = {"added_tokens.json": tokenizer.special}
+    if layout == "internvl":
+        files |= prompt_files(tokenizer_config, template, "<image>")
+        export_internvl(model, about.config, template, source, target, files)
+    else:
+        files |= transformers_prompt_files(tokenizer_config, template)
+        export_transformers(model, about.config, source, target, files)
+
+
+def dtype_of(model):
+    return model.language_model.lm_head.weight.dtype
+
+
+def export_internvl(model, source_config, template, source, target, files):
+    config = config_json(model.vision, model.llm, dtype_of(model), template, source_config)
+    config["auto_map"] = {"AutoConfig": "configuration_internvl_chat.InternVLChatConfig"}
+    files = files | {"configuration_internvl_chat.py": CONFIGURATION}
+    save_folder(model.state_dict(), config, target, source, files)
+
+
+def export_transformers(model, source_config, source, target, files):
+    vision = model.vision
+    side = vision.image_size
+    processor = {"processor_class": "InternVLProcessor"}
+    pixels = {
+        "do_resize": True, "resample": 3, "size": {"height": side, "width": side},
+        "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": MEAN,
+        "image_std": STD, "do_convert_rgb": True,
+    }
+    files = files | {
+        "processor_config.json": processor | {"image_seq_length": vision.tokens_per_tile},
+        "video_preprocessor_config.json": processor | pixels | {
+            "video_processor_type": "InternVLVideoProcessor"},
+        "preprocessor_config.json": processor | pixels | {
+            "image_processor_type": "GotOcr2ImageProcessorFast",
+            "crop_to_patches": True,
+            "min_patches": source_config.get("min_dynamic_patch", 1),
+            "max_patches": source_config.get("max_dynamic_patch", 12),
+        },
+    }
+    state = model.state_dict()
+    if model.llm.tie_embeddings:
+        state.pop(HEAD)
+    write_folder(transformers_tensors(state), transformers_config(model), target, source, files)
+
+
+def transformers_config(model):
+    """config.json for transformers' InternVLForConditionalGeneration."""
+    vision = model.vision
+    dtype = dtype_of(model)
+    vision_section = config_json(vision, None, dtype) | {
+        "architectures": ["InternVLVisionModel"],
+        "model_type": "internvl_vision",
+        "image_size": [vision.image_size] * 2,
+        "patch_size": [vision.patch_size] * 2,
+        "attention_bias": vision.qkv_bias,
+        "use_qk_norm": False,
+        "layer_scale_init_value": vision.init_values,
+        "use_absolute_position_embeddings": True,
+        "use_mean_pooling": True,
+    }
+    return {
+        "architectures": ["InternVLForConditionalGeneration"],
+        "model_type": "internvl",
+        "image_token_id": model.image_token_id,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "image_seq_length": vision.tokens_per_tile,
+        "downsample_ratio": 1 / vision.downsample,
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": model.llm.tie_embeddings,
+        "text_config": config_json(None, model.llm, dtype),
+        "vision_config": vision_section,
+    }
+
+
+def transformers_prompt_files(tokenizer_config, template):
+    image_tokens = {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<|video_pad|>",
+    }
+    config = tokenizer_config | image_tokens | {"extra_special_tokens": image_tokens}
+    return prompt_files(config, template, "<IMG_CONTEXT>")
+
+
 def transformers_tensors(state):
-    """Rename, and cut each fused qkv of the ViT into its three parts."""
+    """Rename the tensors of the model, and cut each fused qkv of the ViT into its three parts."""
     out = {}
     for name, tensor in state.items():
-        for ours, theirs in RENAMED.items() if not name.startswith("language_model.") else ():
-            name = name.replace(ours, theirs)
-        parts = zip(("q_proj", "k_proj", "v_proj"), tensor.chunk(3)) if ".qkv." in name else [("qkv", tensor)]
-        out |= {name.replace("qkv", part): rows for part, rows in parts}
+        if not name.startswith("language_model."):
+            for ours, theirs in RENAMED.items():
+                name = name.replace(ours, theirs)
+        if ".qkv." in name:
+            for part, rows in zip(("q_proj", "k_proj", "v_proj"), tensor.chunk(3), strict=True):
+                out[name.replace("qkv", part)] = rows
+        else:
+            out[name] = tensor
     return out
 
-def prompt_files(config, template, image):
-    """tokenizer_config.json (of its content so far) and chat_template.jinja: the prompt template as Jinja, for others.
-    image: what stands for a picture, `<image>` where a model's own code or vLLM puts its tokens in."""
-    system, sep = TEMPLATES[template]["system"], "<|im_end|>" + TEMPLATES[template]["sep"].replace("\n", "\\n")
-    text = ("{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\n" + system + sep + "' }}{% endif %}"
-            "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
-            "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-            "{% for part in message['content'] %}"
-            "{{ '" + image + "\\n' if part['type'] == 'image' else part['text'] }}{% endfor %}{% endif %}"
-            "{{ '" + sep + "' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
-    return {"tokenizer_config.json": config | dict(chat_template=text), "chat_template.jinja": text}
 
-def export(source, target, transformers):
-    """Write a whole model folder for others; ValueError or OSError, before weights are read, if it cannot be."""
-    spare_the_source(target, source)
-    vision, llm, raw, _ = inspect_folder(source)
-    template = raw.get("template", "sailvl-chat")
-    if not vision or not llm:
-        raise ValueError(f"{source} is no whole model; assemble a vision encoder and a language model first")
-    if template not in TEMPLATES:
-        raise ValueError(f"{source}: config.json names the template {template!r}; known are {', '.join(TEMPLATES)}")
-    if transformers and not raw.get("use_thumbnail", True):
-        raise ValueError(f"{source}: transformers' layout cannot say use_thumbnail = False; take --layout=internvl")
-    check_vocabulary(llm, tokenizer := Tokenizer(source))
-    words, added = read_json(Path(source) / "tokenizer_config.json", dict), {"added_tokens.json": tokenizer.special}
-    model, _ = load_folder(source)
-    state, dtype = model.state_dict(), model.language_model.lm_head.weight.dtype
-    if not transformers:
-        config = config_json(vision, llm, dtype, template, raw) | dict(
-            auto_map={"AutoConfig": "configuration_internvl_chat.InternVLChatConfig"})
-        return save_folder(state, vision, llm, target, source, template, dtype, raw, {
-            **prompt_files(words, template, "<image>"), **added, "config.json": config,
-            "configuration_internvl_chat.py": CONFIGURATION})
-    if llm.tie_embeddings: state.pop(HEAD)
-    config = dict(
-        architectures=["InternVLForConditionalGeneration"], model_type="internvl", image_token_id=tokenizer.image_id,
-        torch_dtype=str(dtype).removeprefix("torch."), image_seq_length=vision.tokens_per_tile,
-        downsample_ratio=1 / vision.downsample, projector_hidden_act="gelu", vision_feature_layer=-1,
-        vision_feature_select_strategy="default", tie_word_embeddings=llm.tie_embeddings,
-        text_config=config_json(None, llm, dtype), vision_config=config_json(vision, None, dtype) | dict(
-            architectures=["InternVLVisionModel"], model_type="internvl_vision", image_size=[vision.image_size] * 2,
-            patch_size=[vision.patch_size] * 2, attention_bias=vision.qkv_bias, use_qk_norm=False,
-            layer_scale_init_value=vision.init_values, use_absolute_position_embeddings=True, use_mean_pooling=True))
-    processor = dict(processor_class="InternVLProcessor")
-    pixels = dict(do_resize=True, resample=3, size=dict(height=vision.image_size, width=vision.image_size),
-                  do_rescale=True, rescale_factor=1 / 255, do_normalize=True, image_mean=MEAN, image_std=STD,
-                  do_convert_rgb=True)
-    image = dict(start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>",
-                 video_token="<|video_pad|>")
-    words |= image | dict(extra_special_tokens=image)
-    write_folder(transformers_tensors(state), config, target, source, dtype, {
-        **prompt_files(words, template, "<IMG_CONTEXT>"), **added,
-        "processor_config.json": processor | dict(image_seq_length=vision.tokens_per_tile),
-        "video_preprocessor_config.json": processor | pixels | dict(video_processor_type="InternVLVideoProcessor"),
-        "preprocessor_config.json": processor | pixels | dict(
-            image_processor_type="GotOcr2ImageProcessorFast", crop_to_patches=True,
-            min_patches=raw.get("min_dynamic_patch", 1), max_patches=raw.get("max_dynamic_patch", 12))})
+# ---- the command line ----------------------------------------------------------------------------
+
+
+def assemble_command(paths, flags):
+    cfg = AssembleConfig()
+    configure(cfg, [*paths, *flags])
+    assemble(cfg)
+
+
+def check_command(paths, flags):
+    if len(paths) != 1 or flags:
+        raise ValueError(f"usage: {USAGE}")
+    check_folder(paths[0])
+
+
+def export_command(paths, flags):
+    layouts = {(): "internvl", ("--layout=internvl",): "internvl",
+               ("--layout=transformers",): "transformers"}
+    if len(paths) != 2 or tuple(flags) not in layouts:
+        raise ValueError(f"usage: {USAGE}")
+    source, target = paths
+    export(source, target, layouts[tuple(flags)])
+    print(f"{target}: written")
+
+
+COMMANDS = {"assemble": assemble_command, "check": check_command, "export": export_command}
+
 
 def main():
-    words = [word for word in sys.argv[1:] if not word.startswith("--debug=")]
-    match sorted(words, key=lambda word: word.startswith("-")):             # flags may stand anywhere
-        case ["assemble", *flags]:
-            configure(cfg := Assemble(), flags)
-            assemble(cfg)
-        case ["check", folder]:
-            check(folder)
-        case ["export", source, target, *flags] if flags in ([], ["--layout=internvl"], ["--layout=transformers"]):
-            export(source, target, transformers=flags == ["--layout=transformers"])
-            print(f"{target}: written")
-        case _:
-            raise ValueError(USAGE)
+    command, words = subcommand(COMMANDS, USAGE)
+    paths, flags = split_words(words)
+    command(paths, [flag for flag in flags if not flag.startswith("--debug=")])
+
 
 if __name__ == "__main__":
     run_script(main)

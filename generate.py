@@ -1,6 +1,14 @@
-"""Prefill, decode, sampling, and the Assistant: a loaded model folder that answers."""
+"""Prefill, decode, sampling, and the Assistant: a loaded model folder that answers.
+
+Shape letters: T tokens of a pack, S rows that decode together, C width, H query heads, K key/value
+heads, D head dim, L places of the cache that attention looks at, V vocabulary, N tiles of side s.
+"""
 import collections
 import itertools
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
@@ -11,161 +19,367 @@ from model import packed
 from vision import working_dtype
 from weights import check_vocabulary, load_folder
 
-PREFILL_TOKENS = 16384      # prompt tokens that go through the model at once during generation
+PREFILL_TOKENS = 16384  # prompt tokens that go through the model at once
+GRAPH_TOKENS = 512  # a CUDA graph is captured for each so many tokens of length
 
-# ---- generation ------------------------------------------------------------------------------------------------------
+
+# ---- what decodes --------------------------------------------------------------------------------
+
+@dataclass(slots=True)
+class Decoding:
+    """How answers are generated."""
+    max_new_tokens: int  # longest answer
+    stop_ids: set  # token ids that end an answer; they are not part of it
+    temperature: float = 0.0  # 0 takes the likeliest token
+    top_p: float = 1.0  # draw among the likeliest tokens of this total probability
+    top_k: int = 0  # draw among so many tokens; 0 = all
+    seed: int = 0
+    batch_size: int = 64  # rows that decode together, at most
+    batch_tokens: int = 2**19  # places of their cache, at most; one row always gets its own
+
+
+class Request(NamedTuple):
+    """A prompt that waits for a slot."""
+    number: int
+    prompt: list  # token ids
+    tiles: torch.Tensor | None  # uint8 (N, 3, s, s)
+
+
+@dataclass(slots=True)
+class Row:
+    """A request that is being answered."""
+    number: int  # of the request
+    position: int  # of the newest token, which the next step reads
+    end: int  # position at which the answer is as long as allowed
+    noise: torch.Generator
+
+
+@dataclass(slots=True)
+class Batch:
+    """Rows that decode together: S slots, each with its part of the cache."""
+    cache: torch.Tensor  # keys and values (n_layers, 2, S, K, places, D)
+    tokens: torch.Tensor  # (S,) the newest token of each row
+    rows: list  # of S: the Row in this slot, or None while it is free
+    longest_prompt: int  # that still fits, with its answer
+    graphs: dict  # CUDA graphs of these tensors, see graph_step
+
+    def busy_slots(self):
+        return [slot for slot, row in enumerate(self.rows) if row]
+
+    def free_slots(self):
+        return [slot for slot, row in enumerate(self.rows) if not row]
+
+
+# ---- the scheduler -------------------------------------------------------------------------------
 
 @torch.inference_mode()
-def decode(model, requests, max_new_tokens, stop_ids, temperature=0.0, top_p=1.0, top_k=0, seed=0, batch_size=64,
-           batch_tokens=2 ** 19):
-    """Answer a stream of prompts, many at once: yield (number of the request, token id) as they come, without the stop
-    ids, and (number, None) when an answer is whole. Rows that end make room for the next requests.
-    requests: an iterable of (token ids, uint8 tiles (n, 3, s, s) or None); stop_ids: a set. temperature 0 is greedy;
-    else top_k (0 = all) and top_p restrict a draw that depends on seed + number and on the step, not on the batch.
-    At most batch_size rows decode together, in a cache of at most batch_tokens places (but always one row)."""
-    requests, ahead, llm = enumerate(requests), collections.deque(), model.llm
-    head, stop_ids = model.language_model.lm_head.weight, stop_ids if max_new_tokens else range(llm.vocab_size)
-    on_gpu = head.is_cuda
-    while ahead.extend(itertools.islice(requests, batch_size - len(ahead))) or ahead:
-        room = -(-max(len(prompt) for _, (prompt, _) in ahead) // 64) * 64  # of a prompt; a longer one, later, waits
-        S = max(1, min(len(ahead), batch_tokens // (room + max_new_tokens)))
-        cache = torch.zeros(llm.n_layers, 2, S, llm.n_kv_heads, room + max_new_tokens, llm.head_dim,
-                            dtype=working_dtype(head), device=head.device)  # of the keys and values
-        rows, tokens, graphs = [None] * S, torch.zeros(S, dtype=torch.int64, device=head.device), {}
+def decode(model, requests, settings):
+    """Answer a stream of prompts, many at once.
+
+    requests: an iterable of (token ids, uint8 tiles (N, 3, s, s) or None); settings: a Decoding.
+    Yields (number of the request, token id) as tokens come, without the stop ids, and
+    (number, None) when an answer is whole. Rows that end make room for the next requests; the
+    iterable is read only as far as there is room. A draw depends on seed + number and on the step,
+    not on the rows beside it.
+    """
+    numbered = (Request(number, *request) for number, request in enumerate(requests))
+    if settings.max_new_tokens == 0:
+        for request in numbered:
+            yield request.number, None
+        return
+
+    waiting = collections.deque(itertools.islice(numbered, settings.batch_size))
+    while waiting:
+        batch = new_batch(model, waiting, settings)
         while True:
-            free, fresh = [i for i in range(S) if not rows[i]], []
-            while 4 * len(free) >= S and len(fresh) < len(free) and ahead and len(ahead[0][1][0]) <= room and (
-                    not fresh or sum(len(prompt) for _, (prompt, _) in [*fresh, ahead[0]]) <= PREFILL_TOKENS):
-                fresh.append(ahead.popleft())                               # admitted by the quarter: one pack costs
-                ahead.extend(itertools.islice(requests, 1))                 # less than one prompt after the other
-            if fresh:
-                slots = free[:len(fresh)]
-                logits = prefill(model, *zip(*(request for _, request in fresh)), cache, slots)
-                for slot, (number, (prompt, _)) in zip(slots, fresh):       # number, position, end, source of noise
-                    rows[slot] = [number, len(prompt), len(prompt) + max_new_tokens,
-                                  torch.Generator().manual_seed(seed + number)]
+            # New prompts go first. They get their first token, then all rows get their next ones.
+            admitted = admit(batch, waiting, numbered)
+            if admitted:
+                slots, logits = start_rows(model, batch, admitted, settings)
+            elif batch.busy_slots():
+                slots, logits = advance_rows(model, batch, is_last=not waiting)
             else:
-                slots = [i for i in range(S) if rows[i]]
-                if not slots: break
-                if not ahead and 2 * len(slots) <= S and not on_gpu:        # nobody follows: a smaller batch, copied at
-                    cache, tokens, rows = cache[:, :, slots], tokens[slots], [rows[i] for i in slots]   # most once per
-                    S, slots = len(slots), range(len(slots))                                            # halving
-                positions = [row[1] if row else 0 for row in rows]
-                logits = (graph_step if on_gpu else decode_step)(model, tokens, positions, cache, graphs)
-                logits = logits if len(slots) == S else logits[slots]       # most often all: nothing to copy
-                for slot in slots:
-                    rows[slot][1] += 1
-            logits[:, model.image_token_id] = float("-inf")                 # a placeholder is never an answer
-            noise = torch.cat([torch.rand(1, generator=rows[i][3]) for i in slots]) if temperature else torch.zeros(1)
-            tokens[slots] = sample(logits, temperature, top_p, top_k, noise.to(head.device))
-            for slot, token in zip(slots, tokens[slots].tolist()):
-                number, position, end, _ = rows[slot]
-                if token not in stop_ids: yield number, token
-                if token in stop_ids or position + 1 >= end:
-                    rows[slot] = None
-                    yield number, None
+                break
+            tokens = choose_tokens(model, logits, [batch.rows[slot] for slot in slots], settings)
+            batch.tokens[slots] = tokens
+            yield from finish_rows(batch, slots, tokens.tolist(), settings.stop_ids)
+        # a prompt that was too long for this batch still waits
+        waiting.extend(itertools.islice(numbered, settings.batch_size - len(waiting)))
 
-def generate(model, prompts, tiles, *args, **settings):
-    """The answers, a list of token ids for each prompt; arguments as for decode, prompts and tiles as two lists."""
-    answers = [[] for _ in prompts]
-    for row, token in decode(model, zip(prompts, tiles), *args, **settings):
-        if token is not None: answers[row].append(token)
-    return answers
 
-def generate_stream(model, prompt, tiles, *args, **settings):
-    """Answer one prompt, token id by token id."""
-    return (token for _, token in decode(model, [(prompt, tiles)], *args, **settings) if token is not None)
+def new_batch(model, waiting, settings):
+    """An empty Batch for the waiting requests: any of them fits, with its answer."""
+    longest = max(len(request.prompt) for request in waiting)
+    longest = 64 * math.ceil(longest / 64)
+    places = longest + settings.max_new_tokens
+    S = max(1, min(len(waiting), settings.batch_tokens // places))
+    head = model.language_model.lm_head.weight
+    cache = torch.zeros(
+        model.llm.n_layers, 2, S, model.llm.n_kv_heads, places, model.llm.head_dim,
+        dtype=working_dtype(head), device=head.device)
+    tokens = torch.zeros(S, dtype=torch.int64, device=head.device)
+    return Batch(cache, tokens, rows=[None] * S, longest_prompt=longest, graphs={})
+
+
+def admit(batch, waiting, requests):
+    """Take the waiting requests that start now -> a list, empty as long as most slots are busy.
+
+    Several prompts in one pack cost less than one after the other, so nobody is admitted until a
+    quarter of the slots is free. For each request that leaves the queue another one is read.
+    """
+    admitted = []
+    n_free = len(batch.free_slots())
+    if 4 * n_free < len(batch.rows):
+        return admitted
+    n_tokens = 0
+    while waiting and len(admitted) < n_free:
+        length = len(waiting[0].prompt)
+        n_tokens += length
+        if length > batch.longest_prompt:
+            break  # it waits for the next batch
+        if admitted and n_tokens > PREFILL_TOKENS:
+            break  # it goes into the next pack
+        admitted.append(waiting.popleft())
+        waiting.extend(itertools.islice(requests, 1))
+    return admitted
+
+
+def start_rows(model, batch, admitted, settings):
+    """Put requests into free slots and run their prompts -> (slots, logits (len(slots), V))."""
+    slots = batch.free_slots()[:len(admitted)]
+    prompts = [request.prompt for request in admitted]
+    tiles = [request.tiles for request in admitted]
+    logits = prefill(model, prompts, tiles, batch.cache, slots)
+    for slot, request in zip(slots, admitted, strict=True):
+        length = len(request.prompt)
+        noise = torch.Generator().manual_seed(settings.seed + request.number)
+        batch.rows[slot] = Row(request.number, length, length + settings.max_new_tokens, noise)
+    return slots, logits
+
+
+def advance_rows(model, batch, is_last):
+    """Run the newest token of every row -> (busy slots, logits (len(slots), V)).
+
+    is_last: nobody waits, so free slots are dropped. That copies the cache, so it happens only
+    when half of them are free; and not on CUDA, where graphs hold on to the tensors.
+    """
+    on_gpu = batch.cache.is_cuda
+    slots = batch.busy_slots()
+    if is_last and not on_gpu and 2 * len(slots) <= len(batch.rows):
+        batch.cache = batch.cache[:, :, slots]
+        batch.tokens = batch.tokens[slots]
+        batch.rows = [batch.rows[slot] for slot in slots]
+        slots = list(range(len(slots)))
+
+    positions = [row.position if row else 0 for row in batch.rows]
+    if on_gpu:
+        logits = graph_step(model, batch.tokens, positions, batch.cache, batch.graphs)
+    else:
+        where = torch.tensor(positions)
+        logits = decode_step(model, batch.tokens, where, batch.cache, max(positions) + 1)
+    if len(slots) < len(batch.rows):
+        logits = logits[slots]
+    for slot in slots:
+        batch.rows[slot].position += 1
+    return slots, logits
+
+
+def finish_rows(batch, slots, tokens, stop_ids):
+    """Yield what decode yields for these new tokens; free the slots whose answers are whole."""
+    for slot, token in zip(slots, tokens, strict=True):
+        row = batch.rows[slot]
+        stopped = token in stop_ids
+        if not stopped:
+            yield row.number, token
+        if stopped or row.position + 1 >= row.end:
+            batch.rows[slot] = None
+            yield row.number, None
+
+
+# ---- one step of the model -----------------------------------------------------------------------
 
 def prefill(model, prompts, tiles, cache, slots):
-    """Run prompts as one pack, fill these slots of the cache (n_layers, 2, S, K, size, D) -> logits (len(slots), V) of
-    their last tokens."""
-    tokens, rows, positions = torch.tensor([(token, slot, i) for slot, prompt in zip(slots, prompts)
-                                            for i, token in enumerate(prompt)], device=cache.device).T      # (T,) each
-    cu_seqlens = torch.tensor([0, *itertools.accumulate(map(len, prompts))], dtype=torch.int32)
-    attend_packed, pictures = packed(cu_seqlens), [t for t in tiles if t is not None]
-    def attend(kept, q, k, v):
-        kept[:, rows, :, positions] = torch.stack([k, v], 1)                # (T, 2, K, D)
-        return attend_packed(q, k, v)
-    h = model.embed(tokens, torch.cat(pictures).to(cache.device) if pictures else None)
-    return model.head(model.hidden(h, positions, attend, cache, rows=(cu_seqlens[1:] - 1).to(h.device)))
+    """Run prompts as one pack and fill these slots of the cache (n_layers, 2, S, K, places, D).
 
-def decode_step(model, tokens, positions, cache, _=None, L=0):
-    """The next tokens (S,) of all rows, each at its position, fill the cache -> logits (S, V). Attention looks at the
-    first L places of the cache; 0 = as many as there are tokens."""
-    L, positions = L or max(positions) + 1, torch.as_tensor(positions, device=cache.device)
-    rows = torch.arange(len(positions), device=cache.device)
-    unseen = (torch.arange(L, device=cache.device) > positions[:, None])[:, None, None]         # (S, 1, 1, L)
-    mask = torch.zeros_like(unseen, dtype=cache.dtype).masked_fill_(unseen, float("-inf"))  # once, not in each block
-    def attend(kept, q, k, v):                                              # q (S, H, D), k and v (S, K, D)
-        kept[:, rows, :, positions] = torch.stack([k, v], 1)                # (S, 2, K, D)
-        q = q.unflatten(1, (k.shape[1], -1))                                # (S, K, H/K, D): heads that share a key
-        k, v = kept[:, :, :, :L]                                            # (S, K, L, D)        head, as queries
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).flatten(1, 2)
-    return model.head(model.hidden(model.language_model.model.embed_tokens(tokens), positions, attend, cache))
+    prompts: lists of token ids; tiles: uint8 (N, 3, s, s) or None for each. Returns the logits
+    (len(slots), V) of their last tokens.
+    """
+    device = cache.device
+    lengths = [len(prompt) for prompt in prompts]
+    tokens = torch.tensor(list(itertools.chain(*prompts)), device=device)  # (T,)
+    slot_of = torch.tensor(slots).repeat_interleave(torch.tensor(lengths)).to(device)  # (T,)
+    positions = torch.cat([torch.arange(n) for n in lengths]).to(device)  # (T,)
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    attend_packed = packed(cu_seqlens)
+
+    def attend(kept, q, k, v):
+        kept[:, slot_of, :, positions] = torch.stack([k, v], 1)  # (T, 2, K, D)
+        return attend_packed(q, k, v)
+
+    pictures = [t for t in tiles if t is not None]
+    h = model.embed(tokens, torch.cat(pictures).to(device) if pictures else None)
+    last_rows = (cu_seqlens[1:] - 1).to(device)
+    h = model.language_model.hidden(h, positions, attend, cache, last_rows)
+    return model.language_model.head(h)
+
+
+def decode_step(model, tokens, positions, cache, length):
+    """Run one token of each row, tokens (S,) at positions (S,), and fill the cache with it.
+
+    Attention looks at the first `length` places of the cache. Returns logits (S, V).
+    """
+    device = cache.device
+    positions = positions.to(device)
+    rows = torch.arange(len(positions), device=device)
+    beyond = torch.arange(length, device=device) > positions[:, None]  # (S, L)
+    # made once, not in each block: 0 for the places to look at, else -inf
+    mask = torch.zeros_like(beyond, dtype=cache.dtype).masked_fill_(beyond, float("-inf"))
+    mask = mask[:, None, None]  # (S, 1, 1, L)
+
+    def attend(kept, q, k, v):  # q (S, H, D), k and v (S, K, D)
+        kept[:, rows, :, positions] = torch.stack([k, v], 1)  # (S, 2, K, D)
+        # the H/K query heads that share a key head stand where a sequence of queries would
+        q = q.unflatten(1, (k.shape[1], -1))  # (S, K, H/K, D)
+        keys, values = kept[:, :, :, :length]  # (S, K, L, D) each
+        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+        return out.flatten(1, 2)  # (S, H, D)
+
+    h = model.language_model.embed(tokens)
+    h = model.language_model.hidden(h, positions, attend, cache)
+    return model.language_model.head(h)
+
 
 def graph_step(model, tokens, positions, cache, graphs):
-    """decode_step as a CUDA graph, one launch in place of some hundreds: captured once per 512 tokens of length for
-    these very tensors and kept in the dict `graphs`. Not run on a GPU yet."""
-    L = min(-(-(max(positions) + 1) // 512) * 512, cache.shape[-2])
-    where = graphs.setdefault("positions", torch.zeros_like(tokens)).copy_(torch.tensor(positions))
-    if L not in graphs:
-        pool = graphs.setdefault("pool", torch.cuda.graph_pool_handle())
-        (side := torch.cuda.Stream()).wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):                                       # lazy set-up happens outside of the graph;
-            decode_step(model, tokens, where, cache, L=L)                   # the same step again writes the same cache
+    """decode_step as a CUDA graph: one launch instead of some hundreds. positions: a list.
+
+    A graph is captured once per GRAPH_TOKENS of length, for these very tensors, and kept in the
+    dict `graphs`. Not run on a GPU yet.
+    """
+    length = GRAPH_TOKENS * math.ceil((max(positions) + 1) / GRAPH_TOKENS)
+    length = min(length, cache.shape[-2])
+    if "positions" not in graphs:
+        graphs["positions"] = torch.zeros_like(tokens)
+        graphs["pool"] = torch.cuda.graph_pool_handle()
+    where = graphs["positions"].copy_(torch.tensor(positions))
+    if length not in graphs:
+        # Lazy set-up has to happen outside of the graph. The step writes the same into the cache
+        # when it runs again.
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            decode_step(model, tokens, where, cache, length)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            graphs[L] = graph, decode_step(model, tokens, where, cache, L=L)
-    graphs[L][0].replay()
-    return graphs[L][1]
+        with torch.cuda.graph(graph, pool=graphs["pool"]):
+            logits = decode_step(model, tokens, where, cache, length)
+        graphs[length] = graph, logits
+    graph, logits = graphs[length]
+    graph.replay()
+    return logits
+
+
+# ---- sampling ------------------------------------------------------------------------------------
+
+def choose_tokens(model, logits, rows, settings):
+    """logits (S, V) of these rows -> their next token ids (S,)."""
+    logits[:, model.image_token_id] = float("-inf")  # a placeholder is never an answer
+    if settings.temperature == 0:
+        return logits.argmax(-1)
+    noise = torch.cat([torch.rand(1, generator=row.noise) for row in rows]).to(logits.device)
+    return sample(logits, settings.temperature, settings.top_p, settings.top_k, noise)
+
 
 def sample(logits, temperature, top_p, top_k, noise):
-    """logits (S, V), noise (S,) uniform in [0, 1) -> token ids (S,). Greedy at temperature 0."""
-    if temperature == 0: return logits.argmax(-1)
+    """logits (S, V), noise (S,) uniform in [0, 1), temperature above 0 -> token ids (S,)."""
     p, ids = (logits / temperature).softmax(-1).sort(-1, descending=True)
-    p[:, 1:] = p[:, 1:].masked_fill((p.cumsum(-1) - p)[:, 1:] >= top_p, 0.0)    # the first token always stays
+    mass_before = p.cumsum(-1) - p
+    outside = mass_before >= top_p
+    outside[:, 0] = False  # the first token always stays
+    p = p.masked_fill(outside, 0.0)
     if top_k:
         p[:, top_k:] = 0.0
     mass = p.cumsum(-1)
     choice = (mass <= noise[:, None] * mass[:, -1:]).sum(-1, keepdim=True)
     return ids.gather(-1, choice)[:, 0]
 
+
+# ---- for users -----------------------------------------------------------------------------------
+
+def generate(model, prompts, tiles, max_new_tokens, stop_ids, **settings):
+    """Answers to a list of prompts, each a list of token ids.
+
+    tiles: uint8 (N, 3, s, s) or None for each prompt; settings: the other fields of Decoding.
+    """
+    settings = Decoding(max_new_tokens, stop_ids, **settings)
+    answers = [[] for _ in prompts]
+    for number, token in decode(model, zip(prompts, tiles, strict=True), settings):
+        if token is not None:
+            answers[number].append(token)
+    return answers
+
+
+def generate_stream(model, prompt, tiles, max_new_tokens, stop_ids, **settings):
+    """Answer one prompt, token id by token id; arguments as in `generate`."""
+    settings = Decoding(max_new_tokens, stop_ids, **settings)
+    for _, token in decode(model, [(prompt, tiles)], settings):
+        if token is not None:
+            yield token
+
+
 class Assistant:
-    """A loaded model folder with the settings of `generate`. Shapes: T tokens of a prompt, N tiles of side s."""
+    """A loaded model folder that answers, with the settings of its Decoding.
+
+    Shapes: T tokens of a prompt, N tiles of side s.
+    """
+
     def __init__(self, folder, device, dtype, vision=True, max_tiles=0, **settings):
-        if not folder: raise ValueError("give a model folder with --model=DIR")
-        (self.model, about), self.tokenizer = load_folder(folder, device, dtype, vision), Tokenizer(folder)
-        if vision and self.model.vision is None:
-            raise ValueError(f"{folder}: a language model without vision; give a whole model folder")
+        """Read the folder and load its weights. ValueError for what is no whole model.
+
+        max_tiles: of a picture, 0 = what the folder says; settings: the fields of Decoding.
+        """
+        if not folder:
+            raise ValueError("give a model folder with --model=DIR")
+        self.model, about = load_folder(folder, device, dtype)
+        self.tokenizer = Tokenizer(folder)
         check_vocabulary(self.model.llm, self.tokenizer)
         self.model.eval()
         self.settings = {"stop_ids": {self.tokenizer.eos_id}, **settings}
-        self.template, self.thumbnail = about.get("template", "sailvl-chat"), about.get("use_thumbnail", True)
+        self.template = about.get("template", "sailvl-chat")
+        self.thumbnail = about.get("use_thumbnail", True)
         self.max_tiles = max_tiles or about.get("max_dynamic_patch", 12)
 
     def tiles(self, path):
         """Picture file -> uint8 tiles (N, 3, s, s)."""
-        return make_tiles(load_image(path), 1, self.max_tiles, self.model.vision.image_size, self.thumbnail)
+        side = self.model.vision.image_size
+        return make_tiles(load_image(path), 1, self.max_tiles, side, self.thumbnail)
 
     def prompt(self, turns, tiles):
-        """[(question, answer), ..., (question, None)] and each picture's tiles -> (ids (T,), tiles (N, 3, s, s))."""
-        counts, per_tile = [len(t) for t in tiles], self.model.vision.tokens_per_tile
-        return chat_ids(self.tokenizer, self.template, turns, counts, per_tile), torch.cat(tiles) if tiles else None
+        """[(question, answer), ..., (question, None)] and the tiles of each picture, in a list.
+
+        -> (ids (T,), tiles (N, 3, s, s) of all pictures or None).
+        """
+        counts = [len(t) for t in tiles]
+        per_tile = self.model.vision.tokens_per_tile
+        ids = chat_ids(self.tokenizer, self.template, turns, counts, per_tile)
+        return ids, torch.cat(tiles) if tiles else None
 
     def ids_each(self, prompts, **settings):
-        """An iterable of (ids, tiles) -> yield (number of the prompt, token ids of its answer), each when it is whole;
-        one of max_new_tokens ids was cut off."""
-        said = collections.defaultdict(list)
-        for number, token in decode(self.model, prompts, **self.settings | settings):
+        """An iterable of (ids, tiles) -> yield (number of the prompt, token ids of its answer).
+
+        Each comes as soon as it is whole. An answer of max_new_tokens ids was cut off.
+        """
+        settings = Decoding(**self.settings | settings)
+        unfinished = collections.defaultdict(list)
+        for number, token in decode(self.model, prompts, settings):
             if token is None:
-                yield number, said.pop(number, [])
+                yield number, unfinished.pop(number, [])
             else:
-                said[number].append(token)
+                unfinished[number].append(token)
 
     def answer_each(self, prompts, **settings):
-        """An iterable of (ids, tiles) -> yield (number of the prompt, answer), each as soon as it is whole."""
-        return ((number, self.tokenizer.decode(ids).strip()) for number, ids in self.ids_each(prompts, **settings))
+        """An iterable of (ids, tiles) -> yield (number of the prompt, answer), when it is whole."""
+        for number, ids in self.ids_each(prompts, **settings):
+            yield number, self.tokenizer.decode(ids).strip()
 
     def answers(self, prompts, **settings):
         """[(ids, tiles), ...] -> their answers, all generated together."""
@@ -173,11 +387,14 @@ class Assistant:
 
     def stream(self, ids, tiles):
         """Yield the answer piece by piece; a character of several tokens comes when it is whole."""
-        said, shown, text = [], "", ""
+        ids_so_far = []
+        shown = ""
+        text = ""
         for token in generate_stream(self.model, ids, tiles, **self.settings):
-            said.append(token)
-            text = self.tokenizer.decode(said).strip()                 # closing spaces stay unsaid
+            ids_so_far.append(token)
+            text = self.tokenizer.decode(ids_so_far).strip()  # spaces at the end are held back
             if len(text) > len(shown) and not text.endswith("\ufffd"):
                 yield text[len(shown):]
                 shown = text
-        if text != shown: yield text[len(shown):]                      # a broken end
+        if text != shown:
+            yield text[len(shown):]  # the answer ended inside a character

@@ -1,17 +1,21 @@
-"""The language model, the vision-language model, its loss, FLOPs and generation.
+"""The language model, the vision-language model around it, the loss and its FLOPs.
 
-Everything is packed: the documents of a pack lie end to end in one row of T tokens, cu_seqlens (S+1,) holds their
-borders and positions restart at 0 in each. Parameter names are those of the released InternVL / SAIL-VL checkpoints.
+Everything is packed: the documents of a pack lie end to end in one row of T tokens, cu_seqlens
+(S+1,) holds their borders and positions restart at 0 in each. Parameter names are those of the
+released InternVL / SAIL-VL checkpoints; the ModuleDicts are there for these names.
 
-Shape letters: T tokens of a pack, S its documents, C width, H query heads, K key/value heads, D head dim,
-V vocabulary, N tiles, s their side. During generation S is also the number of rows that decode together.
+Shape letters: T tokens of a pack, S its documents, C width, H query heads, K key/value heads,
+D head dim, V vocabulary, N tiles, s their side. During generation S is also the number of rows
+that decode together.
 Source of the decoder: Qwen2 (arXiv 2407.10671), modeling_qwen2.py in huggingface/transformers.
 """
 import functools
+import math
+from dataclasses import dataclass
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from dataclasses import dataclass
 from torch.distributed.tensor import DTensor
 
 from configurator import setting
@@ -19,12 +23,12 @@ from inputs.chat import IGNORE
 from inputs.images import normalize
 from kernels.attention import attention
 from kernels.cross_entropy import linear_cross_entropy
-from vision import Projector, ViT, pixel_shuffle, working_dtype
+from vision import Projector, VisionBlock, ViT, pixel_shuffle, working_dtype
 
 
 @dataclass(slots=True)
 class LLMConfig:
-    vocab_size: int = 151936
+    vocab_size: int = 151936  # V
     dim: int = setting(1536, at_least=1)  # width C
     n_layers: int = 28
     n_heads: int = setting(12, at_least=1)  # query heads H
@@ -33,216 +37,422 @@ class LLMConfig:
     ffn_dim: int = 8960
     rope_theta: float = 1e6
     norm_eps: float = 1e-6
-    tie_embeddings: bool = False        # the head shares the embedding table
+    tie_embeddings: bool = False  # the head shares the embedding table
     max_positions: int = 32768
     PRESETS = {
-        "qwen2.5-1.5b": {},             # untied, as SAIL-VL-2B is released
-        "qwen2.5-0.5b": dict(dim=896, n_layers=24, n_heads=14, head_dim=64, ffn_dim=4864, tie_embeddings=True),
+        "qwen2.5-1.5b": {},  # untied, as SAIL-VL-2B is released
+        "qwen2.5-0.5b": dict(dim=896, n_layers=24, n_heads=14, head_dim=64, ffn_dim=4864,
+                             tie_embeddings=True),
         "qwen2.5-7b": dict(vocab_size=152064, dim=3584, n_heads=28, n_kv_heads=4, ffn_dim=18944),
-        "toy": dict(vocab_size=1056, dim=128, n_layers=6, n_heads=4, n_kv_heads=2, head_dim=32, ffn_dim=384,
-                    rope_theta=1e4, tie_embeddings=True, max_positions=2048)}
+        "toy": dict(vocab_size=1056, dim=128, n_layers=6, n_heads=4, n_kv_heads=2, head_dim=32,
+                    ffn_dim=384, rope_theta=1e4, tie_embeddings=True, max_positions=2048),
+    }
 
-# ---- the decoder -----------------------------------------------------------------------------------------------------
+
+# ---- the language model --------------------------------------------------------------------------
 
 class RMSNorm(nn.RMSNorm):
     def forward(self, x):
-        """In fp32 whatever comes in, out in the dtype of the matmul that follows."""
-        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(working_dtype(x))
+        """Compute in fp32, return the dtype of the matmul that follows."""
+        y = F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps)
+        return y.to(working_dtype(x))
+
 
 def rope_table(positions, head_dim, theta):
-    """positions (T,) -> (cos, sin), each (T, 1, D) fp32. sin carries the sign of rotate_half: - in the first half."""
-    # exactly as it was in training: one unit in the last place of a frequency turns position 32,767 by 0.002
-    frequency = 1 / theta ** (torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
-    angle = positions.float()[:, None, None] * frequency                                        # (T, 1, D/2)
-    cos, sin = angle.cos(), angle.sin()
+    """Angles of the rotary embedding: positions (T,) -> (cos, sin), each (T, 1, D) in fp32.
+
+    sin carries the sign of the rotation: minus in the first half of D, plus in the second.
+    `rotate` relies on it.
+    """
+    # Keep this formula to the last bit: an error of one unit in the last place of a frequency
+    # turns position 32,767 by 0.002 against what the weights were trained with.
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    frequencies = 1 / theta ** (exponents / head_dim)  # (D/2,)
+    angles = positions.float()[:, None, None] * frequencies  # (T, 1, D/2)
+    cos = angles.cos()
+    sin = angles.sin()
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
+
 def rotate(x, cos, sin):
-    """Rotary position embedding of x (T, heads, D), halves rotated together (arXiv 2104.09864, GPT-NeoX layout)."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+    """Rotary position embedding (arXiv 2104.09864, GPT-NeoX layout) of x (T, heads, D).
+
+    Dimension i of the first half and dimension i of the second are one pair, turned together:
+        first' = first * cos - second * sin        second' = second * cos + first * sin
+    cos and sin are those of `rope_table`, whose sin is already negative in the first half. So both
+    lines are x * cos + swapped * sin, where `swapped` has the two halves exchanged.
+    """
+    swapped = x.roll(x.shape[-1] // 2, -1)
+    return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
+
 
 class Block(nn.Module):
+    """One layer of the decoder: pre-norm attention, then a gated MLP (SwiGLU)."""
+
     def __init__(self, cfg):
         super().__init__()
-        C, D, inner = cfg.dim, cfg.head_dim, cfg.ffn_dim
-        self.D = D
-        self.self_attn = nn.ModuleDict(dict(
-            q_proj=nn.Linear(C, cfg.n_heads * D), k_proj=nn.Linear(C, cfg.n_kv_heads * D),
-            v_proj=nn.Linear(C, cfg.n_kv_heads * D), o_proj=nn.Linear(cfg.n_heads * D, C, bias=False)))
-        self.mlp = nn.ModuleDict(dict(
-            gate_proj=nn.Linear(C, inner, bias=False), up_proj=nn.Linear(C, inner, bias=False),
-            down_proj=nn.Linear(inner, C, bias=False)))
-        self.input_layernorm, self.post_attention_layernorm = RMSNorm(C, cfg.norm_eps), RMSNorm(C, cfg.norm_eps)
+        C = cfg.dim
+        D = cfg.head_dim
+        self.head_dim = D
+        self.self_attn = nn.ModuleDict({
+            "q_proj": nn.Linear(C, cfg.n_heads * D),
+            "k_proj": nn.Linear(C, cfg.n_kv_heads * D),
+            "v_proj": nn.Linear(C, cfg.n_kv_heads * D),
+            "o_proj": nn.Linear(cfg.n_heads * D, C, bias=False),
+        })
+        self.mlp = nn.ModuleDict({
+            "gate_proj": nn.Linear(C, cfg.ffn_dim, bias=False),
+            "up_proj": nn.Linear(C, cfg.ffn_dim, bias=False),
+            "down_proj": nn.Linear(cfg.ffn_dim, C, bias=False),
+        })
+        self.input_layernorm = RMSNorm(C, cfg.norm_eps)
+        self.post_attention_layernorm = RMSNorm(C, cfg.norm_eps)
 
-    def forward(self, x, rope, attend, rows=None):                          # x (T, C) -> (T, C), or rows alone
-        y, attn, mlp = self.input_layernorm(x), self.self_attn, self.mlp
-        q, k, v = (p(y).view(len(y), -1, self.D) for p in (attn.q_proj, attn.k_proj, attn.v_proj))  # (T, H or K, D)
-        seen = attend(rotate(q, *rope), rotate(k, *rope), v).flatten(1)                             # (T, H*D)
-        if rows is not None: x, seen = x.index_select(0, rows), seen.index_select(0, rows)
-        x = x + attn.o_proj(seen)
+    def forward(self, x, rope, attend, rows=None):
+        """x (T, C) -> (T, C). rope: (cos, sin) of rope_table. attend(q, k, v): see `packed`.
+
+        rows: indices of the rows to return, or None for all. The last block gets those that have
+        a label: nothing after its attention mixes rows, so the others need not be computed.
+        """
+        T = len(x)
+        y = self.input_layernorm(x)
+        q = self.self_attn.q_proj(y).view(T, -1, self.head_dim)  # (T, H, D)
+        k = self.self_attn.k_proj(y).view(T, -1, self.head_dim)  # (T, K, D)
+        v = self.self_attn.v_proj(y).view(T, -1, self.head_dim)  # (T, K, D)
+        q = rotate(q, *rope)
+        k = rotate(k, *rope)
+        attention_out = attend(q, k, v).flatten(1)  # (T, H*D)
+        if rows is not None:
+            x = x.index_select(0, rows)
+            attention_out = attention_out.index_select(0, rows)
+        x = x + self.self_attn.o_proj(attention_out)
+
         y = self.post_attention_layernorm(x)
-        return x + mlp.down_proj(F.silu(mlp.gate_proj(y)) * mlp.up_proj(y))
+        gated = F.silu(self.mlp.gate_proj(y)) * self.mlp.up_proj(y)  # (T, ffn_dim)
+        return x + self.mlp.down_proj(gated)
 
-def kept_rows(p):
-    """(what this rank keeps of a parameter, which rows of the whole they are): all, unless FSDP has sharded it."""
-    if not isinstance(p, DTensor): return p, slice(0, len(p))
-    local, most = p.to_local(), -(-len(p) // p.device_mesh.size())
-    first = min(len(p), most * p.device_mesh.get_local_rank())
-    return local, slice(first, first + len(local))
 
-@torch.no_grad()
-def init_weights(module, seed, std=0.02, layer_scale=1.0):
-    """Fill every parameter: matrices normal(0, std), those that write to the residual stream smaller by
-    sqrt(2 * layers) (Radford et al., 2019, section 2.3), token tables normal(0, width**-0.5), biases 0, norms 1, layer
-    scale as given. The numbers are drawn on the CPU, parameter by parameter: they do not depend on the device."""
-    generator = torch.Generator().manual_seed(seed)
-    names = [name for name, _ in module.named_parameters()]
-    vit, llm = (sum(name.endswith(end) for name in names) for end in ("attn.proj.weight", "o_proj.weight"))
-    depth = dict(proj=vit, fc2=vit, o_proj=llm, down_proj=llm)
-    for name, p in module.named_parameters():
-        *_, owner, leaf = ("." + name).split(".")
-        if leaf in ("ls1", "ls2"):
-            p.fill_(layer_scale)
-        elif p.dim() == 1:                                                  # of a norm, unless it is a bias
-            p.fill_(leaf != "bias")
-        else:
-            scale = p.shape[1] ** -0.5 if owner == "embed_tokens" else std / max(1, 2 * depth.get(owner, 0)) ** 0.5
-            local, rows = kept_rows(p)
-            local.copy_(torch.empty(p.shape, dtype=torch.float32).normal_(0, scale, generator=generator)[rows])
+def packed(cu_seqlens):
+    """The attention of a pack -> attend(q, k, v): causal inside each document of cu_seqlens."""
+    cu_seqlens = cu_seqlens.cpu()
+    max_seqlen = int(cu_seqlens.diff().max())
 
-# ---- the vision-language model ---------------------------------------------------------------------------------------
+    def attend(q, k, v):
+        return attention(q, k, v, cu_seqlens, max_seqlen, causal=True)
 
-def trains(module):
-    return torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
+    return attend
 
-class VLM(nn.Module):
-    """ViT -> pixel shuffle -> projector -> decoder. vision=None builds a text-only model (no vision_model, no mlp1).
-    Build it under torch.device("meta"), then `to_empty(device=...)` and `init_weights`; or see weights.fill."""
-    def __init__(self, vision, llm, image_token_id):
+
+class LanguageModel(nn.Module):
+    """Decoder and head. It reads embeddings, so what they stand for is the caller's choice.
+
+    Raises ValueError for heads that do not divide.
+    """
+
+    def __init__(self, cfg):
         super().__init__()
-        if llm.n_heads % llm.n_kv_heads:
-            raise ValueError(f"{llm.n_heads} heads do not divide over {llm.n_kv_heads} kv heads")
-        if llm.head_dim % 2:
-            raise ValueError(f"head_dim {llm.head_dim} must be even for the rotary embedding")
-        self.vision, self.llm, self.image_token_id = vision, llm, image_token_id
-        self.embed_noise = 0.0              # see noisy()
-        self.always_sees = False            # see embed(); FSDP needs it
-        if vision:
-            self.vision_model, self.mlp1 = ViT(vision), Projector(vision, llm.dim)
-        self.language_model = nn.ModuleDict(dict(
-            model=nn.ModuleDict(dict(embed_tokens=nn.Embedding(llm.vocab_size, llm.dim),
-                                     layers=nn.ModuleList(Block(llm) for _ in range(llm.n_layers)),
-                                     norm=RMSNorm(llm.dim, llm.norm_eps))),
-            lm_head=nn.Linear(llm.dim, llm.vocab_size, bias=False)))
+        if cfg.n_heads % cfg.n_kv_heads:
+            raise ValueError(f"{cfg.n_heads} heads do not divide over {cfg.n_kv_heads} kv heads")
+        if cfg.head_dim % 2:
+            raise ValueError(f"head_dim {cfg.head_dim} must be even for the rotary embedding")
+        self.cfg = cfg
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(cfg.vocab_size, cfg.dim),
+            "layers": nn.ModuleList([Block(cfg) for _ in range(cfg.n_layers)]),
+            "norm": RMSNorm(cfg.dim, cfg.norm_eps),
+        })
+        self.lm_head = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
         self.tie_weights()
 
     def tie_weights(self):
-        if self.llm.tie_embeddings:
-            self.language_model.lm_head.weight = self.language_model.model.embed_tokens.weight
-        return self
+        """Make the head share the embedding table, if the configuration says so."""
+        if self.cfg.tie_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
 
     def to_empty(self, *, device, recurse=True):
-        return super().to_empty(device=device, recurse=recurse).tie_weights()   # both names got a tensor of their own
+        super().to_empty(device=device, recurse=recurse)
+        self.tie_weights()  # both names got a tensor of their own
+        return self
+
+    def embed(self, tokens):
+        """tokens (T,) -> embeddings (T, C)."""
+        return self.model.embed_tokens(tokens)
+
+    def hidden(self, h, positions, attend, cache=None, rows=None):
+        """Run the blocks on embeddings h (T, C) at positions (T,) -> (T, C), before the last norm.
+
+        attend(q, k, v) is the attention, see `packed`; with a cache it is called as
+        attend(cache[layer], q, k, v). rows: indices of the rows to return, or None for all.
+        """
+        rope = rope_table(positions, self.cfg.head_dim, self.cfg.rope_theta)
+        last = len(self.model.layers) - 1
+        for i, block in enumerate(self.model.layers):
+            attend_here = attend if cache is None else functools.partial(attend, cache[i])
+            h = block(h, rope, attend_here, rows if i == last else None)
+        if rows is not None and last < 0:  # no block has picked them
+            h = h.index_select(0, rows)
+        return h
+
+    def head(self, h):
+        """h (rows, C) of `hidden` -> fp32 logits (rows, V)."""
+        return self.lm_head(self.model.norm(h)).float()
+
+    def loss(self, h, labels, positions, cu_seqlens, weights=None):
+        """Embeddings h (T, C) of one pack -> the SUM of its cross-entropy, an fp32 scalar.
+
+        labels (T,) int64: what each position has to predict (already shifted), IGNORE where
+        nothing is asked. positions (T,), cu_seqlens (S+1,) int32. weights (T,) fp32 or None: a
+        factor for the loss of each position. Only rows that have a label go through the last
+        block's MLP, the last norm and the head.
+        """
+        rows = (labels != IGNORE).nonzero()[:, 0]  # (supervised tokens,)
+        h = self.hidden(h, positions, packed(cu_seqlens), rows=rows)
+        labels = labels.index_select(0, rows)
+        if weights is not None:
+            weights = weights.index_select(0, rows)
+
+        # The fused loss never holds all logits, but it needs the head's weight as one plain tensor.
+        # It has that without FSDP, and with it as parallelize() sets it up: the head belongs to
+        # the outermost unit, whose weights are whole as long as this call runs. A head that was
+        # sharded as a unit of its own is still a DTensor here. FSDP gathers it only inside the
+        # head's own forward, so it is called as a module and gets PyTorch's loss.
+        weight = self.lm_head.weight
+        if isinstance(weight, DTensor):
+            losses = F.cross_entropy(self.head(h), labels, reduction="none")
+            if weights is not None:
+                losses = losses * weights
+            return losses.sum()
+        return linear_cross_entropy(self.model.norm(h), weight, labels, weights)
+
+
+# ---- the vision-language model -------------------------------------------------------------------
+
+def needs_gradients(module):
+    """Whether a forward pass of this module now prepares gradients of its weights."""
+    return torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
+
+
+class VLM(nn.Module):
+    """ViT -> pixel shuffle -> projector -> language model.
+
+    Built under torch.device("meta") it has no weights. Then call `to_empty(device=...)` and either
+    `init_weights` or weights.fill.
+    """
+
+    def __init__(self, vision, llm, image_token_id):
+        super().__init__()
+        self.vision = vision
+        self.llm = llm
+        self.image_token_id = image_token_id
+        self.always_run_vision = False  # set under FSDP, see embed()
+        self.embed_noise = 0.0
+        if vision:
+            self.vision_model = ViT(vision)
+            self.mlp1 = Projector(vision, llm.dim)
+        self.language_model = LanguageModel(llm)
+
+    def to_empty(self, *, device, recurse=True):
+        super().to_empty(device=device, recurse=recurse)
+        self.language_model.tie_weights()  # see LanguageModel.to_empty
+        return self
 
     def init_weights(self, seed, std=0.02):
+        """Random weights, see the function init_weights. Returns the model."""
         init_weights(self, seed, std, self.vision.init_values if self.vision else 1.0)
         return self
 
     def noisy(self, x):
-        """x (..., C), in training with normal noise of up to embed_noise times its size, each row a level of its own.
-        NEFTune (arXiv 2310.05914) has one level. A base trained so gets on well with a fresh projector."""
-        if not (self.embed_noise and self.training): return x
-        level = self.embed_noise * torch.rand_like(x[..., :1]) * x.detach().square().mean(-1, True).sqrt()
+        # noisy, words and vision=None go as soon as the toy world makes its bases itself
+        if not (self.embed_noise and self.training):
+            return x
+        size = x.detach().square().mean(-1, True).sqrt()
+        level = self.embed_noise * torch.rand_like(x[..., :1]) * size
         return x + level * torch.randn_like(x)
 
     def visual_tokens(self, tiles):
-        """uint8 tiles (N, 3, s, s) -> (N * tokens_per_tile, C of the LLM). Frozen parts keep no activations."""
-        with torch.set_grad_enabled(train_vit := trains(self.vision_model)):
-            x = normalize(tiles, self.vision_model.embeddings.patch_embedding.weight.dtype)
-            x = self.noisy(pixel_shuffle(self.vision_model(x), self.vision.downsample))
-        with torch.set_grad_enabled(train_vit or trains(self.mlp1)):
+        """uint8 tiles (N, 3, s, s) -> visual tokens (N * tokens_per_tile, C of the LLM).
+
+        Autograd is off for a part whose gradients nobody needs: it keeps no activations.
+        """
+        train_vit = needs_gradients(self.vision_model)
+        with torch.set_grad_enabled(train_vit):
+            dtype = self.vision_model.embeddings.patch_embedding.weight.dtype
+            x = self.vision_model(normalize(tiles, dtype))  # (N, P, C of the ViT)
+            x = self.noisy(pixel_shuffle(x, self.vision.downsample))
+        with torch.set_grad_enabled(train_vit or needs_gradients(self.mlp1)):
             return self.mlp1(x).flatten(0, 1)
 
     def embed(self, tokens, tiles):
-        """tokens (T,), tiles (N, 3, s, s) uint8 or None -> embeddings (T, C), visual tokens at <IMG_CONTEXT>. A pack
-        without tiles runs a black one, unused, through trainable vision: all ranks must reduce the same gradients.
-        A text-only model may see words, tiles (N, W) int64: a visual token is the sum of W embeddings."""
-        h = self.language_model.model.embed_tokens(tokens)                                      # (T, C)
-        rows, n_tiles = (tokens == self.image_token_id).nonzero()[:, 0], 0 if tiles is None else len(tiles)
-        if len(rows) != (expected := n_tiles * (self.vision.tokens_per_tile if self.vision else 1)):
-            raise ValueError(f"the pack has {len(rows)} <IMG_CONTEXT> tokens, but its {n_tiles} tiles give {expected}")
-        if not n_tiles:
-            if self.vision is None or not (self.always_sees or trains(self.vision_model) or trains(self.mlp1)):
-                return h
-            tiles = tokens.new_zeros(1, 3, self.vision.image_size, self.vision.image_size, dtype=torch.uint8)
+        """tokens (T,), uint8 tiles (N, 3, s, s) or None -> embeddings (T, C).
+
+        Visual tokens take the places of <IMG_CONTEXT>; ValueError if their numbers differ.
+        """
+        h = self.language_model.embed(tokens)  # (T, C)
+        image_rows = (tokens == self.image_token_id).nonzero()[:, 0]
+        n_tiles = 0 if tiles is None else len(tiles)
+        expected = n_tiles * (self.vision.tokens_per_tile if self.vision else 1)
+        if len(image_rows) != expected:
+            raise ValueError(f"the pack has {len(image_rows)} <IMG_CONTEXT> tokens, "
+                             f"but its {n_tiles} tiles give {expected}")
         if self.vision is None:
-            return h.index_copy(0, rows, self.language_model.model.embed_tokens(tiles).sum(1))
-        return h.index_copy(0, rows, self.visual_tokens(tiles)[:len(rows)].to(h.dtype))
-
-    def hidden(self, h, positions, attend, cache=None, rows=None):
-        """Run the blocks on h (T, C), positions (T,); attend(q, k, v), with a cache attend(cache[layer], q, k, v).
-        -> (T, C), or rows of it: past the last block's attention only these are computed."""
-        rope, last = rope_table(positions, self.llm.head_dim, self.llm.rope_theta), self.llm.n_layers - 1
-        for i, block in enumerate(self.language_model.model.layers):
-            look = attend if cache is None else functools.partial(attend, cache[i])
-            h = block(h, rope, look, rows if i == last else None)
-        return h if rows is None or last >= 0 else h.index_select(0, rows)
-
-    def head(self, h):
-        """h (rows, C) -> fp32 logits (rows, V)."""
-        return self.language_model.lm_head(self.language_model.model.norm(h)).float()
+            if not n_tiles:
+                return h
+            return h.index_copy(0, image_rows, self.language_model.embed(tiles).sum(1))
+        if n_tiles == 0:
+            # All ranks must take part in the same collectives, whether they have pictures or not:
+            # the sum of the gradients of what trains and, under FSDP, the gathering of the ViT's
+            # weights even where it is frozen. So a black tile goes through, and no row takes it.
+            trains = needs_gradients(self.vision_model) or needs_gradients(self.mlp1)
+            if not (trains or self.always_run_vision):
+                return h
+            side = self.vision.image_size
+            tiles = tokens.new_zeros(1, 3, side, side, dtype=torch.uint8)
+        visual = self.visual_tokens(tiles)[:len(image_rows)]
+        return h.index_copy(0, image_rows, visual.to(h.dtype))
 
     def forward(self, tokens, labels, positions, cu_seqlens, tiles=None, weights=None):
-        """One pack -> the SUM of the cross-entropy of its supervised positions, an fp32 scalar.
-        tokens, labels, positions (T,) int64: labels[t] is what position t has to predict (already shifted), -100 where
-        nothing is asked. cu_seqlens (S+1,) int32. tiles (N, 3, s, s) uint8; N may be 0. weights (T,) fp32 multiplies
-        the loss of each position. Only supervised rows go through the last block's MLP, the final norm and the head.
-        ValueError if image tokens and tiles disagree."""
-        rows = (labels != IGNORE).nonzero()[:, 0]                                               # (supervised,)
-        h = self.hidden(self.noisy(self.embed(tokens, tiles)), positions, packed(cu_seqlens), rows=rows)
-        labels, weights = (x if x is None else x.index_select(0, rows) for x in (labels, weights))
-        # Under FSDP the head belongs to the root, whose weights are whole during this call. Who shards it as a unit of
-        # its own gets the plain loss, for only the head's own call gathers its weight.
-        head = self.language_model.lm_head.weight
-        if isinstance(head, DTensor):
-            loss = F.cross_entropy(self.head(h), labels, reduction="none")
-            return (loss if weights is None else loss * weights).sum()
-        return linear_cross_entropy(self.language_model.model.norm(h), head, labels, weights)
+        """One pack -> the SUM of the cross-entropy of its supervised tokens, an fp32 scalar.
+
+        tokens (T,) int64; tiles (N, 3, s, s) uint8, N may be 0; the others as in
+        LanguageModel.loss. ValueError if <IMG_CONTEXT> tokens and tiles disagree.
+        """
+        h = self.noisy(self.embed(tokens, tiles))
+        return self.language_model.loss(h, labels, positions, cu_seqlens, weights)
 
     def logits(self, tokens, positions, cu_seqlens, tiles=None):
         """fp32 logits (T, V) of every position; arguments as in forward."""
-        return self.head(self.hidden(self.embed(tokens, tiles), positions, packed(cu_seqlens)))
+        h = self.embed(tokens, tiles)
+        h = self.language_model.hidden(h, positions, packed(cu_seqlens))
+        return self.language_model.head(h)
 
-def packed(cu_seqlens):
-    """The attention of a pack: causal inside each document."""
-    cu_seqlens = cu_seqlens.cpu()
-    max_seqlen = int(cu_seqlens.diff().max())
-    return lambda q, k, v: attention(q, k, v, cu_seqlens, max_seqlen, causal=True)
 
 def compile_blocks(model):
     """Compile every transformer block in place: names and checkpoints do not change."""
-    llm = model.language_model.model.layers
-    for block in (*llm, *(model.vision_model.encoder.layers if model.vision else ())):
-        block.compile(dynamic=True if block in llm[-1:] else None)  # it ends with other numbers of rows
+    blocks = list(model.language_model.model.layers)
+    vit_blocks = model.vision_model.encoder.layers if model.vision else []
+    for block in [*vit_blocks, *blocks[:-1]]:
+        block.compile()
+    for block in blocks[-1:]:
+        # this one returns another number of rows for each pack
+        block.compile(dynamic=True)
 
-# ---- FLOPs -----------------------------------------------------------------------------------------------------------
+
+# ---- random weights ------------------------------------------------------------------------------
+
+# matrices whose result is added to the residual stream, of the ViT and of the decoder
+VIT_RESIDUAL = ("attn.proj.weight", "mlp.fc2.weight")
+LLM_RESIDUAL = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
+
+
+@torch.no_grad()
+def init_weights(module, seed, std=0.02, layer_scale=1.0):
+    """Fill every parameter of a module.
+
+    Matrices are normal(0, std). Those that write to the residual stream are smaller by
+    sqrt(2 * layers) (Radford et al., 2019, section 2.3). Token tables are normal(0, width**-0.5),
+    biases 0, norms 1, layer scales as given. The numbers are drawn on the CPU, parameter by
+    parameter: they depend neither on the device nor on the number of ranks.
+    """
+    vit_layers = sum(isinstance(m, VisionBlock) for m in module.modules())
+    llm_layers = sum(isinstance(m, Block) for m in module.modules())
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in module.named_parameters():
+        if name.endswith(("ls1", "ls2")):
+            p.fill_(layer_scale)
+        elif p.dim() == 1:
+            p.fill_(0.0 if name.endswith("bias") else 1.0)
+        else:
+            scale = std
+            if name.endswith("embed_tokens.weight"):
+                scale = p.shape[1] ** -0.5
+            elif name.endswith(VIT_RESIDUAL):
+                scale = std / (2 * max(1, vit_layers)) ** 0.5
+            elif name.endswith(LLM_RESIDUAL):
+                scale = std / (2 * max(1, llm_layers)) ** 0.5
+            whole = torch.empty(p.shape, dtype=torch.float32).normal_(0, scale, generator=generator)
+            local, rows = kept_rows(p)
+            local.copy_(whole[rows])
+
+
+def kept_rows(p):
+    """What this rank keeps of a parameter -> (its tensor, a slice: these rows of the whole).
+
+    That is everything, unless FSDP has sharded the parameter. FSDP cuts the rows into equal
+    pieces, rounded up, one after the other; so the last ranks may have less, or nothing.
+    """
+    if not isinstance(p, DTensor):
+        return p, slice(0, len(p))
+    local = p.to_local()
+    rows_per_rank = math.ceil(len(p) / p.device_mesh.size())
+    first = min(len(p), rows_per_rank * p.device_mesh.get_local_rank())
+    return local, slice(first, first + len(local))
+
+
+# ---- FLOPs ---------------------------------------------------------------------------------------
 
 def train_flops(vision, llm, n_tiles, lengths, n_supervised, train=(True, True, True)):
-    """Strict FLOPs of the forward and backward pass of packed documents, an int: the numerator of MFU.
-    lengths: tokens of each document; n_supervised: rows through the head; train: (vision, projector, llm) trainable.
-    Counted: matmuls at 2 per weight and row forward, the same again for each gradient that is needed (input, weight),
-    attention over visible pairs only (forward 4*D per head and pair, backward twice that). Not counted: lookups,
-    norms, recomputation, padding, what the last block skips. vision=None for a text-only model."""
-    flops, (train_vit, train_mlp1, train_llm), backward = 0, train, any(train)
-    if vision:
-        C, L, rows = vision.dim, vision.n_patches + 1, n_tiles * vision.tokens_per_tile
-        block = 2 * L * (4 * C * C + 2 * C * vision.ffn_dim) + 4 * L * L * C
-        patches = 2 * 3 * vision.patch_size ** 2 * C * vision.n_patches
-        flops += n_tiles * (vision.n_layers * block * (1 + 2 * train_vit) + patches * (1 + train_vit))
-        flops += 2 * rows * vision.downsample ** 2 * C * llm.dim * (1 + train_vit + train_mlp1)
-        flops += 2 * rows * llm.dim ** 2 * (1 + (train_vit or train_mlp1) + train_mlp1)
-    weights = llm.n_layers * (2 * llm.dim * llm.head_dim * (llm.n_heads + llm.n_kv_heads) + 3 * llm.dim * llm.ffn_dim)
-    tail = bool(llm.n_layers) * llm.dim * (llm.n_heads * llm.head_dim + 3 * llm.ffn_dim)    # only for supervised rows
-    matmuls = 2 * (weights * sum(lengths) + (tail + llm.dim * llm.vocab_size) * n_supervised - tail * sum(lengths))
-    attn = llm.n_layers * 4 * llm.n_heads * llm.head_dim * sum(n * (n + 1) // 2 for n in lengths)
-    return flops + matmuls * (1 + backward + train_llm) + attn * (1 + 2 * backward)
+    """Strict FLOPs of a forward and backward pass over packed documents, an int: MFU's numerator.
+
+    lengths: tokens of each document; n_supervised: rows through the head; train: whether ViT,
+    projector and LLM train. Counted: matmuls at 2 per weight and row forward, the same again for
+    each gradient that is needed (of the input, of the weight), attention over visible pairs only
+    (forward 4 * D per head and pair, backward twice that). Not counted: lookups, norms,
+    recomputation, padding, what the last block skips.
+    """
+    train_vit, train_projector, train_llm = train
+    if vision is None:
+        return llm_flops(llm, lengths, n_supervised, any(train), train_llm)
+    return (vit_flops(vision, n_tiles, train_vit)
+            + projector_flops(vision, llm.dim, n_tiles, train_vit, train_projector)
+            + llm_flops(llm, lengths, n_supervised, any(train), train_llm))
+
+
+def vit_flops(vision, n_tiles, train_vit):
+    """FLOPs of the ViT: the patch embedding has a gradient of its weight, pixels have none."""
+    C = vision.dim
+    L = vision.n_patches + 1
+    block_weights = 4 * C * C + 2 * C * vision.ffn_dim  # qkv and proj, fc1 and fc2
+    block = 2 * L * block_weights + 4 * L * L * C  # of one tile, attention last
+    patch_weights = 3 * vision.patch_size**2 * C
+    patch_embedding = 2 * patch_weights * vision.n_patches
+    flops = vision.n_layers * block + patch_embedding  # forward
+    if train_vit:
+        flops += 2 * vision.n_layers * block + patch_embedding
+    return n_tiles * flops
+
+
+def projector_flops(vision, llm_dim, n_tiles, train_vit, train_projector):
+    """FLOPs of the projector's two matrices; the ViT's gradient goes back through both."""
+    rows = n_tiles * vision.tokens_per_tile
+    first = 2 * rows * vision.dim * vision.downsample**2 * llm_dim
+    second = 2 * rows * llm_dim * llm_dim
+    flops = first + second  # forward
+    if train_projector:
+        flops += first + second  # gradients of the weights
+    if train_vit or train_projector:
+        flops += second  # gradient of the input of the second
+    if train_vit:
+        flops += first  # gradient of the input of the first
+    return flops
+
+
+def llm_flops(llm, lengths, n_supervised, backward, train_llm):
+    """FLOPs of the decoder and the head. backward: whether any part trains."""
+    tokens = sum(lengths)
+    q_and_o = 2 * llm.dim * llm.n_heads * llm.head_dim
+    k_and_v = 2 * llm.dim * llm.n_kv_heads * llm.head_dim
+    mlp = 3 * llm.dim * llm.ffn_dim
+    block = q_and_o + k_and_v + mlp  # weights
+    matmuls = 2 * llm.n_layers * block * tokens + 2 * llm.dim * llm.vocab_size * n_supervised
+    if llm.n_layers:  # o_proj and MLP of the last block, for supervised rows only
+        matmuls -= 2 * (q_and_o // 2 + mlp) * (tokens - n_supervised)
+
+    pairs = sum(n * (n + 1) // 2 for n in lengths)  # causal: a token sees itself and those before
+    attention_scores = llm.n_layers * 4 * llm.n_heads * llm.head_dim * pairs
+
+    flops = matmuls + attention_scores  # forward
+    if backward:
+        flops += matmuls + 2 * attention_scores  # gradients of inputs
+    if train_llm:
+        flops += matmuls  # gradients of weights
+    return flops

@@ -18,9 +18,10 @@ import torch
 from tqdm import tqdm
 
 from configurator import configure, resolved, run_script, setting
-from data import held_out, make_loader, model_inputs, stage_packs
+from data import held_out, make_loader, model_inputs, stage_dataset
 from inputs.tokenizer import Tokenizer
 from model import LLMConfig, compile_blocks, train_flops
+from model_config import config_json
 from training import checkpoint, distributed, metrics, optim, run_folder
 from training.dry_run import print_plan
 from vision import VisionConfig
@@ -215,13 +216,14 @@ def train_stage(run, name, stage, later_steps):
     accum, run.planned_world = run_folder.micro_batches(run, name)
     tokenizer_dir = folder or cfg.tokenizer
     tokenizer = Tokenizer(tokenizer_dir)
-    model, extra, table = start_model(cfg, run.origins, folder, tokenizer)  # no weights as yet
+    model, source = start_model(cfg, run.origins, folder, tokenizer)  # no weights as yet
     vision, llm = model.vision, model.llm
-    cfg.template = cfg.template or extra.get("template", "sailvl-chat")
-    packs = stage_packs(cfg, stage, tokenizer, vision, accum * dist.world)
+    cfg.template = cfg.template or source.config.get("template", "sailvl-chat")
+    dataset = stage_dataset(cfg, stage, tokenizer, vision, accum * dist.world)
+    packs = dataset.packs
     val = None
     if cfg.val_data:
-        val = stage_packs(cfg, stage, tokenizer, vision, 1, cfg.val_data)
+        val = stage_dataset(cfg, stage, tokenizer, vision, 1, cfg.val_data)
         next(held_out(val, 1, dist))  # if these data are bad, fail now and not at step val_every
 
     # ---- what trains, on which device, with which weights ----
@@ -234,23 +236,23 @@ def train_stage(run, name, stage, later_steps):
         compile_blocks(model)
     distributed.checkpoint_activations(model, cfg.activation_checkpointing)
     model = distributed.parallelize(model, cfg.parallel, dtype, dist).train()
-    start_weights(distributed.unwrap(model), table, cfg)  # each rank reads only what it keeps
+    # Each rank reads only what it keeps.
+    start_weights(distributed.unwrap(model), source, cfg.seed)
     optimizer = optim.make_optimizer(model, stage, cfg)
     optim.make_moments(optimizer)
 
     # ---- start, or resume from a checkpoint of this stage ----
-    fresh = checkpoint.Progress(name, packs.fingerprint, packs.packs_per_step, run.planned_world)
+    fresh = checkpoint.Progress(name, packs.fingerprint, packs.settings.packs_per_step, run.planned_world)
     progress = run_folder.resume(run.checkpoint, fresh, steps, model, optimizer)
     run_folder.check_disk(cfg, name, steps - progress.step, model)
     if dist.is_main:
         checkpoint.set_aside(run.out, first_step + progress.step)
         run_folder.write_run_config(run.out, run.values, run.origins, progress.world)
         if progress.step == 0:
-            unreadable = [bad for source in packs.sources for bad in source.meta["bad"]]
-            metrics.log_bad(run.out, unreadable)
+            metrics.log_bad(run.out, packs.unreadable())
         optim.print_stage_table(name, model, stage)
         print_data(packs, progress)
-    batches = iter(make_loader(packs, dist.rank, dist.world, cfg.num_workers,
+    batches = iter(make_loader(dataset, dist.rank, dist.world, cfg.num_workers,
                                progress.position, progress.counts))
     peak = metrics.peak_flops(dist.device)  # of one GPU; None on a CPU
     bar = tqdm(total=steps, initial=progress.step, desc=name,
@@ -357,9 +359,11 @@ def train_stage(run, name, stage, later_steps):
     bar.close()
     weights = distributed.full_state(model)
     if dist.is_main:
-        extra |= {"min_dynamic_patch": cfg.min_tiles, "max_dynamic_patch": cfg.max_tiles,
-                  "use_thumbnail": cfg.thumbnail}
-        save_folder(weights, vision, llm, run.out / name, tokenizer_dir, cfg.template, extra=extra)
+        extra = source.config | {"min_dynamic_patch": cfg.min_tiles,
+                                 "max_dynamic_patch": cfg.max_tiles,
+                                 "use_thumbnail": cfg.thumbnail}
+        config = config_json(vision, llm, template=cfg.template, extra=extra)
+        save_folder(weights, config, run.out / name, tokenizer_dir)
     distributed.barrier()
     distributed.say(dist, f"{name}: model folder {run.out / name}")
     return False

@@ -1,19 +1,21 @@
-"""Vision: image bytes -> tiles -> ViT -> pixel shuffle -> projector.
+"""Vision: tiles -> ViT -> pixel shuffle -> projector -> visual tokens.
 
-Shape letters: N tiles (thumbnail included), s tile side in pixels, P patches per tile, C width, H heads, D head dim,
-L = 1 + P: the class token and the patches.
-Sources: InternVL's modeling_intern_vit.py, modeling_internvl_chat.py and dynamic_preprocess (OpenGVLab/InternVL).
+Shape letters: N tiles (thumbnail included), s tile side in pixels, P patches per tile, C width,
+H heads, D head dim, f the downsample factor, L = 1 + P: the class token and the patches.
+Sources: InternVL's modeling_intern_vit.py and modeling_internvl_chat.py (OpenGVLab/InternVL).
+The ModuleDicts give parameters the names that released checkpoints have.
 """
 import math
+from dataclasses import dataclass
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from dataclasses import dataclass
 
 from configurator import setting
 from kernels.attention import attention
 
-# ---- the ViT and the projector ---------------------------------------------------------------------------------------
+
 @dataclass(slots=True)
 class VisionConfig:
     image_size: int = setting(448, at_least=1)  # side of a tile in pixels
@@ -24,96 +26,179 @@ class VisionConfig:
     ffn_dim: int = 4096
     norm_eps: float = 1e-6
     qkv_bias: bool = True
-    init_values: float = 1.0            # layer scale of a fresh model (InternVL: initializer_factor)
-    downsample: int = setting(2, at_least=1)  # pixel shuffle: this many patches per side become one visual token
-    PRESETS = {"internvit-300m": {}, "toy": dict(image_size=84, dim=192, n_layers=3, n_heads=6, ffn_dim=768)}
+    init_values: float = 1.0  # layer scale of a fresh model (InternVL: initializer_factor)
+    # pixel shuffle: this many patches per side become one visual token
+    downsample: int = setting(2, at_least=1)
+    PRESETS = {
+        "internvit-300m": {},
+        "toy": dict(image_size=84, dim=192, n_layers=3, n_heads=6, ffn_dim=768),
+    }
 
-    n_patches = property(lambda self: (self.image_size // self.patch_size) ** 2)                # P
-    tokens_per_tile = property(lambda self: self.n_patches // self.downsample ** 2)
+    @property
+    def n_patches(self):
+        """P, of a whole tile."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def tokens_per_tile(self):
+        """Visual tokens that one tile becomes."""
+        return self.n_patches // self.downsample**2
+
 
 def working_dtype(x):
-    """The dtype matmuls on x run in: autocast's where it is on. Norms hand it out, so that nothing is cast twice."""
+    """The dtype in which matmuls on x run: autocast's where it is on, else x's own.
+
+    The norms compute in fp32 and return this dtype. Under autocast, an fp32 result would be cast
+    again by each matmul that reads it.
+    """
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
 
 class LayerNorm(nn.LayerNorm):
     def forward(self, x):
-        """In fp32 whatever comes in, out in the dtype of the matmul that follows."""
-        y = F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+        """Compute in fp32, return the dtype of the matmul that follows."""
+        weight = self.weight.float()
+        bias = self.bias.float()
+        y = F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
         return y.to(working_dtype(x))
 
+
+# ---- the ViT -------------------------------------------------------------------------------------
+
 class VisionEmbeddings(nn.Module):
+    """Patches to vectors: one convolution, a class token in front, learned positions."""
+
     def __init__(self, cfg):
         super().__init__()
         self.class_embedding = nn.Parameter(torch.empty(1, 1, cfg.dim))
         self.patch_embedding = nn.Conv2d(3, cfg.dim, cfg.patch_size, cfg.patch_size)
         self.position_embedding = nn.Parameter(torch.empty(1, 1 + cfg.n_patches, cfg.dim))
 
-    def forward(self, tiles):                                               # (N, 3, s, s)
-        x, table = self.patch_embedding(tiles), self.position_embedding     # (N, C, rows, columns), (1, 1 + P, C)
-        side, grid = math.isqrt(table.shape[1] - 1), x.shape[2:]
-        if grid != (side, side):                             # tiles of another size than it was trained on
-            places = table[:, 1:].float().view(1, side, side, -1).permute(0, 3, 1, 2)           # (1, C, side, side)
-            places = F.interpolate(places, size=grid, mode="bicubic", align_corners=False)
-            table = torch.cat([table[:, :1], places.flatten(2).transpose(1, 2).to(table.dtype)], 1)
-        first = (self.class_embedding + table[:, :1]).expand(len(x), -1, -1)                    # (N, 1, C)
-        return torch.cat([first, x.flatten(2).transpose(1, 2) + table[:, 1:]], 1)               # (N, L, C)
+    def forward(self, tiles):
+        """tiles (N, 3, s, s) -> (N, L, C)."""
+        x = self.patch_embedding(tiles)  # (N, C, rows, columns)
+        positions = self.positions(x.shape[2:])  # (1, L, C)
+        patches = x.flatten(2).transpose(1, 2) + positions[:, 1:]  # (N, P, C)
+        class_token = (self.class_embedding + positions[:, :1]).expand(len(x), -1, -1)  # (N, 1, C)
+        return torch.cat([class_token, patches], 1)
+
+    def positions(self, grid):
+        """Position embeddings (1, L, C) for a grid of (rows, columns) patches.
+
+        Tiles of another size than the ViT was trained on get interpolated ones.
+        """
+        table = self.position_embedding
+        side = math.isqrt(table.shape[1] - 1)
+        if grid == (side, side):
+            return table
+        trained = table[:, 1:].float().view(1, side, side, -1).permute(0, 3, 1, 2)  # (1, C, ., .)
+        resized = F.interpolate(trained, size=grid, mode="bicubic", align_corners=False)
+        resized = resized.flatten(2).transpose(1, 2).to(table.dtype)  # (1, P, C)
+        return torch.cat([table[:, :1], resized], 1)
+
 
 class VisionBlock(nn.Module):
+    """Pre-norm attention and MLP, each scaled per channel (layer scale, arXiv 2103.17239)."""
+
     def __init__(self, cfg):
         super().__init__()
+        C = cfg.dim
         self.n_heads = cfg.n_heads
-        self.attn = nn.ModuleDict(dict(qkv=nn.Linear(cfg.dim, 3 * cfg.dim, bias=cfg.qkv_bias),
-                                       proj=nn.Linear(cfg.dim, cfg.dim)))
-        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(cfg.dim, cfg.ffn_dim), fc2=nn.Linear(cfg.ffn_dim, cfg.dim)))
-        self.norm1, self.norm2 = LayerNorm(cfg.dim, eps=cfg.norm_eps), LayerNorm(cfg.dim, eps=cfg.norm_eps)
-        self.ls1, self.ls2 = nn.Parameter(torch.empty(cfg.dim)), nn.Parameter(torch.empty(cfg.dim))
+        self.attn = nn.ModuleDict({
+            "qkv": nn.Linear(C, 3 * C, bias=cfg.qkv_bias),
+            "proj": nn.Linear(C, C),
+        })
+        self.mlp = nn.ModuleDict({
+            "fc1": nn.Linear(C, cfg.ffn_dim),
+            "fc2": nn.Linear(cfg.ffn_dim, C),
+        })
+        self.norm1 = LayerNorm(C, eps=cfg.norm_eps)
+        self.norm2 = LayerNorm(C, eps=cfg.norm_eps)
+        self.ls1 = nn.Parameter(torch.empty(C))
+        self.ls2 = nn.Parameter(torch.empty(C))
 
-    def forward(self, x, cu_seqlens, drop):                                 # (N, L, C)
+    def forward(self, x, cu_seqlens, drop_rate):
+        """x (N, L, C) -> (N, L, C). cu_seqlens (N+1,): every tile is a document of its own."""
         N, L, C = x.shape
-        qkv = self.attn.qkv(self.norm1(x)).view(N * L, 3, self.n_heads, C // self.n_heads)      # (N*L, 3, H, D)
-        seen = attention(*qkv.unbind(1), cu_seqlens, L, causal=False).reshape(N, L, C)
-        x = x + drop_path(self.attn.proj(seen) * self.ls1, drop)
-        return x + drop_path(self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x)))) * self.ls2, drop)
+        qkv = self.attn.qkv(self.norm1(x))
+        q, k, v = qkv.view(N * L, 3, self.n_heads, C // self.n_heads).unbind(1)  # (N*L, H, D) each
+        attention_out = attention(q, k, v, cu_seqlens, L, causal=False).reshape(N, L, C)
+        x = x + drop_path(self.attn.proj(attention_out) * self.ls1, drop_rate)
+
+        hidden = F.gelu(self.mlp.fc1(self.norm2(x)))
+        return x + drop_path(self.mlp.fc2(hidden) * self.ls2, drop_rate)
+
 
 def drop_path(x, rate):
-    """Stochastic depth (arXiv 1603.09382): drop a tile's residual branch with probability `rate`, scale the others."""
-    if rate == 0.0: return x
+    """Stochastic depth (arXiv 1603.09382) on a residual branch x (N, L, C).
+
+    The branch of a tile becomes 0 with probability `rate`; the others are scaled up for it.
+    """
+    if rate == 0.0:
+        return x
     keep = torch.rand(x.shape[0], 1, 1, device=x.device) >= rate
     return x * (keep / (1 - rate)).to(x.dtype)
 
+
 class ViT(nn.Module):
-    """InternViT: class token, learned positions, pre-norm blocks with layer scale, no final norm."""
+    """InternViT: class token, learned positions, pre-norm blocks with layer scale, no final norm.
+
+    Raises ValueError for sizes that do not divide.
+    """
+
     def __init__(self, cfg):
         super().__init__()
         if cfg.dim % cfg.n_heads:
             raise ValueError(f"dim {cfg.dim} does not divide by n_heads {cfg.n_heads}")
         if cfg.image_size % (cfg.patch_size * cfg.downsample):
-            raise ValueError(f"image_size {cfg.image_size} does not divide by patch_size {cfg.patch_size} x downsample "
-                             f"{cfg.downsample}")
+            raise ValueError(f"image_size {cfg.image_size} does not divide by "
+                             f"patch_size {cfg.patch_size} x downsample {cfg.downsample}")
         self.embeddings = VisionEmbeddings(cfg)
-        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(VisionBlock(cfg) for _ in range(cfg.n_layers))})
-        self.drop_path = 0.0                        # rate of the last block; grows linearly from 0 over the depth
+        blocks = [VisionBlock(cfg) for _ in range(cfg.n_layers)]
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(blocks)})
+        self.drop_path = 0.0  # rate of the last block; it grows linearly from 0 over the depth
 
     def forward(self, tiles):
-        """Normalised tiles (N, 3, s, s) -> patch vectors (N, P, C) of the last block, without the class token."""
-        x = self.embeddings(tiles)
+        """Normalised tiles (N, 3, s, s) -> patch vectors (N, P, C), without the class token."""
+        x = self.embeddings(tiles)  # (N, L, C)
         cu_seqlens = x.shape[1] * torch.arange(len(x) + 1, dtype=torch.int32)
-        step = self.drop_path / max(1, len(self.encoder.layers) - 1) if self.training else 0.0
+        step = 0.0
+        if self.training:
+            step = self.drop_path / max(1, len(self.encoder.layers) - 1)
         for i, block in enumerate(self.encoder.layers):
             x = block(x, cu_seqlens, step * i)
         return x[:, 1:]
 
+
+# ---- from patches to visual tokens ---------------------------------------------------------------
+
 def pixel_shuffle(x, factor=2):
-    """(N, P, C) -> (N, P/f^2, f^2*C): each f x f square of patches becomes one token, channels in the order
-    (row offset, column offset, channel). InternVL's ps_version "v2"."""
+    """(N, P, C) -> (N, P/f^2, f^2*C): each f x f square of patches becomes one token.
+
+    Channels stand in the order (row offset, column offset, channel): InternVL's ps_version "v2".
+    """
     N, P, C = x.shape
-    side = math.isqrt(P) // factor                              # of the grid of visual tokens
-    x = x.reshape(N, side, factor, side, factor, C).permute(0, 1, 3, 2, 4, 5)
+    side = math.isqrt(P) // factor  # of the grid of visual tokens
+    x = x.reshape(N, side, factor, side, factor, C)
+    x = x.permute(0, 1, 3, 2, 4, 5)  # (N, side, side, f, f, C)
     return x.reshape(N, side * side, factor * factor * C)
 
+
 class Projector(nn.Sequential):
-    """InternVL's mlp1: LayerNorm, Linear, GELU, Linear; (N, P/f^2, f^2*C of the ViT) -> (N, P/f^2, C of the LLM)."""
+    """InternVL's mlp1: LayerNorm, Linear, GELU, Linear.
+
+    (N, P/f^2, f^2*C of the ViT) -> (N, P/f^2, C of the LLM). To try another one, change this class
+    alone; model.VLM asks no more of it than `Projector(cfg, llm_dim)` and these shapes.
+    """
+
     def __init__(self, cfg, llm_dim):
-        width = cfg.dim * cfg.downsample ** 2
-        super().__init__(LayerNorm(width, eps=1e-5), nn.Linear(width, llm_dim), nn.GELU(), nn.Linear(llm_dim, llm_dim))
+        width = cfg.dim * cfg.downsample**2
+        super().__init__(
+            LayerNorm(width, eps=1e-5),
+            nn.Linear(width, llm_dim),
+            nn.GELU(),
+            nn.Linear(llm_dim, llm_dim),
+        )

@@ -64,16 +64,17 @@ def packing_rows(cfg, device, name, T, N):
     fill: tokens over room. straggler_8ranks: FLOPs of a step's busiest rank over the mean of all,
     2B fine-tuning, mean over steps. plan_us_per_sample: CPU time, ours from the index on, that of
     the others from lengths on."""
-    packs = packing.Packs([length_file()], None, "", tile_size=448, tokens_per_tile=256,
-                          tokens_per_pack=T, tiles_per_pack=N, packs_per_step=8)
-    order = packing.permute(np.arange(packs.n), packs.n, packs.seed, 0)
+    settings = packing.PackSettings(tile_size=448, tokens_per_tile=256, tokens_per_pack=T,
+                                    tiles_per_pack=N, packs_per_step=8)
+    packs = packing.Packs([length_file()], settings)
+    order = packing.permute(np.arange(packs.n), packs.n, settings.seed, 0)
     _, tokens, tiles = packs.plan_samples(order)
     tokens = tokens.tolist()
     tiles = tiles.tolist()
 
     def ours():
         planned = []
-        for window in range(math.ceil(packs.n / packs.window)):
+        for window in range(math.ceil(packs.n / settings.window)):
             planned += packs.plan_window(0, window, len(planned) % 8)[0]
         return planned
 
@@ -207,9 +208,9 @@ def loader_rows(cfg, device, name, workers):
             Path(folder, f"{i:02d}.jpg").write_bytes(noise_photo(i))
             Path(folder, f"{i:02d}.txt").write_text("a photo of nothing in particular, " * 24)
         opened = sources.open_sources(folder, tokenizer, "sailvl-chat")
-        packs = packing.Packs(opened, tokenizer, "sailvl-chat", tile_size=448, tokens_per_tile=256,
-                              max_tiles=6)
-        batches = iter(data.make_loader(packs, num_workers=workers))
+        settings = packing.PackSettings(tile_size=448, tokens_per_tile=256, max_tiles=6)
+        dataset = data.PackedDataset(packing.Packs(opened, settings), tokenizer, "sailvl-chat")
+        batches = iter(data.make_loader(dataset, num_workers=workers))
         # what the workers fetch ahead does not count
         for _ in range(4 * workers + 1):
             next(batches)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from inputs import index
+from inputs import records
 from inputs.chat import IGNORE
 from model import VLM, LLMConfig
 from train import RunConfig, Stage
@@ -64,8 +64,8 @@ def length_file(n=60000):
     kind = rng.random(n)
     drawn = rng.choice(grids, n, p=(19 - grids) / sum(19 - grids))
     grid = np.where(kind < 0.12, 0, np.where(kind < 0.45, 1, drawn))
-    rows = np.zeros(n, index.ROW)
-    images = np.zeros(n, index.IMAGE)
+    rows = np.zeros(n, records.ROW)
+    images = np.zeros(n, records.IMAGE)
     rows["tokens"] = np.maximum(16, rng.lognormal(math.log(235) - 0.32, 0.8, n))
     rows["n_images"] = grid > 0
     rows["first_image"] = np.arange(n)

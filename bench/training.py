@@ -28,6 +28,7 @@ from bench.samples import (
 from inputs.chat import IGNORE
 from inputs.images import normalize
 from model import compile_blocks, train_flops
+from model_config import config_json
 from training import distributed, metrics
 from weights import save_folder
 
@@ -153,7 +154,7 @@ def export_for_transformers(state, vision, llm, dtype, device):
     folder = Path(tempfile.mkdtemp(dir=temporary_folder().name))
     ours = folder / "ours"
     theirs = folder / "theirs"
-    save_folder(state, vision, llm, ours, TOKENIZER_FOLDER, dtype=torch.float32)
+    save_folder(state, config_json(vision, llm, torch.float32), ours, TOKENIZER_FOLDER)
     export = [sys.executable, "convert.py", "export", ours, theirs, "--layout=transformers"]
     root = Path(__file__).resolve().parent.parent
     subprocess.run(export, cwd=root, check=True, capture_output=True)

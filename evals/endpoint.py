@@ -1,112 +1,220 @@
-"""A model behind any OpenAI-compatible endpoint, asked about text and pictures. Standard library only.
+"""A model behind an OpenAI-compatible endpoint, asked about text and pictures.
 
-For eval.py a judge of answers that no rule can read, for curate.py a captioner and a judge of captions. Replies are
-kept in a .jsonl, a line each, so that no question is asked twice and an interrupted run goes on.
-The key comes from the environment: JUDGE_API_KEY; else none is sent.
+For eval.py it is a judge of answers that no rule can read, for curate.py a captioner and a judge
+of captions. Replies are kept in a .jsonl, one a line, so that no question is asked twice and an
+interrupted run goes on. The key comes from the environment variable JUDGE_API_KEY; without it
+none is sent. Standard library only.
 """
-import base64, collections, contextlib, hashlib, http.client, itertools, json, os, threading, time
-import urllib.error, urllib.request
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import base64
+import collections
+import concurrent.futures
+import hashlib
+import http.client
+import itertools
+import json
+import os
+import threading
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
-ATTEMPTS = (0.0, 0.5, 1.0)          # temperatures, until a reply is valid (VLMEvalKit raises it by 0.5 each time too)
-TRIES, WAIT_S, TIMEOUT_S = 6, 1.0, 120     # of a request that fails; seconds before the second try, then doubled
-REFUSED = (400, 413, 415, 422)      # HTTP: nothing is wrong but this picture or its size
-IMAGE_TYPES = {b"\xff\xd8": "jpeg", b"\x89P": "png", b"RI": "webp", b"GI": "gif", b"BM": "bmp"}    # by the first two bytes
+from inputs.files import read_jsonl
+
+# Temperatures that are tried until a reply is valid. VLMEvalKit raises it by 0.5 each time too.
+ATTEMPTS = (0.0, 0.5, 1.0)
+# Of a request that fails; the wait before the second try doubles with each further one.
+TRIES = 6
+WAIT_S = 1.0
+TIMEOUT_S = 120
+# HTTP statuses: nothing is wrong but this picture or its size.
+REFUSED = (400, 413, 415, 422)
+# HTTP statuses below 500 after which it helps to ask again.
+ASK_AGAIN = (408, 409, 429)
+# Type of a picture file by its first two bytes.
+IMAGE_TYPES = {
+    b"\xff\xd8": "jpeg", b"\x89P": "png", b"RI": "webp", b"GI": "gif", b"BM": "bmp"}
+
+HOW_TO_ASK = ("give http://.../v1 and a model: --judge and --judge_model=NAME; curate.py: "
+              "--endpoint and --endpoint_model=NAME")
+
 
 class Replies:
-    """Replies by key in an append-only .jsonl: {"reply", "finish", "usage", ...}. A torn line is passed over."""
+    """Replies by key in an append-only .jsonl: {"reply", "finish", "usage", ...}."""
+
     def __init__(self, path):
-        self.path, self.known, self.lock = Path(path), {}, threading.Lock()
-        for line in self.path.read_bytes().splitlines() if self.path.exists() else ():
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                entry = json.loads(line)
-                self.known[entry["key"]] = {"finish": None, "usage": {}, "reply": entry["reply"], **entry}
+        self.path = Path(path)
+        self.known = {}
+        self.lock = threading.Lock()
+        for entry in read_jsonl(self.path):
+            if "key" in entry and "reply" in entry:
+                self.known[entry["key"]] = {"finish": None, "usage": {}, **entry}
 
     def add(self, key, **entry):
-        """Write one reply down, then believe it."""
-        line = "\n" + json.dumps(entry := {"key": key, **entry})       # the newline first: it ends a torn line
-        with self.lock, open(self.path, "a", encoding="utf-8") as f: f.write(line)
+        """Write one reply down; returns its entry."""
+        entry = {"key": key, **entry}
+        # The newline comes first: it ends a line that a killed run left torn.
+        line = "\n" + json.dumps(entry)
+        with self.lock, open(self.path, "a", encoding="utf-8") as f:
+            f.write(line)
         self.known[key] = entry
         return entry
+
 
 def reply_key(model, prompt, temperature, images=()):
     """The key of a reply: who was asked, what, about which pictures (bytes)."""
     pictures = [hashlib.sha256(image).hexdigest() for image in images]
-    return hashlib.sha256(json.dumps([model, prompt, temperature, *pictures]).encode()).hexdigest()
+    text = json.dumps([model, prompt, temperature, *pictures])
+    return hashlib.sha256(text.encode()).hexdigest()
+
 
 class ChatClient:
-    """url: of the API, such as http://127.0.0.1:8000/v1, or several that serve the same model, separated by commas;
-    model: its name there; cache: path of the .jsonl; threads: requests at a time; max_tokens: longest reply."""
+    """Asks the model `model` at `url`, such as http://127.0.0.1:8000/v1.
+
+    url: also several addresses that serve the same model, separated by commas. cache: path of the
+    .jsonl. threads: requests at a time. max_tokens: of the longest reply.
+    """
+
     def __init__(self, url, model, cache, threads=8, max_tokens=128):
-        self.urls = [part.strip() for part in url.split(",") if part.strip()]
-        if not self.urls or not model or not all(u.startswith(("http://", "https://")) for u in self.urls):
-            raise ValueError("give http://.../v1 and a model: --judge and --judge_model=NAME; curate.py: --endpoint...")
-        self.urls = [u.rstrip("/").removesuffix("/chat/completions") + "/chat/completions" for u in self.urls]
-        self.model, self.threads, self.max_tokens, self.turn = model, threads, max_tokens, itertools.count()
-        self.replies, self.counts = Replies(cache), collections.Counter()   # counts: calls, retries
+        self.urls = [chat_address(part.strip()) for part in url.split(",") if part.strip()]
+        if not self.urls or not model:
+            raise ValueError(HOW_TO_ASK)
+        self.model = model
+        self.threads = threads
+        self.max_tokens = max_tokens
+        self.replies = Replies(cache)
+        # How many calls and retries there were.
+        self.counts = collections.Counter()
+        self._next_url = itertools.cycle(self.urls)
 
     def request(self, prompt, temperature, images):
-        """The HTTP request of one call; each goes to the next endpoint."""
-        content = [{"type": "text", "text": prompt}]
-        for image in images:
-            uri = f"data:image/{IMAGE_TYPES.get(image[:2], 'jpeg')};base64,{base64.b64encode(image).decode()}"
-            content.insert(-1, {"type": "image_url", "image_url": {"url": uri}})
-        body = {"model": self.model, "messages": [{"role": "user", "content": content if images else prompt}],
-                "temperature": temperature, "max_tokens": self.max_tokens}
+        """The HTTP request of one call. Each goes to the next endpoint."""
+        content = prompt
+        if images:
+            content = [*map(image_part, images), {"type": "text", "text": prompt}]
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": content}],
+            "temperature": temperature,
+            "max_tokens": self.max_tokens,
+        }
+        headers = {"Content-Type": "application/json"}
         secret = os.environ.get("JUDGE_API_KEY")
-        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {secret}"} if secret else {})}
-        return urllib.request.Request(self.urls[next(self.turn) % len(self.urls)], json.dumps(body).encode(), headers)
+        if secret:
+            headers["Authorization"] = f"Bearer {secret}"
+        url = next(self._next_url)
+        return urllib.request.Request(url, json.dumps(body).encode(), headers)
 
     def entry(self, prompt, temperature, images=()):
-        """One reply from the log or an endpoint, {"reply", "finish", "usage"}; finish is "http_400" or the like where a
-        picture was refused. ValueError when the endpoint refuses everything or stays away."""
+        """One reply from the log or an endpoint: {"reply", "finish", "usage"}.
+
+        finish is "http_400" or the like where a picture was refused. Raises ValueError when the
+        endpoint refuses everything or stays away.
+        """
         key = reply_key(self.model, prompt, temperature, images)
-        if key in self.replies.known: return self.replies.known[key]
+        if key in self.replies.known:
+            return self.replies.known[key]
         for attempt in range(TRIES):
-            call, last = self.request(prompt, temperature, images), attempt == TRIES - 1
-            with self.replies.lock: self.counts["calls"] += 1
+            call = self.request(prompt, temperature, images)
+            may_retry = attempt < TRIES - 1
+            self._count("calls")
             try:
-                with urllib.request.urlopen(call, timeout=TIMEOUT_S) as answer:
-                    whole = json.load(answer)
-                    choice, usage = whole["choices"][0], whole.get("usage") or {}
-                    text, finish = "" + (choice["message"]["content"] or ""), choice.get("finish_reason")
+                reply = send(call)
                 break
             except urllib.error.HTTPError as e:
-                problem = f"HTTP {e.code} {e.reason}" + "; set JUDGE_API_KEY=..." * (e.code in (401, 403))
-                if images and e.code in REFUSED: return {"reply": "", "finish": f"http_{e.code}", "usage": {}}
-                last = last or e.code < 500 and e.code not in (408, 409, 429)      # asking again does not help
-            except (OSError, ValueError, LookupError, TypeError, AttributeError, http.client.HTTPException) as e:
+                if images and e.code in REFUSED:
+                    return {"reply": "", "finish": f"http_{e.code}", "usage": {}}
+                problem = f"HTTP {e.code} {e.reason}"
+                if e.code in (401, 403):
+                    problem += "; set JUDGE_API_KEY=..."
+                if e.code < 500 and e.code not in ASK_AGAIN:
+                    may_retry = False
+            except (OSError, ValueError, LookupError, TypeError, AttributeError,
+                    http.client.HTTPException) as e:
+                # No connection, or a reply that is no JSON of the right form.
                 problem = f"{type(e).__name__}: {e}"
-            if last: raise ValueError(f"judge {call.full_url}: {problem}; replies so far are kept, run again to go on")
-            with self.replies.lock: self.counts["retries"] += 1
-            time.sleep(WAIT_S * 2 ** attempt)
-        shown = {} if images else {"prompt": prompt}                   # about pictures, prompts are files
-        return self.replies.add(key, model=self.model, reply=text, finish=finish,
-                                usage={k: v for k, v in usage.items() if isinstance(v, int)}, **shown)
+            if not may_retry:
+                raise ValueError(f"judge {call.full_url}: {problem}; replies so far are kept, "
+                                 "run again to go on")
+            self._count("retries")
+            time.sleep(WAIT_S * 2**attempt)
+        # Without pictures prompts differ, and the log is easier to read with them. With pictures
+        # they are files.
+        shown = {} if images else {"prompt": prompt}
+        return self.replies.add(key, model=self.model, **reply, **shown)
 
-    def first_valid(self, prompt, good, images=()):
-        """The first reply that good(text) accepts, the temperature rising; None where there was none."""
+    def _count(self, name):
+        with self.replies.lock:
+            self.counts[name] += 1
+
+    def first_valid(self, prompt, is_valid, images=()):
+        """The first entry whose reply is valid, while the temperature rises; None without one.
+
+        It is also the entry of a picture that is refused.
+        """
         for temperature in ATTEMPTS:
             entry = self.entry(prompt, temperature, images)
-            if good(entry["reply"]) or str(entry["finish"]).startswith("http_"): return entry
+            refused = str(entry["finish"]).startswith("http_")
+            if refused or is_valid(entry["reply"]):
+                return entry
+        return None
 
     def each(self, jobs):
-        """[(prompt, test of the reply, pictures), ...] -> yield (number, entry or None), each as soon as it is there.
-        ValueError as in `entry`."""
+        """Yield (number of the job, entry or None), each as soon as it is there.
+
+        jobs: [(prompt, test of the reply, pictures), ...]. Raises ValueError as `entry` does.
+        """
         self.replies.path.parent.mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(self.threads) as pool:
-            waiting = {pool.submit(self.first_valid, *job): number for number, job in enumerate(jobs)}
+        with concurrent.futures.ThreadPoolExecutor(self.threads) as pool:
+            waiting = {}
+            for number, job in enumerate(jobs):
+                waiting[pool.submit(self.first_valid, *job)] = number
             try:
-                for job in as_completed(waiting): yield waiting[job], job.result()
+                for job in concurrent.futures.as_completed(waiting):
+                    yield waiting[job], job.result()
             finally:
-                pool.shutdown(cancel_futures=True)                         # after an error nothing more is asked
+                # After an error nothing more is asked.
+                pool.shutdown(cancel_futures=True)
 
-    def ask(self, prompts, valid):
-        """Prompts and, for each, a test of the reply -> the first valid reply of each, "" where there was none."""
-        found = dict(self.each([*zip(prompts, valid)]))
-        return [found[i]["reply"] if found[i] else "" for i in range(len(prompts))]
+    def ask(self, prompts, tests):
+        """Prompts and a test of the reply for each -> the first valid replies, "" for none."""
+        jobs = list(zip(prompts, tests, strict=True))
+        found = dict(self.each(jobs))
+        return [found[i]["reply"] if found[i] else "" for i in range(len(jobs))]
 
-def connect(url, model, cache):
+
+def chat_address(url):
+    """The address of chat completions at an endpoint."""
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(HOW_TO_ASK)
+    return url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+
+
+def image_part(image):
+    """The bytes of a picture file -> its part of a message."""
+    kind = IMAGE_TYPES.get(image[:2], "jpeg")
+    uri = f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
+    return {"type": "image_url", "image_url": {"url": uri}}
+
+
+def send(call):
+    """Make an HTTP request -> {"reply", "finish", "usage"}.
+
+    Raises OSError or HTTPException if there is no answer; ValueError, LookupError, TypeError or
+    AttributeError if it is none of a chat endpoint.
+    """
+    with urllib.request.urlopen(call, timeout=TIMEOUT_S) as answer:
+        whole = json.load(answer)
+    choice = whole["choices"][0]
+    # Adding text refuses what is none.
+    reply = "" + (choice["message"]["content"] or "")
+    usage = whole.get("usage") or {}
+    counts = {name: n for name, n in usage.items() if isinstance(n, int)}
+    return {"reply": reply, "finish": choice.get("finish_reason"), "usage": counts}
+
+
+def connect_judge(url, model, cache):
     """`ask` of that judge; None if there is neither url nor model."""
-    return ChatClient(url, model, cache).ask if url or model else None
+    if not url and not model:
+        return None
+    return ChatClient(url, model, cache).ask

@@ -1,281 +1,337 @@
-"""The order of the samples and the packs they go into, planned from lengths alone."""
-import bisect
+"""The order of the samples and the packs they go into, planned from lengths alone.
+
+Shapes: n samples; T tokens and N tiles are the two budgets of a pack.
+"""
 import collections
 import contextlib
 import gc
 import itertools
+from dataclasses import dataclass, field
+
 import numpy as np
-import torch
-from dataclasses import dataclass
-from dataclasses import field
 
-from inputs.chat import IGNORE, cell_words, render
 from inputs.files import json_hash
-from inputs.images import GRAY, count_tiles, load_image, make_tiles
-from inputs.index import UNREADABLE
+from inputs.fill import fill_packs
+from inputs.images import count_tiles
 
-# ---- order --------------------------------------------------------------------------------------------------------
+# Relative FLOPs of a pack: each token 1, each tile TILE_COST, and of each document its tokens**2
+# over PAIR_COST. From train_flops of the 2B model in fine-tuning.
+TILE_COST = 276
+PAIR_COST = 2 ** 15
+# What stands for the tokens of a sample that goes into no pack, and why it does not.
+UNREADABLE_ROW = -1
+TOO_LONG = -2
+REASON = {UNREADABLE_ROW: "unreadable", TOO_LONG: "too_long"}
+
+
+@dataclass(frozen=True)
+class PackSettings:
+    """What decides, beside the sources, which samples and tiles go into which pack."""
+
+    tile_size: int               # pixels of a tile's side
+    tokens_per_tile: int         # visual tokens of a tile
+    min_tiles: int = 1           # limits of a picture's grid
+    max_tiles: int = 12
+    thumbnail: bool = True       # add the whole picture as one more tile
+    tokens_per_pack: int = 8192  # the two budgets
+    tiles_per_pack: int = 48
+    seed: int = 0
+    packs_per_step: int = 1      # micro-batches of all ranks in one optimizer step
+    window: int = 16384          # samples that are planned together
+    shuffle: bool = True
+
+
+@dataclass(slots=True)
+class Pack:
+    """One planned pack."""
+
+    samples: list = field(default_factory=list)  # of (source, row, (tiles of each image))
+    tokens: int = 0         # planned tokens, visual ones included
+    tiles: int = 0
+    cost: float = 0.0       # relative FLOPs
+    position: tuple = ()    # where to resume after it: (epoch, window, packs of it consumed)
+    counts: dict = None     # samples used and dropped so far, those of this pack included
+    # Set by make_loader.
+    number: int = 0         # among the packs of a loader: says where a worker puts its tiles
+    together: tuple = ()    # (position, counts, costs) after the micro-batch of all ranks
+
+
+# ---- order --------------------------------------------------------------------------------------
+
 def permute(i, n, seed, epoch):
-    """Positions i (int64 array) under a permutation of range(n), a pure function of (seed, epoch, i).
+    """Positions i (int64 array) under a permutation of range(n).
 
-    Four Feistel rounds on the next even power of two, walked until inside n (cycle walking; Black and Rogaway, "Ciphers
-    with arbitrary finite domains", 2002)."""
+    A pure function of (seed, epoch, i): four Feistel rounds on the next even power of two, walked
+    until the result is below n (cycle walking; Black and Rogaway, "Ciphers with arbitrary finite
+    domains", 2002).
+    """
     half = max(1, ((n - 1).bit_length() + 1) // 2)
+    half_bits = np.uint64(half)
     mask = np.uint64(2 ** half - 1)
-    keys = np.random.Generator(np.random.Philox(key=[seed, epoch])).integers(0, 2 ** 63, 4, dtype=np.uint64)
+    generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+    keys = generator.integers(0, 2 ** 63, 4, dtype=np.uint64)
     x = np.asarray(i).astype(np.uint64)
     todo = np.ones(x.shape, bool)
     while todo.any():
-        left, right = x[todo] >> np.uint64(half), x[todo] & mask
+        left = x[todo] >> half_bits
+        right = x[todo] & mask
         for key in keys:
             mixed = (right + key) * np.uint64(0x9E3779B97F4A7C15)
             mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
-            left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
-        x[todo] = (left << np.uint64(half)) | right
+            new_right = left ^ ((mixed >> np.uint64(32)) & mask)
+            left = right
+            right = new_right
+        x[todo] = (left << half_bits) | right
         todo = x >= n
     return x.astype(np.int64)
 
-# ---- packs --------------------------------------------------------------------------------------------------------
-WAITING = 64                                        # samples that may wait for a pack they fill up
-# What a tile costs in tokens, and tokens**2 of a document over what in tokens: train_flops of the 2B, fine-tuning
-TILE_COST, PAIR_COST = 276, 2 ** 15
-REASON = {-1: "unreadable", -2: "too_long"}         # what stands for the tokens of a sample in no pack, and why it is
 
 @contextlib.contextmanager
 def gc_paused():
-    """Plans are many small objects, for which Python would look through all that is loaded, again and again."""
-    was = gc.isenabled()
+    """Pause the garbage collector.
+
+    A plan is many small objects, and for every few hundred of them the collector would look through
+    all that is loaded: 5.4 us a sample became 6.9 to 10.8 us (CPU, torch and transformers loaded).
+    """
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if was: gc.enable()
+        if was_enabled:
+            gc.enable()
 
-def fill_packs(tokens, tiles, tokens_per_pack, tiles_per_pack):
-    """Lists of indices of the samples in each pack, for samples in random order, none longer than a pack.
 
-    A pack takes the oldest of the WAITING samples while more room stays than two samples need, then the one or two of
-    them that fill it best. So packs are nearly in random order (sorted by length, a pack would hold samples of one
-    kind), and each begins with the oldest sample: none waits for more than WAITING packs."""
-    shift, n, packs = 32, len(tokens), []
-    keys, low = [(t << shift) + i for i, t in enumerate(tokens)], (1 << shift - 1) - 1    # sort and add like tokens
-    waiting, come = keys[:WAITING], WAITING
-    keep, least = 2 * sum(tokens) // max(n, 1) << shift, min(keys, default=0)
-    while waiting:
-        pack, room, tile_room, k = [], (tokens_per_pack + 1 << shift) - 1, tiles_per_pack, 0
-        while k < len(waiting) and (not pack or room - waiting[k] >= keep):
-            if waiting[k] <= room and tiles[i := waiting[k] & low] <= tile_room:
-                pack.append(i)
-                room, tile_room = room - (tokens[i] << shift), tile_room - tiles[i]
-                del waiting[k]
-            else:
-                k += 1
-        while True:
-            if (more := WAITING - len(waiting)) and come < n:
-                waiting, come = waiting + keys[come:come + more], come + more
-            if room < least or not waiting or (order := sorted(waiting))[0] > room: break
-            best, chosen, i, j = 0, (), 0, bisect.bisect(order, room) - 1     # j: the longest that fits
-            for a in order[j::-1]:
-                if tiles[a & low] <= tile_room:
-                    best, chosen = a, (a,)
-                    break
-            a, b, enough = order[0], order[j], room - (tokens_per_pack >> 12 << shift)
-            while i < j and best < enough:                             # two that fit better, from both ends inward
-                if a + b > room:
-                    j -= 1
-                    b = order[j]
-                else:
-                    if a + b > best and tiles[a & low] + tiles[b & low] <= tile_room:
-                        best, chosen = a + b, (a, b)
-                    i += 1
-                    a = order[i]
-            if not chosen: break
-            for a in chosen:
-                waiting.remove(a)
-                pack.append(i := a & low)
-                room, tile_room = room - (tokens[i] << shift), tile_room - tiles[i]
-        packs.append(pack)
-    return packs
+# ---- planning -----------------------------------------------------------------------------------
 
-@dataclass(slots=True)
-class Pack:
-    samples: list = field(default_factory=list)     # of (source, row, (tiles of each image))
-    tokens: int = 0                                 # planned tokens, visual ones included
-    tiles: int = 0
-    cost: float = 0.0                               # relative FLOPs, for dealing packs of like cost to the ranks
-    position: tuple = ()                            # where to resume after it: (epoch, window, packs of it consumed)
-    counts: dict = None                             # samples used and dropped so far, those of this pack included
-    number: int = 0                                 # among those of a loader: says where a worker puts its tiles
-    together: tuple = ()                            # position and counts after, and costs of, what all ranks do at once
+class Packs:
+    """The packs of a run, planned from the lengths in the indexes of its sources.
 
-class Packs(torch.utils.data.Dataset):
-    """Plans packs from lengths alone and turns a planned pack into a batch; stateless but for the paths of its sources
-    and the shared memory that a Loader lends its workers.
-    tokens_per_pack, tiles_per_pack: the two budgets. The global sequence of packs depends on (seed, sources, budgets,
-    packs_per_step) only, never on the number of ranks or workers."""
-    def __init__(self, sources, tokenizer, template, *, tile_size, tokens_per_tile, min_tiles=1, max_tiles=12,
-                 thumbnail=True, tokens_per_pack=8192, tiles_per_pack=48, seed=0, image_as="pixels", cell_labels="none",
-                 packs_per_step=1, window=16384, shuffle=True, pad=False, loss_weight="token"):
-        self.sources, self.tokenizer, self.template, self.image_as = sources, tokenizer, template, image_as
-        self.tile_size, self.tokens_per_tile, self.thumbnail = tile_size, tokens_per_tile, thumbnail
-        self.min_tiles, self.max_tiles = min_tiles, max_tiles
-        self.cell_labels, self.loss_weight = cell_labels, loss_weight
-        self.tokens_per_pack, self.tiles_per_pack, self.packs_per_step = tokens_per_pack, tiles_per_pack, packs_per_step
-        self.window, self.shuffle, self.pad, self.seed = window, shuffle, pad, seed
-        # repeat_time as InternVL has it: below 1 the first part of the source, above 1 whole repeats. With weights, an
-        # epoch is as long, and each source goes round as often as its share of it asks, from epoch to epoch
-        self.counts = [int(len(s.rows) * (s.repeat if s.repeat < 1 else int(s.repeat))) for s in sources]
-        if weights := [s.weight for s in sources if s.weight]:
-            if len(weights) < len(sources):
-                raise ValueError(f"{len(weights)} of {len(sources)} sources have a `weight`: give one above 0 to "
-                                 "each, or none")
-            if empty := [str(s.path) for s in sources if not len(s.rows)]:
-                raise ValueError(f"no rows in {', '.join(empty)}, so it cannot have a share by `weight`; leave it out")
-            self.counts = [round(sum(self.counts) * weight / sum(weights)) for weight in weights]
-        self.starts = np.cumsum([0, *self.counts])
-        self.n, self.n_bad = int(self.starts[-1]), sum(len(s.meta["bad"]) for s in sources)
+    Holds no state: the global sequence of packs depends on the sources and the settings only,
+    never on the number of ranks or workers.
+    """
+
+    def __init__(self, sources, settings):
+        self.sources = sources
+        self.settings = settings
+        self.samples_per_epoch = samples_per_epoch(sources)  # of each source
+        self.starts = np.cumsum([0, *self.samples_per_epoch])
+        self.n = int(self.starts[-1])
+        self.n_bad = len(self.unreadable())
         if self.n == 0 or self.n_bad == sum(len(s.rows) for s in sources):
-            raise ValueError(f"no usable sample in {', '.join(str(s.path) for s in sources)} ({self.n} rows, "
-                             f"{self.n_bad} unreadable); try: python data.py check {sources[0].path}")
-        self.fingerprint = json_hash([[s.name, s.meta["digest"], s.repeat, s.weight, s.max_tiles] for s in sources] + [
-            seed, shuffle, window, packs_per_step, tokens_per_pack, tiles_per_pack, min_tiles, max_tiles, thumbnail,
+            paths = ", ".join(str(s.path) for s in sources)
+            raise ValueError(f"no usable sample in {paths} ({self.n} rows, {self.n_bad} "
+                             f"unreadable); try: python data.py check {sources[0].path}")
+
+    def unreadable(self):
+        """The rows of all sources that could not be read when they were indexed."""
+        return [bad for source in self.sources for bad in source.meta["bad"]]
+
+    @property
+    def fingerprint(self):
+        """Hash of all that decides the sequence of packs. A run resumes on the same one only."""
+        s = self.settings
+        sources = [[x.name, x.meta["digest"], x.repeat, x.weight, x.max_tiles]
+                   for x in self.sources]
+        return json_hash(sources + [
+            s.seed, s.shuffle, s.window, s.packs_per_step, s.tokens_per_pack, s.tiles_per_pack,
+            s.min_tiles, s.max_tiles, s.thumbnail,
         ])[:16]
 
-    def count_all_tiles(self, sizes, n, limit):
-        """Tiles of each of the images `sizes` of samples that have n[k] of them and share `limit` tiles."""
-        share = np.maximum(self.min_tiles, limit // np.maximum(n, 1)).repeat(n)
-        least, side, thumbnail = map(itertools.repeat, (self.min_tiles, self.tile_size, self.thumbnail))
-        columns = sizes["width"].tolist(), sizes["height"].tolist(), least, share.tolist(), side, thumbnail
-        return [*map(count_tiles, *columns)]
+    def plan_samples(self, positions, epoch=0):
+        """Samples at these positions (int64 array) of an unshuffled epoch.
 
-    def plan_samples(self, at, epoch=0):
-        """[(source, row, tiles per image)], tokens, tiles of the samples `at` of an epoch, the latter two as arrays;
-        tokens are -1 where a row is unreadable, -2 where it is too long even with the fewest tiles (REASON)."""
-        which, samples = np.searchsorted(self.starts, at, side="right") - 1, [None] * len(at)
-        all_tokens, all_tiles = np.empty((2, len(at)), np.int64)
-        room, tile_room = self.tokens_per_pack, self.tiles_per_pack
-        fits = lambda tokens, tiles: (tokens + tiles * self.tokens_per_tile <= room) & (tiles <= tile_room)
-        for s in np.unique(which).tolist():
-            source, mine = self.sources[s], np.flatnonzero(which == s)
-            row = (at[mine] - self.starts[s] + (epoch * self.counts[s] if source.weight else 0)) % len(source.rows)
-            records, most = source.rows[row], min(self.max_tiles, source.max_tiles or self.max_tiles)
-            n, tokens = records["n_images"], records["tokens"].astype(np.int64)
-            border = np.append(0, np.cumsum(n))                        # of each sample's images among all of them
-            sizes = source.images[(records["first_image"] - border[:-1]).repeat(n) + np.arange(border[-1])]
-            counts = self.count_all_tiles(sizes, n, most)
-            tiles, border = np.diff(np.append(0, np.cumsum(counts, dtype=np.int64))[border]), border.tolist()
-            for k in np.flatnonzero(~fits(tokens, tiles)).tolist():    # too long: fewer tiles, then dropped whole
-                a, b, tokens_now = border[k], border[k + 1], tokens[k]
-                tokens[k] = -2
-                for limit in range(most - 1, self.min_tiles - 1, -1):
-                    fewer = self.count_all_tiles(sizes[a:b], n[k:k + 1], limit)
-                    if fits(tokens_now, sum(fewer)):
-                        counts[a:b], tiles[k], tokens[k] = fewer, sum(fewer), tokens_now
-                        break
-            for k, i, a, b in zip(mine.tolist(), row.tolist(), border, border[1:]):
-                samples[k] = s, i, tuple(counts[a:b])
-            all_tokens[mine] = np.where(tokens < 0, tokens, tokens + tiles * self.tokens_per_tile)
-            all_tiles[mine] = tiles
-        return samples, all_tokens, all_tiles
+        Returns [(source, row, tiles of each image)], tokens (n,), tiles (n,). Where a sample goes
+        into no pack, its tokens are UNREADABLE_ROW, or TOO_LONG if it does not fit with the fewest
+        tiles either.
+        """
+        samples = [None] * len(positions)
+        tokens = np.empty(len(positions), np.int64)
+        tiles = np.empty(len(positions), np.int64)
+        source_of = np.searchsorted(self.starts, positions, side="right") - 1
+        for s in np.unique(source_of).tolist():
+            source = self.sources[s]
+            mine = np.flatnonzero(source_of == s)
+            rows = positions[mine] - self.starts[s]
+            if source.weight:
+                # An epoch takes up where the last one stopped in this source.
+                rows += epoch * self.samples_per_epoch[s]
+            rows %= len(source.rows)
+            per_image, tokens[mine], tiles[mine] = self.plan_rows(source, rows)
+            for k, row, n_tiles in zip(mine.tolist(), rows.tolist(), per_image, strict=True):
+                samples[k] = (s, row, n_tiles)
+        return samples, tokens, tiles
+
+    def plan_rows(self, source, rows):
+        """[tiles of each image], tokens (n,), tiles (n,) of rows (n,) of one source."""
+        records = source.rows[rows]
+        n_images = records["n_images"]
+        text_tokens = records["tokens"].astype(np.int64)
+        max_tiles = min(self.settings.max_tiles, source.max_tiles or self.settings.max_tiles)
+        # The images of all rows end to end: those of row k are border[k] to border[k + 1].
+        border = np.append(0, np.cumsum(n_images))
+        place = (records["first_image"] - border[:-1]).repeat(n_images) + np.arange(border[-1])
+        sizes = source.images[place]
+        counts = self.count_all_tiles(sizes, n_images, max_tiles)
+        tiles_before = np.append(0, np.cumsum(counts, dtype=np.int64))
+        tiles = np.diff(tiles_before[border])
+        fits = self.fits(text_tokens, tiles)
+        border = border.tolist()
+        for k in np.flatnonzero(~fits).tolist():
+            images = slice(border[k], border[k + 1])
+            fewer = self.fewer_tiles(sizes[images], text_tokens[k], max_tiles)
+            if fewer is None:
+                text_tokens[k] = TOO_LONG
+            else:
+                counts[images] = fewer
+                tiles[k] = sum(fewer)
+        tokens = text_tokens + tiles * self.settings.tokens_per_tile
+        tokens = np.where(text_tokens < 0, text_tokens, tokens)
+        per_image = [tuple(counts[a:b]) for a, b in itertools.pairwise(border)]
+        return per_image, tokens, tiles
+
+    def fits(self, text_tokens, tiles):
+        """Whether a sample alone fits into a pack; arrays or numbers."""
+        s = self.settings
+        tokens = text_tokens + tiles * s.tokens_per_tile
+        return (tokens <= s.tokens_per_pack) & (tiles <= s.tiles_per_pack)
+
+    def fewer_tiles(self, sizes, text_tokens, max_tiles):
+        """Tiles of each image of a sample that is too long, as many as fit; None if none do."""
+        for limit in range(max_tiles - 1, self.settings.min_tiles - 1, -1):
+            counts = self.count_all_tiles(sizes, np.array([len(sizes)]), limit)
+            if self.fits(text_tokens, sum(counts)):
+                return counts
+        return None
+
+    def count_all_tiles(self, sizes, n_images, max_tiles):
+        """Tiles of each image of samples that have n_images[k] of them and share max_tiles."""
+        s = self.settings
+        share = np.maximum(s.min_tiles, max_tiles // np.maximum(n_images, 1)).repeat(n_images)
+        return list(map(
+            count_tiles, sizes["width"].tolist(), sizes["height"].tolist(),
+            itertools.repeat(s.min_tiles), share.tolist(), itertools.repeat(s.tile_size),
+            itertools.repeat(s.thumbnail)))
 
     @gc_paused()
     def plan_window(self, epoch, w, taken=0):
-        """(packs, dropped by reason) of window w of an epoch, dealt in steps of like cost: a rank waits for the others.
-        taken: packs that the step which is open when the window begins has already."""
-        at = np.arange(w * self.window, min((w + 1) * self.window, self.n))
-        at = permute(at, self.n, self.seed, epoch) if self.shuffle else at
-        samples, tokens, tiles = self.plan_samples(at, epoch)
-        dropped = {why: n for code, why in REASON.items() if (n := int((tokens == code).sum()))}
+        """(packs, {reason: samples dropped}) of window w of an epoch.
+
+        taken: packs that the step which is open when the window begins has already.
+        """
+        s = self.settings
+        positions = np.arange(w * s.window, min((w + 1) * s.window, self.n))
+        if s.shuffle:
+            positions = permute(positions, self.n, s.seed, epoch)
+        samples, tokens, tiles = self.plan_samples(positions, epoch)
+        dropped = {}
+        for code, reason in REASON.items():
+            n_dropped = int((tokens == code).sum())
+            if n_dropped:
+                dropped[reason] = n_dropped
         kept = np.flatnonzero(tokens >= 0)
-        columns = tokens, tiles, tokens + TILE_COST * tiles + tokens * tokens / PAIR_COST
-        (tokens, tiles, costs), samples = (x[kept].tolist() for x in columns), [samples[i] for i in kept.tolist()]
-        packs = [Pack([samples[i] for i in p], *(sum([x[i] for i in p]) for x in (tokens, tiles, costs)))
-                 for p in fill_packs(tokens, tiles, self.tokens_per_pack, self.tiles_per_pack)]
-        packs.sort(key=lambda pack: pack.cost)
-        first = min(-taken % self.packs_per_step, len(packs))          # the open step and one that stays open: middling
-        last = (len(packs) - first) % self.packs_per_step              # packs, as other windows give them
-        a = (len(packs) - first - last) // 2
-        middle, packs[a:a + first + last] = packs[a:a + first + last], []
-        steps = [packs[i:i + self.packs_per_step] for i in range(0, len(packs), self.packs_per_step)]
-        rng = np.random.Generator(np.random.Philox(key=[self.seed + 1, epoch * 2 ** 32 + w]))
-        rng.shuffle(steps)                                             # alike inside a step, random order outside
-        return [*middle[:first], *itertools.chain(*steps), *middle[first:]], dropped
+        tokens = tokens[kept]
+        tiles = tiles[kept]
+        samples = [samples[i] for i in kept.tolist()]
+        costs = (tokens + TILE_COST * tiles + tokens * tokens / PAIR_COST).tolist()
+        tokens = tokens.tolist()
+        tiles = tiles.tolist()
+        packs = []
+        for members in fill_packs(tokens, tiles, s.tokens_per_pack, s.tiles_per_pack):
+            packs.append(Pack(
+                samples=[samples[i] for i in members],
+                tokens=sum([tokens[i] for i in members]),
+                tiles=sum([tiles[i] for i in members]),
+                cost=sum([costs[i] for i in members])))
+        rng = np.random.Generator(np.random.Philox(key=[s.seed + 1, epoch * 2 ** 32 + w]))
+        return order_in_steps(packs, s.packs_per_step, taken, rng), dropped
 
     def sequence(self, position=(0, 0, 0), counts=()):
-        """Endless global sequence of packs from a position on, which must be the end of a step; each pack says where to
-        resume after it. Raises ValueError if an epoch ends with other samples than it has."""
-        (epoch, w, skip), counts = position, collections.Counter(counts)
-        taken = -skip % self.packs_per_step                            # a step ends behind `skip` packs of the window
+        """Yield the endless global sequence of packs.
+
+        position: (epoch, window, packs of it consumed), the end of a step; counts: as of the pack
+        before it. Each pack says where to resume after it. Raises ValueError if an epoch ends with
+        other samples than it has, or has no sample that fits.
+        """
+        s = self.settings
+        epoch, w, skip = position
+        counts = collections.Counter(counts)
+        # `skip` packs of the window are used, and they end a step.
+        taken = -skip % s.packs_per_step
         while True:
             packs, dropped = self.plan_window(epoch, w, taken)
             if skip == 0:
                 counts.update(dropped)
             for k, pack in enumerate(packs[skip:], skip + 1):
                 counts["used"] += len(pack.samples)
-                pack.position, pack.counts = (epoch, w, k), dict(counts)
+                pack.position = (epoch, w, k)
+                pack.counts = dict(counts)
                 yield pack
-            taken, skip, w = (taken + len(packs)) % self.packs_per_step, 0, w + 1
-            if w * self.window >= self.n:
-                epoch, w = epoch + 1, 0
-                if counts.total() != epoch * self.n:
-                    raise ValueError(f"{counts.total()} samples are accounted for after {epoch} epochs of {self.n}: "
-                                     f"{dict(counts)}")
-                if not counts["used"]:
-                    raise ValueError(f"no sample fits into a pack: {dict(counts)}; raise --tokens_per_pack (now "
-                                     f"{self.tokens_per_pack}) or --max_tiles_per_pack (now {self.tiles_per_pack})")
+            taken = (taken + len(packs)) % s.packs_per_step
+            skip = 0
+            w += 1
+            if w * s.window >= self.n:
+                w = 0
+                epoch += 1
+                self.check_epoch(epoch, counts)
 
-    def __getitem__(self, pack):
-        """The batch of a planned pack: its images decoded and tiled, its text rendered.
-        tokens, labels, positions (T,) int64; weights (T,) fp32; cu_seqlens (S+1,) int32; tiles (N, 3, s, s) uint8,
-        or int64 (visual tokens, W) of words;
-        ids; bad: samples that failed to decode and are left out; size: how much of everything there is; lengths: tokens
-        of each sample."""
-        samples, answers, words, ids, bad, filled = [], [], [], [], [], 0
-        n, side, slot = sum([sum(n_tiles) for *_, n_tiles in pack.samples]), self.tile_size, None
-        if n and torch.utils.data.get_worker_info():                   # written where Loader finds them
-            slot = pack.number % len(self.slots)
-        tiles = torch.empty(n, 3, side, side, dtype=torch.uint8) if slot is None else self.slots[slot, :n]
-        for k, i, n_tiles in pack.samples:
-            source = self.sources[k]
-            row, end = {"id": f"{source.name}:{i}"}, filled
-            try:
-                row = source.row(i)
-                for at, n in enumerate(n_tiles):
-                    image, into, end = load_image(source.image(i, at, row)), tiles[end:end + n], end + n
-                    how = self.min_tiles, n - (n > 1 and self.thumbnail), self.tile_size, self.thumbnail
-                    if (found := count_tiles(*image.size, *how)) != n:   # the file is no longer what the index saw
-                        raise ValueError(f"image {at + 1} gives {found} tiles where {n} were planned")
-                    into.copy_(GRAY) if self.image_as == "blank" else make_tiles(image, *how, into)
-                if self.image_as == "words":
-                    new = [torch.from_numpy(cell_words(cells, self.tokenizer)) for cells in row["cells"]]
-                sample = render(row, self.tokenizer, self.template, n_tiles, self.tokens_per_tile, self.image_as,
-                                self.cell_labels)
-                cells = sum(map(len, row.get("cells") or ())) if self.cell_labels != "none" else 0
-            except UNREADABLE as e:
-                bad.append({"source": source.name, "id": row["id"], "reason": f"{type(e).__name__}: {e}"[:300]})
-                continue
-            samples.append(sample)
-            answers.append(max(1, (sample[1] != IGNORE).sum() - cells))    # supervised tokens, labels of cells apart
-            words, filled = words + new if self.image_as == "words" else [], end
-            ids.append(str(row["id"]))
-        if not samples:                                                # nothing readable: one token that asks nothing
-            samples = [(np.array([self.tokenizer.eos_id]), np.array([IGNORE]))]
-        real = [len(x) for x, _ in samples]
-        if self.pad and (room := self.tokens_per_pack - sum(real)):        # a last document that asks nothing
-            samples.append((np.full(room, self.tokenizer.eos_id), np.full(room, IGNORE)))
-        tokens, labels = map(np.concatenate, zip(*samples))
-        lengths = [len(x) for x, _ in samples]
-        answers += [1] * (len(samples) - len(answers))                 # of documents that ask nothing
-        weights = [{"token": 1.0, "sample": 1 / n, "sqrt": n ** -0.5}[self.loss_weight] for n in answers]
-        weights = np.repeat(np.array(weights, np.float32), lengths)
-        arrays = {"tokens": tokens, "labels": labels, "positions": np.concatenate([np.arange(n) for n in lengths]),
-                  "weights": weights, "cu_seqlens": np.cumsum([0, *lengths], dtype=np.int32)}
-        tiles, at = torch.cat(words) if words else tiles[:filled], labels != IGNORE
-        tiles = tiles if slot is None else (slot, filled)
-        size = {"tokens": sum(real), "tiles": filled, "samples": len(ids), "bad": len(bad),
-                "token_room": self.tokens_per_pack, "tile_room": self.tiles_per_pack,
-                "supervised": int(at.sum()), "weight": float(weights[at].sum())}
-        position, counts, costs = pack.together or (pack.position, pack.counts, [pack.cost])
-        return {k: torch.from_numpy(v) for k, v in arrays.items()} | {
-            "tiles": tiles, "ids": ids, "bad": bad, "size": size, "lengths": real, "position": position,
-            "counts": counts, "costs": costs}
+    def check_epoch(self, epoch, counts):
+        """ValueError if so many epochs used and dropped other samples than they have."""
+        if counts.total() != epoch * self.n:
+            raise ValueError(f"{counts.total()} samples are accounted for after {epoch} epochs of "
+                             f"{self.n}: {dict(counts)}")
+        if not counts["used"]:
+            s = self.settings
+            raise ValueError(f"no sample fits into a pack: {dict(counts)}; raise --tokens_per_pack "
+                             f"(now {s.tokens_per_pack}) or --max_tiles_per_pack "
+                             f"(now {s.tiles_per_pack})")
+
+
+def samples_per_epoch(sources):
+    """Samples of each source in an epoch.
+
+    `repeat` is InternVL's repeat_time: below 1 the first part of the source, above 1 whole repeats.
+    With weights the epoch is as long, but each source has its share of it, and goes round from
+    epoch to epoch.
+    """
+    counts = []
+    for source in sources:
+        repeat = source.repeat if source.repeat < 1 else int(source.repeat)
+        counts.append(int(len(source.rows) * repeat))
+    weights = [source.weight for source in sources if source.weight]
+    if not weights:
+        return counts
+    if len(weights) < len(sources):
+        raise ValueError(f"{len(weights)} of {len(sources)} sources have a `weight`: "
+                         "give one above 0 to each, or none")
+    empty = [str(source.path) for source in sources if not len(source.rows)]
+    if empty:
+        raise ValueError(f"no rows in {', '.join(empty)}, so it cannot have a share by `weight`; "
+                         "leave it out")
+    n = sum(counts)
+    return [round(n * weight / sum(weights)) for weight in weights]
+
+
+def order_in_steps(packs, packs_per_step, taken, rng):
+    """Packs of a window in the order of training: alike inside a step, steps in random order.
+
+    The ranks of a step wait for each other, so its packs should cost the same: packs are sorted by
+    cost and cut into steps. A window seldom ends with a step:
+
+        | first | step | step | ... | step | last |
+          |                                  |
+          complete the step that is open     open a step that the next window completes
+
+    These `first` and `last` packs share a step with packs of another window. They are taken from
+    the middle of the sorted packs, for packs of middle cost are alike in all windows.
+    """
+    packs = sorted(packs, key=lambda pack: pack.cost)
+    n_first = min(-taken % packs_per_step, len(packs))
+    n_last = (len(packs) - n_first) % packs_per_step
+    n_middle = n_first + n_last
+    start = (len(packs) - n_middle) // 2
+    middle = packs[start:start + n_middle]
+    rest = packs[:start] + packs[start + n_middle:]
+    steps = [rest[i:i + packs_per_step] for i in range(0, len(rest), packs_per_step)]
+    rng.shuffle(steps)
+    return [*middle[:n_first], *itertools.chain(*steps), *middle[n_first:]]

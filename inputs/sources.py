@@ -7,56 +7,127 @@ from pathlib import Path
 
 from inputs.chat import TEMPLATES
 from inputs.files import read_json
-from inputs.index import Source
+from inputs.index import open_source
 
-# InternVL's keys of a meta entry (facts of its documentation) and two of ours: weight, share of the samples; sha256
-META = dict(annotation=(str,), root=(str,), repeat_time=(int, float), length=(int,), data_augment=(bool,),
-            max_dynamic_patch=(int,), weight=(int, float), sha256=(str,))
+# Keys of an entry of InternVL's meta file, as its documentation has them, and two of ours: weight,
+# the source's share of the samples, and sha256 of the annotation file.
+META_KEYS = {
+    "annotation": (str,),
+    "root": (str,),
+    "repeat_time": (int, float),
+    "length": (int,),
+    "data_augment": (bool,),
+    "max_dynamic_patch": (int,),
+    "weight": (int, float),
+    "sha256": (str,),
+}
 
-def expand_pattern(path):
-    """The paths of a pattern with `*` or `{000..012}`; what is there as it is written goes first (`[1].jsonl`)."""
-    if os.path.exists(path): return [path]
-    if braces := re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", path):
-        before, first, last, after = braces.groups()
-        return [f"{before}{i:0{len(first)}d}{after}" for i in range(int(first), int(last) + 1)]
-    return sorted(glob.glob(path)) or [path]
 
-def expand_paths(spec):
-    """Yield (name or "", path) of comma-separated `path` or `name=path`, patterns filled in; `year=2026/*.jsonl` is a
-    path where there are such files."""
-    for entry in filter(None, map(str.strip, spec.split(","))):
-        name, paths = "", expand_pattern(entry)
-        if "=" in entry and not any(map(os.path.exists, paths)):
-            name, path = entry.split("=", 1)
-            paths = expand_pattern(path)
-        yield from ((name, Path(path)) for path in paths)
+def open_sources(spec, tokenizer, template):
+    """Sources of `--data`: comma-separated `path` or `name=path`.
 
-def open_sources(spec, tokenizer, template, image_as="pixels"):
-    """Sources of `--data`: comma-separated `path` or `name=path`; a path may be .jsonl, .json (LLaVA array or InternVL
-    meta), .tar, a folder of captioned images, or a pattern with `*` or `{000..012}`."""
+    A path may be .jsonl, .json (LLaVA's array or InternVL's meta file), .tar, a folder of captioned
+    images, or a pattern with `*` or `{000..012}`. Builds the indexes that are missing.
+    """
     if template not in TEMPLATES:
         raise ValueError(f"--template={template}: unknown, choose from {', '.join(TEMPLATES)}")
-    sources, reading = [], (tokenizer, template, image_as)
+    sources = []
     for name, path in expand_paths(spec):
-        if path.suffix.lower() != ".json" or not path.is_file() or open(
-                path, encoding="utf-8-sig").read(99).lstrip()[:1] != "{":
-            sources.append(Source(name or path.stem, path, *reading))
-            continue
-        for key, item in read_json(path).items():                      # InternVL meta: paths as written, else beside it
-            here = lambda p: p if os.path.exists(p) else path.parent / p
-            entry = item if isinstance(item, dict) else {key: item}
-            good = lambda k, v: type(v) in META.get(k, ()) and (type(v) is str or v >= 0)
-            wrong = [k for k, v in entry.items() if not good(k, v)] or {"annotation"} - entry.keys()
-            if wrong:
-                raise ValueError(f"{path}: {key}: {[*wrong][0]} is missing, unknown, negative or of a wrong type; "
-                                 f"there are {', '.join(META)}, annotation being the path of its rows")
-            if item.get("data_augment"):
-                print(f"{path}: {key}: data_augment is not done here, pictures stay as they are", file=sys.stderr)
-            more = dict(repeat=float(item.get("repeat_time", 1)), max_tiles=item.get("max_dynamic_patch", 0),
-                        weight=item.get("weight", 0), sha256_of_file=item.get("sha256", ""))
-            sources.append(Source(key, here(item["annotation"]), *reading, here(item.get("root") or ""), **more))
-            if item.get("length", n := len(sources[-1].rows)) != n:
-                print(f"{path}: {key}: length says {item['length']} rows, there are {n}", file=sys.stderr)
+        if is_meta_file(path):
+            for key, entry in read_json(path).items():
+                sources.append(open_meta_entry(path, key, entry, tokenizer, template))
+        else:
+            sources.append(open_source(path, tokenizer, template, name))
     if not sources:
         raise ValueError("no data: give --data=PATH (.jsonl, .json, .tar, a folder, or a pattern)")
     return sources
+
+
+# ---- paths --------------------------------------------------------------------------------------
+
+def expand_paths(spec):
+    """Yield (name or "", path) of comma-separated `path` or `name=path`, patterns filled in.
+
+    `year=2026/*.jsonl` is a path where there are such files.
+    """
+    for entry in spec.split(","):
+        entry = entry.strip()
+        if not entry:
+            continue
+        name = ""
+        paths = expand_pattern(entry)
+        if "=" in entry and not any(os.path.exists(path) for path in paths):
+            name, pattern = entry.split("=", 1)
+            paths = expand_pattern(pattern)
+        for path in paths:
+            yield name, Path(path)
+
+
+def expand_pattern(path):
+    """The paths of a pattern with `*` or `{000..012}`, or the path itself.
+
+    A file with exactly this name goes first: it may be called `[1].jsonl`.
+    """
+    if os.path.exists(path):
+        return [path]
+    braces = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", path)
+    if braces:
+        before, first, last, after = braces.groups()
+        numbers = range(int(first), int(last) + 1)
+        return [f"{before}{i:0{len(first)}d}{after}" for i in numbers]
+    return sorted(glob.glob(path)) or [path]
+
+
+# ---- InternVL's meta file -----------------------------------------------------------------------
+
+def is_meta_file(path):
+    """Whether a .json file holds one object, as InternVL's meta file, and not an array of rows."""
+    if path.suffix.lower() != ".json" or not path.is_file():
+        return False
+    with open(path, encoding="utf-8-sig") as file:
+        return file.read(99).lstrip().startswith("{")
+
+
+def open_meta_entry(path, key, entry, tokenizer, template):
+    """The Source of one entry of a meta file; its name is the entry's key."""
+    check_meta_entry(path, key, entry)
+    if entry.get("data_augment"):
+        print(f"{path}: {key}: data_augment is not done here, pictures stay as they are",
+              file=sys.stderr)
+
+    def beside(name):
+        """Paths are taken as they are written, else from the folder of the meta file."""
+        return name if os.path.exists(name) else path.parent / name
+
+    source = open_source(beside(entry["annotation"]), tokenizer, template, key,
+                         beside(entry.get("root") or ""), entry.get("sha256", ""))
+    source.repeat = float(entry.get("repeat_time", 1))
+    source.max_tiles = entry.get("max_dynamic_patch", 0)
+    source.weight = entry.get("weight", 0)
+    n_rows = len(source.rows)
+    if entry.get("length", n_rows) != n_rows:
+        print(f"{path}: {key}: length says {entry['length']} rows, there are {n_rows}",
+              file=sys.stderr)
+    return source
+
+
+def check_meta_entry(path, key, entry):
+    """ValueError if a key of a meta file's entry is missing, unknown or has a wrong value."""
+    wrong = key
+    if isinstance(entry, dict):
+        wrong_keys = [name for name, value in entry.items() if not is_meta_value(name, value)]
+        if "annotation" not in entry:
+            wrong_keys.append("annotation")
+        wrong = wrong_keys[0] if wrong_keys else None
+    if wrong:
+        raise ValueError(f"{path}: {key}: {wrong} is missing, unknown, negative or of a wrong "
+                         f"type; there are {', '.join(META_KEYS)}, annotation being the path "
+                         "of its rows")
+
+
+def is_meta_value(name, value):
+    """Whether a key of a meta file's entry exists and may have this value."""
+    if type(value) not in META_KEYS.get(name, ()):
+        return False
+    # Written so that it is false for a NaN.
+    return isinstance(value, str) or value >= 0

@@ -1,57 +1,118 @@
 """Qwen2.5's byte-level BPE with the special tokens of SAIL-VL."""
-import tiktoken
 import unicodedata
 from pathlib import Path
 
+import tiktoken
+
 from inputs.files import json_hash, read_json
 
-# ---- tokenizer ----------------------------------------------------------------------------------------------------
-# Special and added tokens of Qwen2.5 as InternVL and SAIL-VL extend it; their ids follow the BPE pieces in this order
-SPECIAL_TOKENS = """<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|>
-    <|box_end|> <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>
-    <tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|> <img>
-    </img> <IMG_CONTEXT> <quad> </quad> <ref> </ref> <box> </box>""".split()
-# GPT-2's printable alphabet of the 256 bytes, in which vocab.json spells its pieces
-_printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTE_ORDER = _printable + [b for b in range(256) if b not in _printable]
-BYTE_TO_CHAR = {b: chr(b if b in _printable else 256 + BYTE_ORDER.index(b) - len(_printable)) for b in BYTE_ORDER}
-CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
-SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-         r"|\s+(?!\S)|\s+")                                            # Qwen2's pre-tokenizer
+# Special and added tokens of Qwen2.5 as InternVL and SAIL-VL extend it. Their ids follow those of
+# the BPE pieces, in this order.
+SPECIAL_TOKENS = """
+    <|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|>
+    <|box_end|> <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|>
+    <|image_pad|> <|video_pad|> <tool_call> </tool_call> <|fim_prefix|> <|fim_middle|>
+    <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|> <img> </img> <IMG_CONTEXT> <quad> </quad>
+    <ref> </ref> <box> </box>""".split()
+
+# Qwen2's pre-tokenizer: where a text is split before BPE merges the bytes of each piece.
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+    r"|[^\r\n\p{L}\p{N}]?\p{L}+"
+    r"|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+"
+    r"|\s+(?!\S)"
+    r"|\s+"
+)
+
+
+def byte_alphabet():
+    """{byte: character}: GPT-2's printable spelling of the 256 bytes, used in vocab.json.
+
+    Printable bytes stand for themselves; the others get the characters from 256 on.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    alphabet = {byte: chr(byte) for byte in printable}
+    for byte in range(256):
+        if byte not in alphabet:
+            alphabet[byte] = chr(256 + len(alphabet) - len(printable))
+    return alphabet
+
+
+BYTE_TO_CHAR = byte_alphabet()
+CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
+
 
 class Tokenizer:
-    """Byte-level BPE of a Qwen folder (`vocab.json`, else `tokenizer.json`) with the 31 special tokens of SAIL-VL.
-    `encode` treats its text as plain text: a special token typed by a user stays a row of ordinary pieces.
-    FileNotFoundError without either file, ValueError if they are damaged."""
+    """Byte-level BPE of a Qwen folder with the 31 special tokens of SAIL-VL.
+
+    Reads `vocab.json`, else `tokenizer.json`. `encode` treats its text as plain text: a special
+    token that a user typed stays a row of ordinary pieces.
+    Raises FileNotFoundError without either file, ValueError if they are damaged.
+    """
+
     def __init__(self, folder):
-        vocab, whole, added = (Path(folder) / f"{name}.json" for name in ("vocab", "tokenizer", "added_tokens"))
-        if not vocab.exists() and not whole.exists():
-            raise FileNotFoundError(f"no tokenizer in {folder}: it needs vocab.json or tokenizer.json of a Qwen2 model")
-        try:
-            both = read_json(whole, dict) if not vocab.exists() else dict(model=dict(vocab=read_json(vocab, dict)))
-            pieces = both["model"]["vocab"]
-            ranks = {bytes(CHAR_TO_BYTE[c] for c in p): i for p, i in pieces.items() if p not in SPECIAL_TOKENS}
-            self.special = {t: len(ranks) + k for k, t in enumerate(SPECIAL_TOKENS)}
-            self.special |= {token["content"]: token["id"] for token in both.get("added_tokens", [])}
-            self.special |= read_json(added, dict) if added.exists() else {}
-        except (KeyError, TypeError, AttributeError) as e:
-            raise ValueError(f"{folder}: not the byte-level vocabulary of a Qwen2 tokenizer ({e!r})") from None
-        ids = [*ranks.values(), *self.special.values()]                # tiktoken panics where these are wrong
-        if {*map(type, ids)} != {int} or len({*ids}) < len(ids) or not 0 <= min(ids) <= max(ids) < 2 ** 31:
-            raise ValueError(f"{folder}: token ids must be whole numbers, each of one token; copy the tokenizer again")
-        self.bpe = tiktoken.Encoding("qwen", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=self.special)
+        ranks, self.special, self.hash = read_vocabulary(Path(folder))
+        self.bpe = tiktoken.Encoding("qwen", pat_str=SPLIT, mergeable_ranks=ranks,
+                                     special_tokens=self.special)
         self.special_ids = set(self.special.values())
         self.n_vocab = max(self.special_ids) + 1
-        self.eos_id, self.image_id = self.special["<|im_end|>"], self.special["<IMG_CONTEXT>"]
-        self.hash = json_hash([sorted(pieces.items()), self.special])[:12]
+        self.eos_id = self.special["<|im_end|>"]
+        self.image_id = self.special["<IMG_CONTEXT>"]
 
     def encode(self, text):
+        """Token ids of a text in NFC; ValueError if it cannot be split."""
         try:
             return self.bpe.encode_ordinary(unicodedata.normalize("NFC", text))
-        except BaseException as e:                                     # a panic of Rust is no Exception: its regular
-            if type(e).__name__ != "PanicException": raise             # expressions give up at a million blanks
-            raise ValueError(f"a text of {len(text)} characters that cannot be split into tokens; shorten it") from None
+        except BaseException as e:
+            # At a million blanks tiktoken's regular expression panics in Rust. That panic is no
+            # Exception in Python, and its class can only be recognized by name.
+            if type(e).__name__ != "PanicException":
+                raise
+            raise ValueError(f"a text of {len(text)} characters that cannot be split into tokens; "
+                             "shorten it") from None
 
     def decode(self, ids, skip_special=True):
-        ids = [i for i in ids if i < self.n_vocab and not (skip_special and i in self.special_ids)]
-        return self.bpe.decode(ids, errors="replace")
+        """The text of token ids; ids beyond the vocabulary are left out."""
+        kept = []
+        for token_id in ids:
+            if token_id < self.n_vocab and not (skip_special and token_id in self.special_ids):
+                kept.append(token_id)
+        return self.bpe.decode(kept, errors="replace")
+
+
+def read_vocabulary(folder):
+    """({bytes of a piece: id}, {special token: id}, hash of both) of a tokenizer's folder."""
+    vocab = folder / "vocab.json"
+    whole = folder / "tokenizer.json"
+    added = folder / "added_tokens.json"
+    if not vocab.exists() and not whole.exists():
+        raise FileNotFoundError(f"no tokenizer in {folder}: it needs vocab.json or tokenizer.json "
+                                "of a Qwen2 model")
+    try:
+        if vocab.exists():
+            pieces = read_json(vocab, dict)
+            listed = []
+        else:
+            both = read_json(whole, dict)
+            pieces = both["model"]["vocab"]
+            listed = both.get("added_tokens", [])
+        ranks = {}
+        for piece, token_id in pieces.items():
+            if piece not in SPECIAL_TOKENS:
+                ranks[bytes(CHAR_TO_BYTE[char] for char in piece)] = token_id
+        special = {token: len(ranks) + k for k, token in enumerate(SPECIAL_TOKENS)}
+        special |= {token["content"]: token["id"] for token in listed}
+        if added.exists():
+            special |= read_json(added, dict)
+    except (KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{folder}: not the byte-level vocabulary of a Qwen2 tokenizer "
+                         f"({e!r})") from None
+    # tiktoken panics where ids are wrong.
+    ids = [*ranks.values(), *special.values()]
+    whole_numbers = all(type(i) is int for i in ids)
+    if not whole_numbers or len(set(ids)) < len(ids) or min(ids) < 0 or max(ids) >= 2 ** 31:
+        raise ValueError(f"{folder}: token ids must be whole numbers, each of one token; "
+                         "copy the tokenizer again")
+    return ranks, special, json_hash([sorted(pieces.items()), special])[:12]

@@ -13,7 +13,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from kernels import attention as A, cross_entropy as C  # noqa: E402
+from kernels import attention_triton as A  # noqa: E402
+from kernels import cross_entropy as C  # noqa: E402
 
 # name: (H, K, D, causal, folded): the ViT, both language models, the toy world, and the largest head
 SHAPES = dict(vit=(16, 16, 64, False, True), vit_1024=(16, 16, 64, False, False), llm_2b=(12, 2, 128, True, False),

@@ -33,7 +33,7 @@ def loss_and_gradients(f, h, weight, labels, weights, scale=0.37):
 
 @pytest.mark.parametrize("chunk", [53, 53 * 10, 10 ** 6])       # a row, ten rows, everything at once
 def test_in_pieces_it_equals_the_plain_loss_in_fp64(monkeypatch, chunk):
-    monkeypatch.setattr(C, "CHUNK", chunk)
+    monkeypatch.setattr(C, "LOGITS_AT_ONCE", chunk)
     h, weight, labels, weights = inputs()
     for w in (None, weights):
         for a, b in zip(loss_and_gradients(linear_cross_entropy, h, weight, labels, w),
@@ -90,7 +90,7 @@ def test_the_peak_memory_does_not_grow_with_the_rows():
     code = """if True:
         import resource, sys, torch
         from kernels import cross_entropy as C
-        C.CHUNK, rows = 2 ** 20, 4096
+        C.LOGITS_AT_ONCE, rows = 2 ** 20, 4096
         h, weight, labels = torch.randn(rows, 8), torch.randn(2 ** 14, 8), torch.arange(rows)
         h.requires_grad_(), weight.requires_grad_()
         C.linear_cross_entropy(h[:64], weight, labels[:64]).backward()         # what the libraries need once

@@ -12,8 +12,8 @@ from curation.filter import caption_problem
 from evals import endpoint as J
 pass
 from runs import plan
-from inputs.packing import Packs
 from inputs.sources import open_sources
+from rows import dataset_of
 from inputs.tokenizer import Tokenizer
 from test_hostile import hostile_tar
 from toy_endpoint import Endpoint, facts, precision_recall, read_shards
@@ -386,9 +386,8 @@ def test_collect_takes_folders_jsonl_and_tars_counts_what_it_drops_and_data_read
                                  "no_picture": 1, "several_pictures": 1, "bad_row": 1}
     row, = read_shards(tmp_path / "c")
     assert row["alt_text"] == row["caption"] == "picture a" and (row["width"], row["height"]) == (70, 80)
-    toy = Tokenizer(ROOT / "toy" / "tokenizer")
-    packs = Packs(open_sources(f"{tmp_path}/c/*.tar", toy, "sailvl-chat"), toy, "sailvl-chat", tile_size=84, tokens_per_tile=9)
-    assert packs.n == 1 and packs[next(packs.sequence())]["size"]["tiles"] == 1
+    dataset = dataset_of(f"{tmp_path}/c/*.tar")
+    assert dataset.packs.n == 1 and dataset[next(dataset.packs.sequence())]["size"]["tiles"] == 1
 
 
 @pytest.mark.skipif(not (SHARED / "data").exists(), reason="the real pictures are not part of this repository")

@@ -95,6 +95,7 @@ def write(vit, llm):
     from inputs.tokenizer import SPECIAL_TOKENS
     from model import LLMConfig
     from vision import VisionConfig
+    from model_config import config_json
     from weights import save_folder
     vlm = random_model(VisionConfig(), LLMConfig(), 0)
     for f in ("vocab.json", "merges.txt"):
@@ -103,12 +104,13 @@ def write(vit, llm):
         tokenizer_class="Qwen2Tokenizer", eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=131072,
         added_tokens_decoder={151643 + i: dict(content=token, special=i < 14) for i, token in
                               enumerate(SPECIAL_TOKENS[:22])})))
-    save_folder(vlm.state_dict(), vlm.vision, None, vit)
-    save_folder(vlm.state_dict(), None, vlm.llm, llm, os.environ["TMPDIR"])
+    save_folder(vlm.state_dict(), config_json(vlm.vision, None), vit)
+    save_folder(vlm.state_dict(), config_json(None, vlm.llm), llm, os.environ["TMPDIR"])
 
 
 def load(folder):
     import resource
+    from model_config import config_json
     from weights import load_folder
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     before, start = peak(), time.time()
@@ -131,10 +133,11 @@ def transformers(folder):
 
 def shallow(folder, out):
     """The first two layers of each part of the folder, fp32, against transformers on the exported copy."""
+    from model_config import config_json
     from weights import load_folder, save_folder
     vlm, _ = load_folder(folder)
     vlm.vision.n_layers = vlm.llm.n_layers = 2
-    save_folder(vlm.state_dict(), vlm.vision, vlm.llm, out, folder)
+    save_folder(vlm.state_dict(), config_json(vlm.vision, vlm.llm), out, folder)
     del vlm
     compare(out)
 
@@ -142,10 +145,11 @@ def shallow(folder, out):
 def shallow_8b(folder, out):
     from model import LLMConfig
     from vision import VisionConfig
+    from model_config import config_json
     from weights import save_folder
     vision, llm = VisionConfig(n_layers=2), LLMConfig(**LLMConfig.PRESETS["qwen2.5-7b"])
     llm.n_layers = 1
-    save_folder(random_model(vision, llm, 1).state_dict(), vision, llm, out, folder)
+    save_folder(random_model(vision, llm, 1).state_dict(), config_json(vision, llm), out, folder)
     compare(out)
 
 
@@ -155,7 +159,7 @@ def compare(folder):
     from generate import Assistant
     from convert import export
     from inputs.images import normalize
-    export(folder, Path(folder).with_name("shallow_hf"), transformers=True)
+    export(folder, Path(folder).with_name("shallow_hf"), "transformers")
     mine = Assistant(folder, "cpu", torch.float32, max_tiles=2, max_new_tokens=16)
     tiles = mine.tiles(min((SHARED / "data" / "photos" / "images").iterdir()))
     ids, tiles = mine.prompt([("What is in the picture?", None)], [tiles])

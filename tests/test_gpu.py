@@ -8,6 +8,7 @@ from bench import samples as bench
 from training import distributed
 from generate import generate
 from model import compile_blocks
+from model_config import config_json
 from weights import load_folder, save_folder
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -59,7 +60,8 @@ def test_compiled_blocks_err_at_most_twice_as_much_as_eager_ones_and_new_packs_c
 
 def test_decoding_by_cuda_graphs_says_what_decoding_on_the_cpu_says(tmp_path):
     model, _, _ = toy(torch.float32)
-    save_folder(model.state_dict(), bench.VISION_TOY, bench.LLM_TOY, tmp_path / "model", bench.TOKENIZER_FOLDER, dtype=torch.float32)
+    config = config_json(bench.VISION_TOY, bench.LLM_TOY, torch.float32)
+    save_folder(model.state_dict(), config, tmp_path / "model", bench.TOKENIZER_FOLDER)
     g, image = torch.Generator().manual_seed(0), model.image_token_id
     size, n = model.vision.image_size, model.vision.tokens_per_tile
     tiles = torch.randint(0, 256, (9, 1, 3, size, size), generator=g).byte()

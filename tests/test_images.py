@@ -36,7 +36,7 @@ def gradient(w=64, h=48):
     return Image.fromarray(np.stack([x, y, 255 - x], -1).astype(np.uint8))
 
 
-# ---- image files -----------------------------------------------------------------------------------------------------
+# ---- image files ----
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_a_header_that_claims_a_huge_picture_is_refused_before_decoding():
             read(bytes(bomb))
 
 
-# ---- tiling ----------------------------------------------------------------------------------------------------------
+# ---- tiling ----
 
 LISTED_12 = (
     "11 12 21 31 13 22 41 14 51 15 16 61 32 23 71 17 42 24 18 81 19 33 91 25 52 10,1 1,10 "
@@ -175,7 +175,7 @@ def test_candidate_grids_come_in_the_released_order():
     ],
 )
 def test_grids_of_the_released_code(size, grids):
-    for grid, most in zip(grids.split(), (6, 10, 12, 24)):
+    for grid, most in zip(grids.split(), (6, 10, 12, 24), strict=True):
         assert tile_grid(*size, 1, most, 448) == (int(grid[0]), int(grid[1]))
 
 
@@ -188,45 +188,42 @@ def test_tiles_are_the_resized_picture_cut_row_by_row_with_the_thumbnail_last(
     size, least, most, thumbnail, pattern
 ):
     noise = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
-    s, image = 28, gradient(*size) if pattern == "gradient" else Image.fromarray(noise)
+    image = gradient(*size) if pattern == "gradient" else Image.fromarray(noise)
+    s = 28
     tiles = make_tiles(image, least, most, s, thumbnail)
     columns, rows = tile_grid(*size, least, most, s)
     resized = image.resize((s * columns, s * rows))  # Pillow's default filter, as the released code
     boxes = [(x * s, y * s, x * s + s, y * s + s) for y in range(rows) for x in range(columns)]
-    want = [resized.crop(box) for box in boxes] + (
-        [image.resize((s, s))] if thumbnail and len(boxes) > 1 else []
-    )
-    assert tiles.dtype == torch.uint8 and len(tiles) == len(want) == count_tiles(
-        *size, least, most, s, thumbnail
-    )
+    want = [resized.crop(box) for box in boxes]
+    if thumbnail and len(boxes) > 1:
+        want.append(image.resize((s, s)))
+    assert tiles.dtype == torch.uint8
+    assert len(tiles) == len(want) == count_tiles(*size, least, most, s, thumbnail)
     assert least <= columns * rows <= most and tiles.is_contiguous()
-    for tile, crop in zip(tiles, want):
+    for tile, crop in zip(tiles, want, strict=True):
         off = np.abs(tile.permute(1, 2, 0).numpy().astype(int) - np.asarray(crop))
         assert off.max() <= 1 and off.mean() < 0.2  # PyTorch's last pass may round otherwise
 
 
 def test_every_value_is_within_1_of_pillows_resize_whatever_the_sizes():
-    """Noise, black-and-white noise (the hardest) and real photos, up and down, by every path of `resize`."""
-    rng, photos = np.random.default_rng(3), sorted((SHARED / "photos" / "images").glob("*"))[:8]
+    """Noise, black-and-white noise (the hardest) and photos, by every path of `resize`."""
+    rng = np.random.default_rng(3)
+    photos = sorted((SHARED / "photos" / "images").glob("*"))[:8]
     pictures = [load_image(path) for path in photos]
     for i in range(60):
         w, h = (int(x) for x in np.exp(rng.uniform(np.log(3), np.log(900), 2)))
         grey = rng.integers(0, 256, (h, w, 3), dtype=np.uint8)
         pictures.append(Image.fromarray(grey if i % 2 else (grey > 127) * np.uint8(255)))
-    for image in pictures + [
-        Image.fromarray(rng.integers(0, 256, (626, 68, 3), dtype=np.uint8))
-    ]:  # rows go first here,
-        size = (
-            tuple(int(x) for x in 112 * rng.integers(1, 5, 2)) if image.width != 68 else (28, 336)
-        )  # if Pillow is 13
-        got, want = (
-            images.resize(image, *size).permute(1, 2, 0).numpy(),
-            np.asarray(image.resize(size, Image.BICUBIC)),
-        )
-        assert got.shape == want.shape and np.abs(got.astype(int) - want).max() <= 1, (
-            image.size,
-            size,
-        )
+    # Pillow 13 begins with the rows of this one.
+    pictures.append(Image.fromarray(rng.integers(0, 256, (626, 68, 3), dtype=np.uint8)))
+    for image in pictures:
+        size = (28, 336)
+        if image.width != 68:
+            size = tuple(int(x) for x in 112 * rng.integers(1, 5, 2))
+        got = images.resize(image, *size).permute(1, 2, 0).numpy()
+        want = np.asarray(image.resize(size, Image.BICUBIC))
+        assert got.shape == want.shape, (image.size, size)
+        assert np.abs(got.astype(int) - want).max() <= 1, (image.size, size)
 
 
 def test_impossible_tile_limits_are_refused():

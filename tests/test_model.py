@@ -227,10 +227,11 @@ def test_cached_logits_equal_the_full_forward_to_1e_4():
     prompts, tiles = prompts_and_tiles(8)
     size, rows = max(map(len, prompts)) + 1, list(range(8))
     with torch.inference_mode():
-        cache = torch.zeros(3, 2, 8, 2, size, 16)
+        cache = torch.zeros(3, 2, 8, 2, size + 5, 16)
         first = G.prefill(vlm, prompts, tiles, cache, rows)
-        second = G.decode_step(vlm, first.argmax(-1), [len(p) for p in prompts], cache)
-        wider = G.decode_step(vlm, first.argmax(-1), torch.tensor([len(p) for p in prompts]), cache, L=size)
+        positions = torch.tensor([len(p) for p in prompts])
+        second = G.decode_step(vlm, first.argmax(-1), positions, cache, size)
+        wider = G.decode_step(vlm, first.argmax(-1), positions, cache, size + 5)
         for i, (prompt, t) in enumerate(zip(prompts, tiles)):
             sequence = torch.tensor([*prompt, first[i].argmax()])
             full = vlm.logits(sequence, torch.arange(len(sequence)), torch.tensor([0, len(sequence)]), t)
@@ -261,12 +262,12 @@ def test_requests_are_taken_from_an_iterator_only_when_there_is_room_and_a_long_
         for n in (5, 60, 10, 200, 7, 7, 7):
             taken.append(n)
             yield [1 + n % 9] * n, None
-    seen = list(G.decode(vlm, requests(), 6, {5}, batch_size=2))
+    seen = list(G.decode(vlm, requests(), G.Decoding(6, {5}, batch_size=2)))
     assert sorted(row for row, token in seen if token is None) == list(range(7)) and len(taken) == 7
     alone = [generate(vlm, [[1 + n % 9] * n], [None], 6, {5})[0] for n in taken]
     assert alone == [[t for r, t in seen if r == row and t is not None] for row in range(7)]
     taken.clear()
-    stream = G.decode(vlm, requests(), 6, {5}, batch_size=2)
+    stream = G.decode(vlm, requests(), G.Decoding(6, {5}, batch_size=2))
     next(stream)
     assert len(taken) <= 4
 

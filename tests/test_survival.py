@@ -368,16 +368,16 @@ import data, torch, train
 from inputs import chat, packing
 from training import checkpoint, distributed, metrics, optim, run_folder
 from torch.distributed.tensor import DTensor
-planned = train.stage_packs
-train.stage_packs = lambda cfg, stage, tok, vision, packs_per_step, *a: planned(cfg, stage, tok, vision, 8, *a)
-batch_of = packing.Packs.__getitem__
+planned = train.stage_dataset
+train.stage_dataset = lambda cfg, stage, tok, vision, packs_per_step, *a: planned(cfg, stage, tok, vision, 8, *a)
+batch_of = data.PackedDataset.__getitem__
 def masked(self, pack):                                   # every second pack, so every second rank, asks nothing
     batch = batch_of(self, pack)
     if pack.position[2] % 2 == 0:
         batch["labels"].fill_(chat.IGNORE)
         batch["size"] |= dict(supervised=0, weight=0.0)
     return batch
-packing.Packs.__getitem__ = masked
+data.PackedDataset.__getitem__ = masked
 clip = optim.clip_grad_norm
 def spy(model, max_norm):
     whole = {k: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
@@ -419,12 +419,12 @@ def test_gradients_of_ragged_micro_batches_equal_the_single_batch_on_every_layou
 
 
 TEXT_ONLY = """
-planned_alone = train.stage_packs
+planned_alone = train.stage_dataset
 def mine(cfg, *args, **kw):                               # rank 1 never sees a picture
     pictures, text = cfg.data.split(",")
     cfg.data = text if RANK == 1 else pictures
     return planned_alone(cfg, *args, **kw)
-train.stage_packs = mine
+train.stage_dataset = mine
 from inputs import chat, packing
 from training import checkpoint, distributed, metrics, optim, run_folder
 metrics.account = lambda *args: {}                         # which adds up what all ranks plan alike
@@ -452,7 +452,7 @@ embed = model.VLM.embed
 def bare(self, tokens, tiles):
     return embed(self, tokens, tiles) if len(tiles) else self.language_model.model.embed_tokens(tokens)
 model.VLM.embed = bare
-planned_both = train.stage_packs
+planned_both = train.stage_dataset
 def both(cfg, *args, **kw):
     import copy
     pictures, text = cfg.data.split(",")
@@ -462,7 +462,7 @@ def both(cfg, *args, **kw):
         packs.append(planned_both(cfg, *args, **kw))
     packs[0].text = packs[1]
     return packs[0]
-train.stage_packs = both
+train.stage_dataset = both
 loader = train.make_loader
 def alternate(packs, rank, world, *args):
     for pair in zip(loader(packs, 0, 2, *args), loader(packs.text, 1, 2, *args)):

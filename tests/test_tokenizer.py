@@ -1,27 +1,51 @@
-"""The tokenizer against Hugging Face's, with the toy and the real Qwen vocabulary; prompts character by character."""
-import os, random, shutil, subprocess, unicodedata
+"""inputs/tokenizer.py against Hugging Face's, with the toy and the real Qwen vocabulary."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import unicodedata
 from pathlib import Path
 
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from rows import ROOT, SHARED
+from rows import TOY as TOY_TOKENIZER
+from test_convert import run, save
+from test_model import tiny
 
 from inputs.chat import IGNORE, TEMPLATES, chat_ids, render
-from inputs.tokenizer import Tokenizer
+from inputs.images import STD, make_tiles, normalize
+from inputs.tokenizer import SPECIAL_TOKENS, Tokenizer
 
-ROOT = Path(__file__).parent.parent
 TOY = ROOT / "toy" / "tokenizer"
-# a folder with Qwen's vocab.json and merges.txt, which are not ours; ../shared is an optional folder of test data
-QWEN = Path(os.environ.get("QWEN_TOKENIZER", ROOT.parent / "shared" / "tokenizer" / "qwen2"))
-# id, token, special: facts of the released tokenizer_config.json; with the toy vocabulary they start at 1025
-RELEASED = """151643 <|endoftext|> 1  151644 <|im_start|> 1  151645 <|im_end|> 1  151646 <|object_ref_start|> 1
-    151647 <|object_ref_end|> 1  151648 <|box_start|> 1  151649 <|box_end|> 1  151650 <|quad_start|> 1
-    151651 <|quad_end|> 1  151652 <|vision_start|> 1  151653 <|vision_end|> 1  151654 <|vision_pad|> 1
-    151655 <|image_pad|> 1  151656 <|video_pad|> 1  151657 <tool_call> 0  151658 </tool_call> 0
-    151659 <|fim_prefix|> 0  151660 <|fim_middle|> 0  151661 <|fim_suffix|> 0  151662 <|fim_pad|> 0
-    151663 <|repo_name|> 0  151664 <|file_sep|> 0  151665 <img> 1  151666 </img> 1  151667 <IMG_CONTEXT> 1
-    151668 <quad> 1  151669 </quad> 1  151670 <ref> 1  151671 </ref> 1  151672 <box> 1  151673 </box> 1""".split()
-RELEASED = list(zip(map(int, RELEASED[::3]), RELEASED[1::3], map(int, RELEASED[2::3])))
+# A folder with Qwen's vocab.json and merges.txt, which are not ours.
+QWEN = Path(os.environ.get("QWEN_TOKENIZER", SHARED / "tokenizer" / "qwen2"))
+# Facts of the released tokenizer_config.json; with the toy vocabulary the ids start at 1025.
+# Each token is special (1) or only added (0).
+FACTS = """
+    151643 <|endoftext|> 1         151644 <|im_start|> 1      151645 <|im_end|> 1
+    151646 <|object_ref_start|> 1  151647 <|object_ref_end|> 1
+    151648 <|box_start|> 1         151649 <|box_end|> 1
+    151650 <|quad_start|> 1        151651 <|quad_end|> 1
+    151652 <|vision_start|> 1      151653 <|vision_end|> 1    151654 <|vision_pad|> 1
+    151655 <|image_pad|> 1         151656 <|video_pad|> 1
+    151657 <tool_call> 0           151658 </tool_call> 0
+    151659 <|fim_prefix|> 0        151660 <|fim_middle|> 0    151661 <|fim_suffix|> 0
+    151662 <|fim_pad|> 0           151663 <|repo_name|> 0     151664 <|file_sep|> 0
+    151665 <img> 1                 151666 </img> 1            151667 <IMG_CONTEXT> 1
+    151668 <quad> 1  151669 </quad> 1  151670 <ref> 1  151671 </ref> 1
+    151672 <box> 1   151673 </box> 1""".split()
+RELEASED = [(int(FACTS[k]), FACTS[k + 1], int(FACTS[k + 2])) for k in range(0, len(FACTS), 3)]
 SAILVL = "你是由抖音内容理解组开发的多模态大模型，英文名叫UniVL, 是一个有用无害的人工智能助手。"
-INTERNVL = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+INTERNVL = (
+    "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位"
+    "联合开发的多模态大语言模型。"
+)
 
 
 @pytest.fixture(scope="module", params=[TOY, QWEN], ids=["toy", "qwen"])
@@ -33,7 +57,10 @@ def folder(request):
 
 @pytest.fixture(scope="module")
 def released(folder):
-    return [(i - 151643 + (151643 if folder == QWEN else 1025), token, special) for i, token, special in RELEASED]
+    return [
+        (i - 151643 + (151643 if folder == QWEN else 1025), token, special)
+        for i, token, special in RELEASED
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -43,25 +70,56 @@ def mine(folder):
 
 @pytest.fixture(scope="module")
 def theirs(folder):
-    """Hugging Face's Qwen2 tokenizer of the same files, with no token that it would look for in the text."""
-    t = pytest.importorskip("transformers", reason="its tokenizer is the oracle; pip install -r requirements-dev.txt")
+    """Hugging Face's Qwen2 tokenizer of the same files, which takes special tokens for text."""
+    t = pytest.importorskip(
+        "transformers", reason="its tokenizer is the oracle; pip install -r requirements-dev.txt"
+    )
     from tokenizers import AddedToken
-    backend = t.Qwen2Tokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt")).backend_tokenizer
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for _, token, _ in RELEASED])
-    backend.encode_special_tokens = True                        # what looks special is text
+
+    backend = t.Qwen2Tokenizer(
+        vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt")
+    ).backend_tokenizer
+    backend.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for _, token, _ in RELEASED]
+    )
+    backend.encode_special_tokens = True  # what looks special is text
     return backend
 
 
 def random_text(rng):
-    """Up to 80 characters of mixed kinds: words, scripts, digits, spaces, marks, emoji, special tokens, any code point."""
-    kinds = [lambda: rng.choice(["don't", "I'LL", "we've", "ALL'S", "naïve", "İstanbul", "ﬁne", "Å", "e\u0301", "ǅ", "ß"]),
-             lambda: chr(rng.randrange(32, 127)), lambda: str(rng.randrange(10 ** rng.randrange(1, 9))),
-             lambda: chr(rng.randrange(0x4E00, 0x9FFF)), lambda: chr(rng.choice([0x3042, 0x30AB, 0xAC00, 0x0416, 0x0905]) +
-                                                                     rng.randrange(40)),
-             lambda: rng.choice([" ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u3000", "\u200b", " \n \n", "\n\n\n"]),
-             lambda: chr(rng.randrange(0x300, 0x370)), lambda: chr(rng.randrange(0x1F300, 0x1FAFF)) + rng.choice(["", "\u200d"]),
-             lambda: rng.choice(RELEASED)[1], lambda: rng.choice(["...", "?!", "¿", "—", "==>", "\\n", "#", "’s"]),
-             lambda: chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)]))]
+    """Up to 80 characters of mixed kinds.
+
+    Words, scripts, digits, spaces, marks, emoji, special tokens, any code point.
+    """
+    kinds = [
+        lambda: rng.choice(
+            [
+                "don't",
+                "I'LL",
+                "we've",
+                "ALL'S",
+                "naïve",
+                "İstanbul",
+                "ﬁne",
+                "Å",
+                "e\u0301",
+                "ǅ",
+                "ß",
+            ]
+        ),
+        lambda: chr(rng.randrange(32, 127)),
+        lambda: str(rng.randrange(10 ** rng.randrange(1, 9))),
+        lambda: chr(rng.randrange(0x4E00, 0x9FFF)),
+        lambda: chr(rng.choice([0x3042, 0x30AB, 0xAC00, 0x0416, 0x0905]) + rng.randrange(40)),
+        lambda: rng.choice(
+            [" ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u3000", "\u200b", " \n \n", "\n\n\n"]
+        ),
+        lambda: chr(rng.randrange(0x300, 0x370)),
+        lambda: chr(rng.randrange(0x1F300, 0x1FAFF)) + rng.choice(["", "\u200d"]),
+        lambda: rng.choice(RELEASED)[1],
+        lambda: rng.choice(["...", "?!", "¿", "—", "==>", "\\n", "#", "’s"]),
+        lambda: chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])),
+    ]
     text = ""
     while rng.random() < 0.95 and len(text) < 80:
         text += rng.choice(kinds)()
@@ -72,28 +130,36 @@ def test_the_tokenizer_equals_hugging_faces_on_10000_random_strings(mine, theirs
     rng = random.Random(0)
     texts = [random_text(rng) for _ in range(10_000)]
     assert len(set(texts)) > 9000
-    for text, other in zip(texts, theirs.encode_batch(texts, add_special_tokens=False)):
+    encoded = theirs.encode_batch(texts, add_special_tokens=False)
+    for text, other in zip(texts, encoded, strict=True):
         ids = mine.encode(text)
         assert ids == other.ids, repr(text)
-        assert mine.decode(ids) == unicodedata.normalize("NFC", text) and not set(ids) & mine.special_ids
+        assert mine.decode(ids) == unicodedata.normalize("NFC", text)
+        assert not set(ids) & mine.special_ids
 
 
 def test_the_tokenizer_equals_hugging_faces_on_every_text_file_of_this_repository(mine, theirs):
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True).stdout.split("\0")[:-1]
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.split("\0")[:-1]
     texts = {}
-    for path in [ROOT / name for name in listed] or [p for p in ROOT.rglob("*.*") if ".venv" not in p.parts]:
+    for path in [ROOT / name for name in listed] or [
+        p for p in ROOT.rglob("*.*") if ".venv" not in p.parts
+    ]:
         try:
             texts[path] = path.read_text(encoding="utf-8") if path.is_file() else ""
         except UnicodeDecodeError:
-            continue                                            # weights and pictures
+            continue  # weights and pictures
     assert len(texts) > 40 and ROOT / "data.py" in texts
     for path, text in texts.items():
         assert mine.encode(text) == theirs.encode(text, add_special_tokens=False).ids, path
 
 
 def test_text_is_nfc_normalised_before_it_becomes_tokens(mine):
-    assert mine.encode("e\u0301") == mine.encode("\u00e9") and mine.encode("\uac00") == mine.encode("\u1100\u1161")
-    assert mine.encode("ﬁ") != mine.encode("fi")                # not NFKC
+    assert mine.encode("e\u0301") == mine.encode("\u00e9") and mine.encode("\uac00") == mine.encode(
+        "\u1100\u1161"
+    )
+    assert mine.encode("ﬁ") != mine.encode("fi")  # not NFKC
 
 
 def test_the_tokenizer_has_the_31_released_tokens_with_their_ids(mine, released):
@@ -107,74 +173,141 @@ def test_the_tokenizer_has_the_31_released_tokens_with_their_ids(mine, released)
 
 def test_tokenizer_json_alone_gives_the_same_tokenizer(mine, theirs, tmp_path):
     theirs.save(str(tmp_path / "tokenizer.json"))
-    assert Tokenizer(tmp_path).hash == mine.hash and Tokenizer(tmp_path).encode("héllo 你好") == mine.encode("héllo 你好")
+    assert Tokenizer(tmp_path).hash == mine.hash and Tokenizer(tmp_path).encode(
+        "héllo 你好"
+    ) == mine.encode("héllo 你好")
 
 
-@pytest.mark.parametrize("template, system, sep", [("sailvl-chat", SAILVL, ""), ("internvl2_5", INTERNVL, "\n")])
-def test_prompts_of_the_tokenizer_are_the_released_templates_character_by_character(mine, template, system, sep):
+@pytest.mark.parametrize(
+    "template, system, sep", [("sailvl-chat", SAILVL, ""), ("internvl2_5", INTERNVL, "\n")]
+)
+def test_prompts_of_the_tokenizer_are_the_released_templates_character_by_character(
+    mine, template, system, sep
+):
     turns = [("<image>\nWhat is it?", "A cat."), ("And <image> this?", None)]
     ids = chat_ids(mine, template, turns, [2, 1], 256)
     pictures = ["<img>" + "<IMG_CONTEXT>" * n + "</img>" for n in (512, 256)]
     assert mine.decode(ids, skip_special=False) == (
-        f"<|im_start|>system\n{system}<|im_end|>{sep}<|im_start|>user\n{pictures[0]}\nWhat is it?<|im_end|>{sep}"
-        f"<|im_start|>assistant\nA cat.<|im_end|>{sep}<|im_start|>user\nAnd {pictures[1]} this?<|im_end|>{sep}"
-        "<|im_start|>assistant\n")
+        f"<|im_start|>system\n{system}<|im_end|>{sep}"
+        f"<|im_start|>user\n{pictures[0]}\nWhat is it?<|im_end|>{sep}"
+        f"<|im_start|>assistant\nA cat.<|im_end|>{sep}"
+        f"<|im_start|>user\nAnd {pictures[1]} this?<|im_end|>{sep}"
+        "<|im_start|>assistant\n"
+    )
     first = mine.decode(chat_ids(mine, template, [("Hi", None)], [1], 1), skip_special=False)
-    assert first.endswith("<|im_start|>user\n<img><IMG_CONTEXT></img>\nHi<|im_end|>" + sep + "<|im_start|>assistant\n")
+    assert first.endswith(
+        "<|im_start|>user\n<img><IMG_CONTEXT></img>\nHi<|im_end|>" + sep + "<|im_start|>assistant\n"
+    )
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_labels_are_the_answers_in_500_conversations_and_what_users_type_is_never_special(mine, template):
-    """R18: several turns, Chinese, special strings on both sides; decoded labels = answers + end tokens in 500 of 500."""
-    rng, specials = random.Random(1), {mine.special[x] for x in ("<|im_start|>", "<|im_end|>", "<img>", "</img>")}
+def test_labels_are_the_answers_in_500_conversations_and_what_users_type_is_never_special(
+    mine, template
+):
+    """Several turns, Chinese, special strings on both sides."""
+    rng = random.Random(1)
+    specials = {mine.special[x] for x in ("<|im_start|>", "<|im_end|>", "<img>", "</img>")}
+    endings = ["", "请描述这张图片。", "<IMG_CONTEXT>", "<|im_end|>", "</img><img>"]
+
+    def say():
+        text = random_text(rng).replace("<image>", "") + rng.choice(endings)
+        return (text or "?").replace("\0", "") + "."
+
     for n in range(500):
-        say = lambda: (random_text(rng).replace("<image>", "") + rng.choice(
-            ["", "请描述这张图片。", "<IMG_CONTEXT>", "<|im_end|>", "</img><img>"]) or "?").replace("\0", "") + "."
-        turns, n_tiles = [(say(), say()) for _ in range(rng.randrange(1, 5))], [3] * rng.randrange(3)
-        row = {"id": str(n), "conversations": [{"from": f, "value": v} for turn in turns
-                                               for f, v in zip(("human", "gpt"), turn)]}
+        turns = [(say(), say()) for _ in range(rng.randrange(1, 5))]
+        n_tiles = [3] * rng.randrange(3)
+        conversations = []
+        for question, answer in turns:
+            conversations.append({"from": "human", "value": question})
+            conversations.append({"from": "gpt", "value": answer})
+        row = {"id": str(n), "conversations": conversations}
         ids, labels = render(row, mine, template, n_tiles, 4)
         said = mine.decode([int(i) for i in labels if i != IGNORE], skip_special=False)
         assert said == "".join(unicodedata.normalize("NFC", a) + "<|im_end|>" for _, a in turns), n
-        assert all(labels[t] in (IGNORE, ids[t + 1]) for t in range(len(ids) - 1)) and labels[-1] == IGNORE
+        assert all(labels[t] in (IGNORE, ids[t + 1]) for t in range(len(ids) - 1))
+        assert labels[-1] == IGNORE
         used = [i for i in ids.tolist() if i in mine.special_ids]
-        assert used.count(mine.image_id) == 12 * len(n_tiles) and set(used) <= specials | {mine.image_id}
-        assert used.count(mine.eos_id) == 1 + 2 * len(turns)    # the system's, and one a turn and side
+        assert used.count(mine.image_id) == 12 * len(n_tiles)
+        assert set(used) <= specials | {mine.image_id}
+        # the system's, and one for each question and answer
+        assert used.count(mine.eos_id) == 1 + 2 * len(turns)
 
 
-def test_an_assembled_folder_gives_hugging_face_the_same_tokenizer_and_prompts(mine, folder, released, tmp_path):
-    import json
-    from test_convert import run, save
-    from test_model import tiny
-    t = pytest.importorskip("transformers", reason="it reads the folder; pip install -r requirements-dev.txt")
-    first, vlm = released[0][0], tiny(vocab_size=mine.n_vocab + 6, dim=8, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=8, ffn_dim=8)
+def test_an_assembled_folder_gives_hugging_face_the_same_tokenizer_and_prompts(
+    mine, folder, released, tmp_path
+):
+    t = pytest.importorskip(
+        "transformers", reason="it reads the folder; pip install -r requirements-dev.txt"
+    )
+    first = released[0][0]
+    sizes = {"dim": 8, "n_layers": 1, "n_heads": 1, "n_kv_heads": 1, "head_dim": 8, "ffn_dim": 8}
+    vlm = tiny(vocab_size=mine.n_vocab + 6, **sizes)
     save(tmp_path / "vit", vlm, "vit")
     save(tmp_path / "llm", vlm, "llm")
     for name in ("vocab.json", "merges.txt"):
         shutil.copyfile(folder / name, tmp_path / "llm" / name)
-    (tmp_path / "llm" / "tokenizer_config.json").write_text(json.dumps(dict(
-        tokenizer_class="Qwen2Tokenizer", eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=131072,
-        chat_template="the publisher's own", added_tokens_decoder={
-            i: dict(content=token, special=bool(special)) for i, token, special in released[:22]})))
-    done = run("assemble", f"--vision={tmp_path}/vit", f"--llm={tmp_path}/llm", f"--out={tmp_path}/all")
+    added = {i: {"content": token, "special": bool(special)} for i, token, special in released[:22]}
+    config = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "model_max_length": 131072,
+        "chat_template": "the publisher's own",
+        "added_tokens_decoder": added,
+    }
+    (tmp_path / "llm" / "tokenizer_config.json").write_text(json.dumps(config))
+    done = run(
+        "assemble", f"--vision={tmp_path}/vit", f"--llm={tmp_path}/llm", f"--out={tmp_path}/all"
+    )
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "all" / "added_tokens.json").stat().st_size == (790 if folder == QWEN else 790 - 2 * 31)  # as released
+    released_size = 790 if folder == QWEN else 790 - 2 * 31
+    assert (tmp_path / "all" / "added_tokens.json").stat().st_size == released_size
     for layout, image in (("internvl", "<image>"), ("transformers", "<IMG_CONTEXT>")):
-        assert run("export", tmp_path / "all", tmp_path / layout, f"--layout={layout}").returncode == 0
+        done = run("export", tmp_path / "all", tmp_path / layout, f"--layout={layout}")
+        assert done.returncode == 0, done.stderr
         words = t.AutoTokenizer.from_pretrained(tmp_path / layout)
-        assert len(words) == first + 31 and words.eos_token_id == first + 2 and words.pad_token_id == first
+        assert len(words) == first + 31
+        assert words.eos_token_id == first + 2 and words.pad_token_id == first
         assert all(words.convert_tokens_to_ids(token) == i for i, token, _ in released)
         assert set(words.all_special_ids) == {i for i, _, special in released if special}
-        talk = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "什么?"}]},
-                {"role": "assistant", "content": "猫。"}, {"role": "user", "content": "Why?"}]
+        talk = [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "什么?"}]},
+            {"role": "assistant", "content": "猫。"},
+            {"role": "user", "content": "Why?"},
+        ]
         text = words.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
         turns = [("<image>\n什么?", "猫。"), ("Why?", None)]
         want = chat_ids(mine, "sailvl-chat", turns, [1], 5)
-        assert words(text.replace(image, "<img>" + "<IMG_CONTEXT>" * 5 + "</img>"))["input_ids"] == want
-    pictures = pytest.importorskip("PIL.Image")
-    from inputs.images import STD, make_tiles, normalize
-    import torch
-    image = pictures.effect_noise((500, 300), 90).convert("RGB")                # transformers' own tiling of the same
-    pixels = t.AutoImageProcessor.from_pretrained(tmp_path / "transformers")(images=[image], return_tensors="pt")
-    off = (pixels["pixel_values"] - normalize(make_tiles(image, tile_size=56))).abs() * 255 * torch.tensor(STD).view(3, 1, 1)
-    assert off.max() < 1.001 and (off > 0.001).float().mean() < 0.01            # at most 1 of 255, see images.resize
+        text = text.replace(image, "<img>" + "<IMG_CONTEXT>" * 5 + "</img>")
+        assert words(text)["input_ids"] == want
+    # transformers' own tiling of the same picture: at most 1 of 255 away, see images.resize
+    image = Image.effect_noise((500, 300), 90).convert("RGB")
+    processor = t.AutoImageProcessor.from_pretrained(tmp_path / "transformers")
+    pixels = processor(images=[image], return_tensors="pt")["pixel_values"]
+    off = (pixels - normalize(make_tiles(image, tile_size=56))).abs()
+    off *= 255 * torch.tensor(STD).view(3, 1, 1)
+    assert off.max() < 1.001 and (off > 0.001).float().mean() < 0.01
+
+
+@given(st.text(max_size=60))
+@settings(max_examples=200, deadline=None)
+def test_any_text_survives_the_tokenizer(text):
+    assert TOY_TOKENIZER.decode(TOY_TOKENIZER.encode(text)) == unicodedata.normalize("NFC", text)
+
+
+@pytest.mark.parametrize("token", SPECIAL_TOKENS)
+def test_a_special_token_typed_by_a_user_is_plain_text(token):
+    ids = TOY_TOKENIZER.encode(f"look {token} here")
+    assert not set(ids) & TOY_TOKENIZER.special_ids
+    assert TOY_TOKENIZER.decode(ids) == f"look {token} here"
+
+
+@pytest.mark.skipif(
+    not (SHARED / "tokenizer").exists(), reason="the Qwen tokenizer is not part of this repository"
+)
+def test_the_qwen_tokenizer_has_the_published_special_ids():
+    tok = Tokenizer(SHARED / "tokenizer" / "qwen2")
+    assert tok.n_vocab == 151674 and tok.eos_id == 151645 and tok.image_id == 151667
+    tokens = ("<|endoftext|>", "<img>", "</img>", "</box>")
+    assert [tok.special[token] for token in tokens] == [151643, 151665, 151666, 151673]
+    assert tok.encode("Hello, world! 你好 123") == [9707, 11, 1879, 0, 220, 108386, 220, 16, 17, 18]

@@ -1,14 +1,9 @@
 """toy/records.py and toy/__main__.py: the same samples every time, in ordinary files."""
-from pathlib import Path
+from rows import TOY, dataset_of
 
-from inputs.packing import Packs
-from inputs.sources import open_sources
-from inputs.tokenizer import Tokenizer
 from toy import __main__ as toy
 from toy.draw import draw_picture, jpeg_bytes
 from toy.records import LEVELS, toy_record
-
-TOY = Tokenizer(Path(__file__).parent.parent / "toy" / "tokenizer")
 
 
 def test_samples_are_a_pure_function_of_the_seed():
@@ -28,10 +23,9 @@ def test_shards_are_ordinary_webdataset_tars_and_a_finished_shard_is_kept(tmp_pa
     before = path.stat().st_mtime_ns
     toy.write_parts(cfg, ["instruction"])
     assert path.stat().st_mtime_ns == before
-    packs = Packs(open_sources(str(path), TOY, "sailvl-chat"), TOY, "sailvl-chat", tile_size=84,
-                  tokens_per_tile=9, max_tiles=4, tokens_per_pack=600, tiles_per_pack=40)
-    assert packs.n == 40 and packs.n_bad == 0
-    batch = packs[next(packs.sequence())]
+    dataset = dataset_of(path, tokens_per_pack=600, tiles_per_pack=40)
+    assert dataset.packs.n == 40 and dataset.packs.n_bad == 0
+    batch = dataset[next(dataset.packs.sequence())]
     assert not batch["bad"]
     assert (batch["tokens"] == TOY.image_id).sum() == 9 * len(batch["tiles"])
 

@@ -191,7 +191,7 @@ def shard(model, dtype, dist):
     """Shard the model over the ranks in place (FSDP2): each block, the ViT, then all the rest."""
     # The ranks gather a unit's weights together. So a rank whose pack holds no tile has to run the
     # ViT too, on a black tile, even if the ViT is frozen.
-    model.always_sees = True
+    model.always_run_vision = True
     mesh = td.init_device_mesh(dist.device.type, (dist.world,))
     # Inputs are not cast, so that the weights of the loss stay fp32.
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)

@@ -5,8 +5,8 @@ Letters: C width, H query heads, K key/value heads, D head dim.
 import torch
 
 from model import VLM, train_flops
+from model_config import read_configs
 from training.optim import RATES, peak_rate, print_stage_table
-from weights import read_configs
 
 # The sample that a plan is made for: 6 tiles and a thumbnail, and an answer.
 TOKENS = 2048

@@ -1,5 +1,8 @@
-"""The judge client against a local endpoint: cache, retries, refusals, resuming; never a guess."""
-import http.server, json, threading
+"""The client of chat endpoints: cache, retries, refusals, resuming; never a guess."""
+
+import http.server
+import json
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -7,51 +10,79 @@ import pytest
 from evals import endpoint as J
 from evals.endpoint import ChatClient
 
+
 @pytest.fixture
 def endpoint(monkeypatch):
-    """A local OpenAI-compatible endpoint: answer(prompt, temperature) -> text, or an int as HTTP status."""
+    """A local endpoint: answer(prompt, temperature) -> text, or an int as HTTP status."""
     monkeypatch.setattr(J, "WAIT_S", 0.01)
     monkeypatch.delenv("JUDGE_API_KEY", raising=False)
     state = SimpleNamespace(answer=lambda prompt, temperature: "A", asked=[], keys=[])
+
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             state.asked.append(prompt := body["messages"][0]["content"])
             state.keys.append(self.headers.get("Authorization"))
             out = state.answer(prompt, body["temperature"])
-            ok = self.path == "/v1/chat/completions" and body["model"] == "m" and not isinstance(out, int)
-            data = json.dumps({"choices": [{"message": {"content": out}}]}).encode() if out != "torn" else b'{"choi'
+            ok = (
+                self.path == "/v1/chat/completions"
+                and body["model"] == "m"
+                and not isinstance(out, int)
+            )
+            data = (
+                json.dumps({"choices": [{"message": {"content": out}}]}).encode()
+                if out != "torn"
+                else b'{"choi'
+            )
             self.send_response(200 if ok else out)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)
-        def log_message(self, *args): pass
+
+        def log_message(self, *args):
+            pass
+
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     state.url = f"http://127.0.0.1:{server.server_port}/v1"
     yield state
     server.shutdown()
 
-always = lambda reply: True
+
+def always(reply):
+    return True
+
 
 def test_replies_are_kept_and_asked_only_once(endpoint, tmp_path, monkeypatch):
     endpoint.answer = lambda prompt, temperature: prompt.upper()
     prompts = [f"question {i}\nfoo" for i in range(40)]
-    assert ChatClient(endpoint.url, "m", tmp_path / "x" / "j.jsonl").ask(prompts, [always] * 40) == [p.upper() for p in prompts]
+    assert ChatClient(endpoint.url, "m", tmp_path / "x" / "j.jsonl").ask(
+        prompts, [always] * 40
+    ) == [p.upper() for p in prompts]
     assert sorted(endpoint.asked) == sorted(prompts) and endpoint.keys[0] is None
     text = (tmp_path / "x" / "j.jsonl").read_text()
     assert [json.loads(line)["model"] for line in text.split("\n")[1:]] == ["m"] * 40
-    (tmp_path / "x" / "j.jsonl").write_text(text[:-9])                  # as if killed in the middle of a line
+    (tmp_path / "x" / "j.jsonl").write_text(text[:-9])  # as if killed in the middle of a line
     monkeypatch.setenv("JUDGE_API_KEY", "secret")
     again = ChatClient(endpoint.url + "/chat/completions", "m", tmp_path / "x" / "j.jsonl")
-    assert again.ask(prompts, [always] * 40) == [p.upper() for p in prompts] and len(endpoint.asked) == 41
-    assert endpoint.keys[-1] == "Bearer secret" and "secret" not in (tmp_path / "x" / "j.jsonl").read_text()
+    assert (
+        again.ask(prompts, [always] * 40) == [p.upper() for p in prompts]
+        and len(endpoint.asked) == 41
+    )
+    assert (
+        endpoint.keys[-1] == "Bearer secret"
+        and "secret" not in (tmp_path / "x" / "j.jsonl").read_text()
+    )
+
 
 def test_a_busy_or_broken_endpoint_is_asked_again(endpoint, tmp_path):
     replies = [429, 503, "torn", [{"type": "text"}], None, "B"]
     endpoint.answer = lambda prompt, temperature: replies.pop(0)
     one = ChatClient(endpoint.url, "m", tmp_path / "j.jsonl", threads=1)
-    assert one.ask(["q"], [lambda reply: reply == "B"]) == ["B"] and not replies        # None is a reply, and not valid
+    assert (
+        one.ask(["q"], [lambda reply: reply == "B"]) == ["B"] and not replies
+    )  # None is a reply, and not valid
+
 
 def test_what_stays_invalid_is_no_reply_and_temperature_rises(endpoint, tmp_path):
     seen = []
@@ -60,28 +91,52 @@ def test_what_stays_invalid_is_no_reply_and_temperature_rises(endpoint, tmp_path
     assert one.ask(["q"], [lambda reply: reply == "yes"]) == [""] and seen == [0.0, 0.5, 1.0]
     assert one.ask(["q"], [lambda reply: "0.5" in reply]) == ["hm 0.5"] and len(seen) == 3
 
-def test_pictures_go_along_and_come_back_with_finish_and_usage_and_a_refused_picture_is_not_the_end(endpoint, tmp_path):
-    endpoint.answer = lambda parts, temperature: 400 if parts[0]["image_url"]["url"].endswith("AAAA") else "A"
+
+def test_pictures_go_along_and_come_back_with_finish_and_usage_and_a_refused_picture_is_not_the_end(
+    endpoint, tmp_path
+):
+    endpoint.answer = lambda parts, temperature: (
+        400 if parts[0]["image_url"]["url"].endswith("AAAA") else "A"
+    )
     one = ChatClient(f"{endpoint.url}, {endpoint.url}", "m", tmp_path / "j.jsonl", threads=1)
     pictures = [b"\x89PNG", b"\xff\xd8\xff", b"\0\0\0"]
     found = dict(one.each([("q", always, [picture]) for picture in pictures]))
-    assert [found[i]["reply"] for i in range(3)] == ["A", "A", ""] and found[2]["finish"] == "http_400"
+    assert [found[i]["reply"] for i in range(3)] == ["A", "A", ""] and found[2][
+        "finish"
+    ] == "http_400"
     assert found[0]["usage"] == {} and endpoint.asked[0] == [
-        {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw=="}}, {"type": "text", "text": "q"}]
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw=="}},
+        {"type": "text", "text": "q"},
+    ]
     assert endpoint.asked[1][0]["image_url"]["url"].startswith("data:image/jpeg;base64,")
-    again = ChatClient(endpoint.url, "m", tmp_path / "j.jsonl")             # another picture or none: another question
-    assert dict(again.each([("q", always, pictures[:1])]))[0]["reply"] == "A" and len(endpoint.asked) == 3
+    again = ChatClient(
+        endpoint.url, "m", tmp_path / "j.jsonl"
+    )  # another picture or none: another question
+    assert (
+        dict(again.each([("q", always, pictures[:1])]))[0]["reply"] == "A"
+        and len(endpoint.asked) == 3
+    )
     endpoint.answer = lambda prompt, temperature: "B"
     assert again.ask(["q"], [always]) == ["B"] and again.counts == {"calls": 1}
 
-def test_a_refusal_and_an_absent_endpoint_end_in_one_line_and_what_was_answered_stays(endpoint, tmp_path):
+
+def test_a_refusal_and_an_absent_endpoint_end_in_one_line_and_what_was_answered_stays(
+    endpoint, tmp_path
+):
     endpoint.answer = lambda prompt, temperature: 401 if prompt == "q3" else "A"
     one = ChatClient(endpoint.url, "m", tmp_path / "j.jsonl", threads=1)
     with pytest.raises(ValueError, match="HTTP 401.*run again to go on"):
         one.ask(["q1", "q2", "q3", "q4"], [always] * 4)
-    assert endpoint.asked[:3] == ["q1", "q2", "q3"] and endpoint.asked.count("q3") == 1    # not asked again at once
+    assert (
+        endpoint.asked[:3] == ["q1", "q2", "q3"] and endpoint.asked.count("q3") == 1
+    )  # not asked again at once
     endpoint.answer = lambda prompt, temperature: "A"
-    assert ChatClient(endpoint.url, "m", tmp_path / "j.jsonl").ask(["q1", "q2", "q3", "q4"], [always] * 4) == ["A"] * 4
+    assert (
+        ChatClient(endpoint.url, "m", tmp_path / "j.jsonl").ask(
+            ["q1", "q2", "q3", "q4"], [always] * 4
+        )
+        == ["A"] * 4
+    )
     assert [endpoint.asked.count(q) for q in ("q1", "q2", "q3", "q4")] == [1, 1, 2, 1]
     with pytest.raises(ValueError, match="127.0.0.1:9/.*kept, run again"):
         ChatClient("http://127.0.0.1:9/v1", "m", tmp_path / "k.jsonl").ask(["q"], [always])

@@ -1,0 +1,88 @@
+"""The table of benchmarks, its protocols and their hash."""
+
+import dataclasses
+
+import pytest
+
+from evals import table
+
+PAPER_PROTOCOL = "sailvl-2024-12"
+
+
+def test_the_table_is_the_papers():
+    groups = [b.group for b in table.PAPER.values()]
+    assert [groups.count(g) for g in dict.fromkeys(groups)] == [7, 7, 2, 2]
+    assert len({b.md5 for b in table.PAPER.values()}) == 18
+    tiles = {name: b.tiles for name, b in table.PAPER.items() if b.tiles != 6}
+    assert tiles == {
+        "MMMU_VAL": 12,
+        "ChartQA_TEST": 12,
+        "OCRVQA_TESTCORE": 12,
+        "DocVQA_VAL": 18,
+        "InfoVQA_VAL": 24,
+        "OCRBench": 24,
+    }
+    needs_judge = [name for name, b in table.PAPER.items() if b.judge == "required"]
+    assert needs_judge == ["MMVet", "MathVista_MINI"]
+    drops_period = [name for name, b in table.PAPER.items() if b.period]
+    assert drops_period == ["ChartQA_TEST", "OCRVQA_TESTCORE"]
+    later = table.PROTOCOLS["vlmevalkit-2025-04"]
+    assert later["MMStar"].tiles == 10
+    assert later["OCRBench"].tiles == 24
+    assert later["MME"].max_new_tokens == 1024
+    assert later["MMStar"].recent and not later["MME"].recent
+    assert later["toy_ocr"] == table.TOY["toy_ocr"]
+
+
+def test_addresses_are_where_vlmevalkit_has_the_files_and_decide_no_score(monkeypatch):
+    moved = {
+        "MMBench_DEV": "benchmarks/MMBench",
+        "SEEDBench_IMG": "benchmarks/SEEDBench",
+        "ScienceQA": "benchmarks/ScienceQA",
+    }
+    folders = {name: b.folder for name, b in table.PAPER.items()}
+    assert folders == dict.fromkeys(table.PAPER, "VLMEval") | moved
+    before = table.protocol_hash(["MME"])
+    mme = table.PAPER["MME"]
+    protocol = table.PROTOCOLS[PAPER_PROTOCOL]
+    monkeypatch.setitem(protocol, "MME", dataclasses.replace(mme, folder="elsewhere"))
+    assert table.protocol_hash(["MME"]) == before
+    monkeypatch.setitem(protocol, "MME", dataclasses.replace(mme, tiles=5))
+    assert table.protocol_hash(["MME"]) != before
+
+
+def test_names_of_benchmarks_and_of_their_files():
+    def names(text):
+        return list(table.parse_benchmarks(text))
+
+    assert names("toy") == ["toy_general", "toy_ocr", "toy_chart", "toy_count", "toy_halluc"]
+    assert names("toy_ocr, toy_chart,toy_ocr") == ["toy_ocr", "toy_chart"]
+    assert names("all") == list(table.PAPER)
+    assert names("MMBench_DEV_EN,MME") == ["MMBench_DEV", "MME"]
+    for bad in ("toy_orc", "", " , "):
+        with pytest.raises(ValueError, match="there are: toy, all"):
+            names(bad)
+    with pytest.raises(ValueError, match="vlmevalkit-2025-04"):
+        table.parse_benchmarks("toy", "sailvl")
+
+
+def test_protocol_hash_follows_the_rules():
+    base = table.protocol_hash(["toy_ocr"])
+    assert base == table.protocol_hash(["toy_ocr"]) and len(base) == 64
+    assert base == table.protocol_hash(["toy_ocr"], max_tiles=4)
+    others = {
+        table.protocol_hash(["toy_chart"]),
+        table.protocol_hash(["toy_ocr"], max_tiles=9),
+        table.protocol_hash(["toy_ocr"], max_new_tokens=1),
+        table.protocol_hash(["MME"]),
+        table.protocol_hash(["MME"], protocol="vlmevalkit-2025-04"),
+    }
+    assert len(others | {base}) == 6
+
+
+def test_protocol_hash_is_that_of_results_written_before():
+    """Results of earlier versions stay comparable: the hash changes with the rules alone."""
+    toy = table.protocol_hash(table.TOY)
+    assert toy == "353d478cf720b08c51a0ea622bceec4bb2f9a70c0752edc1c73165cb5434109d"
+    paper = table.protocol_hash(table.PAPER)
+    assert paper == "5b9ba11ee8e9015c4724c1f3f45ae6053ce103e344161abfea9b14a23a1532f8"
