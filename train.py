@@ -242,7 +242,8 @@ def train_stage(run, name, stage, later_steps):
     optim.make_moments(optimizer)
 
     # ---- start, or resume from a checkpoint of this stage ----
-    fresh = checkpoint.Progress(name, packs.fingerprint, packs.settings.packs_per_step, run.planned_world)
+    packs_per_step = packs.settings.packs_per_step
+    fresh = checkpoint.Progress(name, packs.fingerprint, packs_per_step, run.planned_world)
     progress = run_folder.resume(run.checkpoint, fresh, steps, model, optimizer)
     run_folder.check_disk(cfg, name, steps - progress.step, model)
     if dist.is_main:

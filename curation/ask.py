@@ -18,7 +18,7 @@ from curation.shards import read_records
 from curation.stages import cost_in_dollars, run_stage
 from evals.endpoint import ChatClient, reply_key
 from inputs.chat import conversation
-from inputs.index import UNREADABLE
+from inputs.records import UNREADABLE
 
 REFUSAL = re.compile(
     r"\W*((i['’]?m|i am) (sorry|unable|not able)|sorry|i (can['’]?t|cannot|won['’]?t)\b"

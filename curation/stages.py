@@ -17,9 +17,9 @@ SPEND_COUNTS = ("replies", "calls", "retries", "prompt_tokens", "completion_toke
 def run_stage(cfg, stage, process, alone=False, **settings):
     """Make every output shard that is missing or out of date, then print and write report.json.
 
-    process(shard, counts) yields a Record for every record of an input shard, in order. A shard
-    that another process works on is passed over. alone: the stage needs all shards at once, so
-    only one process may run it. settings: all that decides what comes out; a folder made with
+    process(shard, counts) yields a ShardRecord for every record of an input shard, in order. A
+    shard that another process works on is passed over. alone: the stage needs all shards at once,
+    so only one process may run it. settings: all that decides what comes out; a folder made with
     others is refused.
     """
     if not cfg.out:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from folders import edit, same_state, save, sparse_folder
 from safetensors.torch import load_file, save_file
-from test_model import IMG, pack, tiny
+from small_model import IMG, pack, tiny
 
 import weights
 from model import VLM, LanguageModel, LLMConfig
