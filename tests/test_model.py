@@ -1,6 +1,5 @@
 """model.py: packing, loss, frozen parts, FLOPs. Exactness is in test_parity.py."""
 
-import types
 
 import pytest
 import torch
