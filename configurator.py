@@ -369,6 +369,3 @@ def run_script(main):
             sys.exit(130)
         print(f"error: {error_line(e)}", file=sys.stderr)
         sys.exit(2)
-
-
-launch = run_script  # the old name, until every script has the new one

@@ -145,14 +145,14 @@ def test_noise_is_of_the_given_size_and_each_row_has_a_level_of_its_own():
 def test_noise_reaches_what_words_and_what_pictures_give(world):
     for name in ("llm", "vit"):
         cfg = recipe(name, world)
-        model = bases.fresh_base(cfg, TOY)
+        model = bases.start_base(cfg, TOY)
         batch = first_batch(cfg)
         assert model(batch, 0.0) == model(batch, 0.0) != model(batch, 0.5)
 
 
 def test_the_head_of_the_vit_asks_visual_tokens_alone(world):
     cfg = recipe("vit", world)
-    model = bases.fresh_base(cfg, TOY)
+    model = bases.start_base(cfg, TOY)
     batch = first_batch(cfg)
     loss = model(batch, 0.0)
     n = batch["size"]["supervised"]

@@ -13,6 +13,7 @@ meanwhile; the train.log beside them has all but one. From scratch, 13,000 steps
 
 Shapes: T tokens of a pack, M visual tokens, C width.
 """
+import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -206,8 +207,10 @@ def load_base(folder, tokenizer):
     return model
 
 
-def fresh_base(cfg, tokenizer):
-    """A BaseModel of toy sizes with random weights."""
+def start_base(cfg, tokenizer):
+    """The BaseModel that a recipe starts from: a folder's, or of toy sizes with random weights."""
+    if cfg.init_from:
+        return load_base(cfg.init_from, tokenizer)
     llm = LLMConfig(**LLMConfig.PRESETS["toy"])
     vision = None
     if cfg.reads == "pictures":
@@ -256,8 +259,7 @@ def train_base(cfg):
     dist = setup_distributed("cpu")
     tokenizer_dir = cfg.init_from or TOY_VOCABULARY
     tokenizer = Tokenizer(tokenizer_dir)
-    start = load_base(cfg.init_from, tokenizer) if cfg.init_from else fresh_base(cfg, tokenizer)
-    model = start.train()
+    model = start_base(cfg, tokenizer).train()
     set_trainable(model, cfg)
     dtype = getattr(torch, cfg.dtype)
     set_dtypes(model, dtype)
@@ -287,6 +289,8 @@ def train_base(cfg):
         # The loss is one mean over the supervised tokens of all ranks.
         totals = {"weight": batch["size"]["weight"], "loss": loss.item()}
         totals = all_reduce_dict(totals, dist)
+        if not math.isfinite(totals["loss"]):
+            raise ValueError(f"step {step + 1}: the loss is {totals['loss']}; lower the rates")
         (loss * (1 / totals["weight"])).backward()
         if dist.world > 1:
             sum_gradients(trained, dist)
@@ -299,15 +303,19 @@ def train_base(cfg):
             say(dist, f"step {step + 1}/{cfg.steps} | loss {totals['loss'] / totals['weight']:.4f}"
                       f" | rate {scale:.3f} of the peak | {seconds:.2f} s")
 
-    # ---- the model folder: the ViT if there is one, else the language model ----
     if dist.is_main:
-        if model.vision:
-            config = config_json(model.vision, None)
-        else:
-            config = config_json(None, model.llm)
-        save_folder(model.state_dict(), config, cfg.out_dir, tokenizer_dir)
+        save_base(model, cfg.out_dir, tokenizer_dir)
     say(dist, f"model folder {cfg.out_dir}")
     close_distributed()
+
+
+def save_base(model, out_dir, tokenizer_dir):
+    """Write the ViT if there is one, else the language model."""
+    if model.vision:
+        config = config_json(model.vision, None)
+    else:
+        config = config_json(None, model.llm)
+    save_folder(model.state_dict(), config, out_dir, tokenizer_dir)
 
 
 def main():
