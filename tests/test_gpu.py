@@ -12,7 +12,7 @@ from bench import samples as bench
 from generate import generate
 from model import compile_blocks
 from model_config import config_json
-from training import distributed, settings
+from training import distributed
 from weights import load_folder, save_folder
 
 pytestmark = [
@@ -108,13 +108,11 @@ def test_a_step_over_nccl_is_the_step_of_one_process(parallel, monkeypatch):
     ).items():
         monkeypatch.setenv(name, str(value))
     model, _, batch = toy(torch.float32)
-    exact, cfg = (
-        gradients(model, batch, torch.float32),
-        settings.RunConfig(parallel=parallel, dtype="float32"),
-    )
+    exact = gradients(model, batch, torch.float32)
     dist = distributed.setup_distributed("cuda")
     try:
-        spread = distributed.parallelize(copy.deepcopy(model), cfg, dist).train()
+        spread = distributed.parallelize(copy.deepcopy(model), parallel, torch.float32, dist)
+        spread.train()
         (spread(**batch) / 100).backward()
         full = [getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in spread.parameters()]
         assert error(full, exact[1:]) <= 1e-5

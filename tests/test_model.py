@@ -1,6 +1,5 @@
 """model.py: packing, loss, frozen parts, FLOPs. Exactness is in test_parity.py."""
 
-import types
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ import model
 import vision
 from inputs.chat import IGNORE
 from model import VLM, LanguageModel, LLMConfig, init_weights, llm_flops, packed, train_flops
-from training.distributed import Dist, parallelize
+from training.distributed import ALONE, checkpoint_activations, parallelize
 from training.dry_run import activation_bytes
 from vision import VisionConfig
 
@@ -66,13 +65,8 @@ def test_a_sharded_head_gives_the_same_loss_and_gradients(head):
         plain, sharded = (tiny(tie_embeddings=head == "tied") for _ in range(2))
         if head == "a unit of its own":
             fully_shard(sharded.language_model.lm_head)
-        parallelize(
-            sharded,
-            types.SimpleNamespace(
-                activation_checkpointing="full", parallel="fsdp", dtype="float32"
-            ),
-            Dist(),
-        )
+        checkpoint_activations(sharded, "full")
+        parallelize(sharded, "fsdp", torch.float32, ALONE)
         batch = pack((9, 30, 14), (1, 3, 0))
         losses = [model(*batch, torch.linspace(0, 1, 53)) for model in (plain, sharded)]
         for loss in losses:
@@ -127,8 +121,8 @@ def test_frozen_parts_get_no_gradients_and_a_frozen_vit_keeps_no_activations():
 def test_activation_checkpointing_changes_no_gradient():
     batch, grads = pack((9, 30), (1, 3)), []
     for what in ("none", "selective", "full"):
-        vlm, cfg = tiny(), types.SimpleNamespace(activation_checkpointing=what, parallel="ddp")
-        parallelize(vlm, cfg, types.SimpleNamespace(device="cpu"))
+        vlm = tiny()
+        checkpoint_activations(vlm, what)
         vlm(*batch).backward()
         grads.append([p.grad for p in vlm.parameters()])
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*grads, strict=True))

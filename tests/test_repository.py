@@ -43,7 +43,6 @@ model
 model_config
 weights
 generate
-training/settings
 training/distributed
 training/optim
 training/lora
