@@ -46,6 +46,9 @@ generate
 training/distributed
 training/optim
 training/lora
+training/progress
+training/state_check
+training/metadata
 training/checkpoint
 training/metrics
 training/run_folder

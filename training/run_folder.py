@@ -16,8 +16,15 @@ import torch
 import torch.distributed as td
 
 from inputs.files import write_atomic
-from training.checkpoint import check_room, find_checkpoint, load_checkpoint, read_progress
+from training.checkpoint import (
+    check_room,
+    checkpoints_in,
+    find_checkpoint,
+    leftovers_in,
+    load_checkpoint,
+)
 from training.distributed import all_reduce_sum, gather, say
+from training.progress import read_progress
 
 # ---- signals and stalls --------------------------------------------------------------------------
 
@@ -103,7 +110,7 @@ def lock_run_folder(out_dir):
                          "or choose another --out_dir") from None
     os.ftruncate(lock, 0)
     os.write(lock, f"process {os.getpid()} on {platform.node()}".encode())
-    for leftover in out.glob("checkpoints/.tmp_*"):
+    for leftover in leftovers_in(out):
         shutil.rmtree(leftover)
 
 
@@ -271,7 +278,7 @@ def resume(path, fresh, steps, model, optimizer):
 def check_disk(cfg, name, steps_left, model):
     """OSError unless there is room for the checkpoints and the model folder still to come."""
     most = max(2, cfg.keep) + 1  # old ones are deleted when a new one is complete
-    existing = len(list(Path(cfg.out_dir).glob("checkpoints/step_*")))
+    existing = len(checkpoints_in(cfg.out_dir))
     saves = max(1, steps_left // cfg.save_every)
     saves = max(0, min(saves, most - existing))
     need = 0
