@@ -291,12 +291,13 @@ def class_source(cls):
 
 
 def field_comment(slot):
-    """The comment at the end of the line that defines a field, "" if there is none."""
+    """The comment at the end of the line that defines a field, or else the line above it; or ""."""
+    name = slot.field.name
     for cls in type(slot.owner).__mro__[:-1]:  # the last is object, which has no source
-        line = rf"^\s+{slot.field.name}\s*:[^#\n]*#\s*(.+)$"
-        found = re.search(line, class_source(cls), re.MULTILINE)
-        if found:
-            return found[1]
+        for pattern in (rf"^\s+{name}\s*:[^#\n]*#\s*(.+)$", rf"^\s+# (.+)\n\s+{name}\s*:[^#\n]*$"):
+            found = re.search(pattern, class_source(cls), re.MULTILINE)
+            if found:
+                return found[1]
     return ""
 
 
@@ -368,6 +369,3 @@ def run_script(main):
             sys.exit(130)
         print(f"error: {error_line(e)}", file=sys.stderr)
         sys.exit(2)
-
-
-launch = run_script  # the old name, until every script has the new one

@@ -21,7 +21,8 @@ Each stage reads shards and writes shards, one for one: KEY.jpg as it came, and 
 alt_text, caption, scores and more, which train.py and sft.py read as training data. A dropped row
 is a line with its reason in OUT/dropped/. A shard is written whole or not at all. Start a command
 again and it resumes. Several processes, under torchrun or on any machines that see the folder,
-share the work of annotate, recaption, score and sft-quality.
+share the work of the stages that take one shard at a time: annotate, recaption, score, sft-quality
+and filter.
 """
 from dataclasses import dataclass
 from typing import Literal
@@ -45,24 +46,24 @@ class Config:
     shard_size: int = setting(1000, at_least=1)  # rows of a shard, if the input is no tar
 
     # collect
-    min_side: int = 64  # least pixels of the shorter side
-    max_aspect: float = 8.0  # largest ratio of the longer side to the shorter
-    # dedup
-    by: Literal["image", "text", "both"] = "image"  # near-duplicate pictures, captions, or either
-    distance: int = 3  # near-duplicate pictures: most bits of 64 in which their hashes differ
-    jaccard: float = 0.8  # near-duplicate captions: least share of common word 3-grams
-    # select; quick, composition, incremental
-    n: int = 1000  # rows to take; samples of a mix of training data (0: all)
-    clusters: int = setting(64, at_least=1)  # clusters of --model's ViT features, else of hashes
+    min_side: int = 64  # collect: least pixels of the shorter side
+    max_aspect: float = 8.0  # collect: largest ratio of the longer side to the shorter
+
+    # dedup, select
+    by: Literal["image", "text", "both"] = "image"  # dedup: pictures, captions, or either
+    distance: int = 3  # dedup: most bits of 64 by which hashes of near-duplicate pictures differ
+    jaccard: float = 0.8  # dedup: least share of word 3-grams common to near-duplicate captions
+    n: int = 1000  # select: rows to take; quick, composition, incremental: rows of a mix (0: all)
+    clusters: int = setting(64, at_least=1)  # select: clusters of --model's ViT features, or hashes
 
     # annotate, recaption, score, sft-quality
     endpoint: str = ""  # OpenAI-compatible http://.../v1, several with commas; key: JUDGE_API_KEY
     endpoint_model: str = ""  # the model's name there
     model: str = ""  # a model folder in place of an endpoint
-    mode: Literal["caption", "recaption"] = "recaption"  # show the alt-text or not
-    prompts: str = "curation/prompts"  # their folder; a row holds the sha256 of its prompt
+    mode: Literal["caption", "recaption"] = "recaption"  # recaption: the prompt has the alt-text
+    prompts: str = "curation/prompts"  # folder of the prompts; a row holds the sha256 of its own
     threads: int = 8  # requests to an endpoint at a time
-    max_new_tokens: int = 512  # longest reply; a longer one is dropped
+    max_new_tokens: int = 512  # longest reply; a reply that is cut off is dropped
     batch_size: int = setting(64, at_least=1)  # pictures answered together by a model folder
     max_tiles: int = 0  # tiles of a picture for a model folder; 0: its own limit
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of a model folder
@@ -70,24 +71,24 @@ class Config:
     price_out: float = 0.0  # dollars for a million answer tokens
 
     # filter
-    min_richness: float = 0.0  # least judge score; 0: not checked
-    min_alignment: float = 0.0  # least judge score; 0: not checked
-    min_words: int = 3  # fewest words of a caption
-    max_words: int = 400  # most words of a caption
-    max_repetition: float = 0.3  # largest share of word 3-grams that occurred before
-    script: Literal["latin", "cjk", "cyrillic", "arabic", "devanagari"] = "latin"  # wanted script
-    min_script: float = 0.5  # its least share of the letters
-    max_ngram_share: float = 0.0  # share that a 4-gram may have of the captions; 0: any
+    min_richness: float = 0.0  # filter: least judge score; 0: not checked
+    min_alignment: float = 0.0  # filter: least judge score; 0: not checked
+    min_words: int = 3  # filter: fewest words of a caption
+    max_words: int = 400  # filter: most words of a caption
+    max_repetition: float = 0.3  # filter: largest share of word 3-grams that occurred before
+    script: Literal["latin", "cjk", "cyrillic", "arabic", "devanagari"] = "latin"  # filter: wanted
+    min_script: float = 0.5  # filter: least share of letters in the wanted script
+    max_ngram_share: float = 0.0  # filter: share of captions that may have one 4-gram; 0: any
 
     # report
-    references: str = setting("", files=True)  # shards whose captions count as correct
-    pictures: int = 60  # pictures on the page
+    references: str = setting("", files=True)  # report: shards whose captions count as correct
+    pictures: int = 60  # report: pictures on the page
 
     # quick, composition, incremental
-    stage: str = "instruction"  # the stage of sft.py that is trained
-    sft: str = "config/sft_2b.py"  # flags of sft.py
-    eval: str = "--benchmarks=all --data_dir=LMUData"  # flags of eval.py
-    run: bool = False  # run the commands instead of printing them
+    stage: str = "instruction"  # quick, composition, incremental: the stage of sft.py to train
+    sft: str = "config/sft_2b.py"  # the same: flags of sft.py
+    eval: str = "--benchmarks=all --data_dir=LMUData"  # the same: flags of eval.py
+    run: bool = False  # the same: run the commands instead of printing them
 
 
 CURATION_STAGES = ("collect", "dedup", "select", "annotate", "recaption", "score", "filter",

@@ -35,7 +35,7 @@ class Decoding:
     top_k: int = 0  # draw among so many tokens; 0 = all
     seed: int = 0
     batch_size: int = 64  # rows that decode together, at most
-    batch_tokens: int = 2**19  # places of their cache, at most; one row always gets its own
+    batch_tokens: int = 2**19  # places of their cache, at most; a single row gets what it needs
 
 
 class Request(NamedTuple):
@@ -332,7 +332,7 @@ class Assistant:
     Shapes: T tokens of a prompt, N tiles of side s.
     """
 
-    def __init__(self, folder, device, dtype, vision=True, max_tiles=0, **settings):
+    def __init__(self, folder, device, dtype, max_tiles=0, **settings):
         """Read the folder and load its weights. ValueError for what is no whole model.
 
         max_tiles: of a picture, 0 = what the folder says; settings: the fields of Decoding.

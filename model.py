@@ -5,8 +5,7 @@ Everything is packed: the documents of a pack lie end to end in one row of T tok
 released InternVL / SAIL-VL checkpoints; the ModuleDicts are there for these names.
 
 Shape letters: T tokens of a pack, S its documents, C width, H query heads, K key/value heads,
-D head dim, V vocabulary, N tiles, s their side. During generation S is also the number of rows
-that decode together.
+D head dim, V vocabulary, N tiles, s their side.
 Source of the decoder: Qwen2 (arXiv 2407.10671), modeling_qwen2.py in huggingface/transformers.
 """
 import functools
@@ -23,7 +22,7 @@ from inputs.chat import IGNORE
 from inputs.images import normalize
 from kernels.attention import attention
 from kernels.cross_entropy import linear_cross_entropy
-from vision import Projector, VisionBlock, ViT, pixel_shuffle, working_dtype
+from vision import Projector, VisionBlock, ViT, pixel_shuffle, vision_flops, working_dtype
 
 
 @dataclass(slots=True)
@@ -61,11 +60,10 @@ class RMSNorm(nn.RMSNorm):
 def rope_table(positions, head_dim, theta):
     """Angles of the rotary embedding: positions (T,) -> (cos, sin), each (T, 1, D) in fp32.
 
-    sin carries the sign of the rotation: minus in the first half of D, plus in the second.
-    `rotate` relies on it.
+    sin carries the sign that `rotate` needs: minus in the first half of D, plus in the second.
     """
-    # Keep this formula to the last bit: an error of one unit in the last place of a frequency
-    # turns position 32,767 by 0.002 against what the weights were trained with.
+    # Keep this formula as it was in training: an error in the last bit of a frequency turns
+    # position 32,767 by 0.002.
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     frequencies = 1 / theta ** (exponents / head_dim)  # (D/2,)
     angles = positions.float()[:, None, None] * frequencies  # (T, 1, D/2)
@@ -77,10 +75,10 @@ def rope_table(positions, head_dim, theta):
 def rotate(x, cos, sin):
     """Rotary position embedding (arXiv 2104.09864, GPT-NeoX layout) of x (T, heads, D).
 
-    Dimension i of the first half and dimension i of the second are one pair, turned together:
+    Entry i of the first half of D and entry i of the second are one pair, turned together:
         first' = first * cos - second * sin        second' = second * cos + first * sin
-    cos and sin are those of `rope_table`, whose sin is already negative in the first half. So both
-    lines are x * cos + swapped * sin, where `swapped` has the two halves exchanged.
+    The sin of `rope_table` is negative in the first half already. So both formulas are
+    x * cos + swapped * sin, where `swapped` has the two halves exchanged.
     """
     swapped = x.roll(x.shape[-1] // 2, -1)
     return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
@@ -111,8 +109,8 @@ class Block(nn.Module):
     def forward(self, x, rope, attend, rows=None):
         """x (T, C) -> (T, C). rope: (cos, sin) of rope_table. attend(q, k, v): see `packed`.
 
-        rows: indices of the rows to return, or None for all. The last block gets those that have
-        a label: nothing after its attention mixes rows, so the others need not be computed.
+        rows: indices of the rows to return, or None for all. Past the attention no row needs
+        another one, so the last block computes only those that have a label.
         """
         T = len(x)
         y = self.input_layernorm(x)
@@ -144,10 +142,7 @@ def packed(cu_seqlens):
 
 
 class LanguageModel(nn.Module):
-    """Decoder and head. It reads embeddings, so what they stand for is the caller's choice.
-
-    Raises ValueError for heads that do not divide.
-    """
+    """Decoder and head, from embeddings on. ValueError for numbers of heads that do not divide."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -169,11 +164,6 @@ class LanguageModel(nn.Module):
         if self.cfg.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def to_empty(self, *, device, recurse=True):
-        super().to_empty(device=device, recurse=recurse)
-        self.tie_weights()  # both names got a tensor of their own
-        return self
-
     def embed(self, tokens):
         """tokens (T,) -> embeddings (T, C)."""
         return self.model.embed_tokens(tokens)
@@ -189,8 +179,8 @@ class LanguageModel(nn.Module):
         for i, block in enumerate(self.model.layers):
             attend_here = attend if cache is None else functools.partial(attend, cache[i])
             h = block(h, rope, attend_here, rows if i == last else None)
-        if rows is not None and last < 0:  # no block has picked them
-            h = h.index_select(0, rows)
+        if rows is not None and last < 0:
+            h = h.index_select(0, rows)  # there was no block to do it
         return h
 
     def head(self, h):
@@ -200,10 +190,9 @@ class LanguageModel(nn.Module):
     def loss(self, h, labels, positions, cu_seqlens, weights=None):
         """Embeddings h (T, C) of one pack -> the SUM of its cross-entropy, an fp32 scalar.
 
-        labels (T,) int64: what each position has to predict (already shifted), IGNORE where
-        nothing is asked. positions (T,), cu_seqlens (S+1,) int32. weights (T,) fp32 or None: a
-        factor for the loss of each position. Only rows that have a label go through the last
-        block's MLP, the last norm and the head.
+        labels (T,) int64: what each position has to predict (already shifted), or IGNORE.
+        positions (T,), cu_seqlens (S+1,) int32; weights (T,) fp32 or None: a factor for the loss of
+        each position. Past the last block's attention, only rows that have a label are computed.
         """
         rows = (labels != IGNORE).nonzero()[:, 0]  # (supervised tokens,)
         h = self.hidden(h, positions, packed(cu_seqlens), rows=rows)
@@ -211,11 +200,10 @@ class LanguageModel(nn.Module):
         if weights is not None:
             weights = weights.index_select(0, rows)
 
-        # The fused loss never holds all logits, but it needs the head's weight as one plain tensor.
-        # It has that without FSDP, and with it as parallelize() sets it up: the head belongs to
-        # the outermost unit, whose weights are whole as long as this call runs. A head that was
-        # sharded as a unit of its own is still a DTensor here. FSDP gathers it only inside the
-        # head's own forward, so it is called as a module and gets PyTorch's loss.
+        # The fused loss never holds all logits, but it needs the head's weight as a plain tensor.
+        # parallelize() leaves the head to FSDP's outermost unit, whose weights are gathered while
+        # this call runs. A head that is an FSDP unit of its own is still sharded here: only its
+        # own forward gathers it, so it is called as a module and gets PyTorch's loss.
         weight = self.lm_head.weight
         if isinstance(weight, DTensor):
             losses = F.cross_entropy(self.head(h), labels, reduction="none")
@@ -235,8 +223,7 @@ def needs_gradients(module):
 class VLM(nn.Module):
     """ViT -> pixel shuffle -> projector -> language model.
 
-    Built under torch.device("meta") it has no weights. Then call `to_empty(device=...)` and either
-    `init_weights` or weights.fill.
+    Built under torch.device("meta") it has no weights: call `to_empty`, then fill it.
     """
 
     def __init__(self, vision, llm, image_token_id):
@@ -244,30 +231,22 @@ class VLM(nn.Module):
         self.vision = vision
         self.llm = llm
         self.image_token_id = image_token_id
-        self.always_run_vision = False  # set under FSDP, see embed()
-        self.embed_noise = 0.0
-        if vision:
-            self.vision_model = ViT(vision)
-            self.mlp1 = Projector(vision, llm.dim)
+        # Set under FSDP: each rank has to gather the weights of the ViT in every forward pass,
+        # even if its pack has no tile and the ViT is frozen, because the other ranks wait for it.
+        self.always_run_vision = False
+        self.vision_model = ViT(vision)
+        self.mlp1 = Projector(vision, llm.dim)
         self.language_model = LanguageModel(llm)
 
     def to_empty(self, *, device, recurse=True):
         super().to_empty(device=device, recurse=recurse)
-        self.language_model.tie_weights()  # see LanguageModel.to_empty
+        self.language_model.tie_weights()  # both names got a tensor of their own
         return self
 
     def init_weights(self, seed, std=0.02):
         """Random weights, see the function init_weights. Returns the model."""
-        init_weights(self, seed, std, self.vision.init_values if self.vision else 1.0)
+        init_weights(self, seed, std, self.vision.init_values)
         return self
-
-    def noisy(self, x):
-        # noisy, words and vision=None go as soon as the toy world makes its bases itself
-        if not (self.embed_noise and self.training):
-            return x
-        size = x.detach().square().mean(-1, True).sqrt()
-        level = self.embed_noise * torch.rand_like(x[..., :1]) * size
-        return x + level * torch.randn_like(x)
 
     def visual_tokens(self, tiles):
         """uint8 tiles (N, 3, s, s) -> visual tokens (N * tokens_per_tile, C of the LLM).
@@ -278,7 +257,7 @@ class VLM(nn.Module):
         with torch.set_grad_enabled(train_vit):
             dtype = self.vision_model.embeddings.patch_embedding.weight.dtype
             x = self.vision_model(normalize(tiles, dtype))  # (N, P, C of the ViT)
-            x = self.noisy(pixel_shuffle(x, self.vision.downsample))
+            x = pixel_shuffle(x, self.vision.downsample)
         with torch.set_grad_enabled(train_vit or needs_gradients(self.mlp1)):
             return self.mlp1(x).flatten(0, 1)
 
@@ -290,18 +269,14 @@ class VLM(nn.Module):
         h = self.language_model.embed(tokens)  # (T, C)
         image_rows = (tokens == self.image_token_id).nonzero()[:, 0]
         n_tiles = 0 if tiles is None else len(tiles)
-        expected = n_tiles * (self.vision.tokens_per_tile if self.vision else 1)
+        expected = n_tiles * self.vision.tokens_per_tile
         if len(image_rows) != expected:
             raise ValueError(f"the pack has {len(image_rows)} <IMG_CONTEXT> tokens, "
                              f"but its {n_tiles} tiles give {expected}")
-        if self.vision is None:
-            if not n_tiles:
-                return h
-            return h.index_copy(0, image_rows, self.language_model.embed(tiles).sum(1))
         if n_tiles == 0:
-            # All ranks must take part in the same collectives, whether they have pictures or not:
-            # the sum of the gradients of what trains and, under FSDP, the gathering of the ViT's
-            # weights even where it is frozen. So a black tile goes through, and no row takes it.
+            # All ranks must join the same collectives, with or without pictures: the sum of the
+            # gradients of what trains and, under FSDP, the gathering of even a frozen ViT's
+            # weights. So a black tile goes through, and no row takes it.
             trains = needs_gradients(self.vision_model) or needs_gradients(self.mlp1)
             if not (trains or self.always_run_vision):
                 return h
@@ -316,7 +291,7 @@ class VLM(nn.Module):
         tokens (T,) int64; tiles (N, 3, s, s) uint8, N may be 0; the others as in
         LanguageModel.loss. ValueError if <IMG_CONTEXT> tokens and tiles disagree.
         """
-        h = self.noisy(self.embed(tokens, tiles))
+        h = self.embed(tokens, tiles)
         return self.language_model.loss(h, labels, positions, cu_seqlens, weights)
 
     def logits(self, tokens, positions, cu_seqlens, tiles=None):
@@ -328,29 +303,23 @@ class VLM(nn.Module):
 
 def compile_blocks(model):
     """Compile every transformer block in place: names and checkpoints do not change."""
+    vit_blocks = [module for module in model.modules() if isinstance(module, VisionBlock)]
     blocks = list(model.language_model.model.layers)
-    vit_blocks = model.vision_model.encoder.layers if model.vision else []
     for block in [*vit_blocks, *blocks[:-1]]:
         block.compile()
     for block in blocks[-1:]:
-        # this one returns another number of rows for each pack
-        block.compile(dynamic=True)
+        block.compile(dynamic=True)  # it returns another number of rows for each pack
 
 
 # ---- random weights ------------------------------------------------------------------------------
-
-# matrices whose result is added to the residual stream, of the ViT and of the decoder
-VIT_RESIDUAL = ("attn.proj.weight", "mlp.fc2.weight")
-LLM_RESIDUAL = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
-
 
 @torch.no_grad()
 def init_weights(module, seed, std=0.02, layer_scale=1.0):
     """Fill every parameter of a module.
 
-    Matrices are normal(0, std). Those that write to the residual stream are smaller by
-    sqrt(2 * layers) (Radford et al., 2019, section 2.3). Token tables are normal(0, width**-0.5),
-    biases 0, norms 1, layer scales as given. The numbers are drawn on the CPU, parameter by
+    Matrices are normal(0, std), those that write to the residual stream smaller by
+    sqrt(2 * layers) (Radford et al., 2019, section 2.3), token tables normal(0, width**-0.5).
+    Biases are 0, norms 1, layer scales as given. The numbers are drawn on the CPU, parameter by
     parameter: they depend neither on the device nor on the number of ranks.
     """
     vit_layers = sum(isinstance(m, VisionBlock) for m in module.modules())
@@ -365,10 +334,10 @@ def init_weights(module, seed, std=0.02, layer_scale=1.0):
             scale = std
             if name.endswith("embed_tokens.weight"):
                 scale = p.shape[1] ** -0.5
-            elif name.endswith(VIT_RESIDUAL):
-                scale = std / (2 * max(1, vit_layers)) ** 0.5
-            elif name.endswith(LLM_RESIDUAL):
-                scale = std / (2 * max(1, llm_layers)) ** 0.5
+            elif name.endswith(("attn.proj.weight", "mlp.fc2.weight")):
+                scale = std / max(1, 2 * vit_layers) ** 0.5
+            elif name.endswith(("self_attn.o_proj.weight", "mlp.down_proj.weight")):
+                scale = std / max(1, 2 * llm_layers) ** 0.5
             whole = torch.empty(p.shape, dtype=torch.float32).normal_(0, scale, generator=generator)
             local, rows = kept_rows(p)
             local.copy_(whole[rows])
@@ -400,44 +369,12 @@ def train_flops(vision, llm, n_tiles, lengths, n_supervised, train=(True, True, 
     recomputation, padding, what the last block skips.
     """
     train_vit, train_projector, train_llm = train
-    if vision is None:
-        return llm_flops(llm, lengths, n_supervised, any(train), train_llm)
-    return (vit_flops(vision, n_tiles, train_vit)
-            + projector_flops(vision, llm.dim, n_tiles, train_vit, train_projector)
-            + llm_flops(llm, lengths, n_supervised, any(train), train_llm))
-
-
-def vit_flops(vision, n_tiles, train_vit):
-    """FLOPs of the ViT: the patch embedding has a gradient of its weight, pixels have none."""
-    C = vision.dim
-    L = vision.n_patches + 1
-    block_weights = 4 * C * C + 2 * C * vision.ffn_dim  # qkv and proj, fc1 and fc2
-    block = 2 * L * block_weights + 4 * L * L * C  # of one tile, attention last
-    patch_weights = 3 * vision.patch_size**2 * C
-    patch_embedding = 2 * patch_weights * vision.n_patches
-    flops = vision.n_layers * block + patch_embedding  # forward
-    if train_vit:
-        flops += 2 * vision.n_layers * block + patch_embedding
-    return n_tiles * flops
-
-
-def projector_flops(vision, llm_dim, n_tiles, train_vit, train_projector):
-    """FLOPs of the projector's two matrices; the ViT's gradient goes back through both."""
-    rows = n_tiles * vision.tokens_per_tile
-    first = 2 * rows * vision.dim * vision.downsample**2 * llm_dim
-    second = 2 * rows * llm_dim * llm_dim
-    flops = first + second  # forward
-    if train_projector:
-        flops += first + second  # gradients of the weights
-    if train_vit or train_projector:
-        flops += second  # gradient of the input of the second
-    if train_vit:
-        flops += first  # gradient of the input of the first
-    return flops
+    flops = vision_flops(vision, llm.dim, n_tiles, train_vit, train_projector)
+    return flops + llm_flops(llm, lengths, n_supervised, any(train), train_llm)
 
 
 def llm_flops(llm, lengths, n_supervised, backward, train_llm):
-    """FLOPs of the decoder and the head. backward: whether any part trains."""
+    """Those of the decoder and the head; backward: whether any part trains."""
     tokens = sum(lengths)
     q_and_o = 2 * llm.dim * llm.n_heads * llm.head_dim
     k_and_v = 2 * llm.dim * llm.n_kv_heads * llm.head_dim
@@ -448,11 +385,10 @@ def llm_flops(llm, lengths, n_supervised, backward, train_llm):
         matmuls -= 2 * (q_and_o // 2 + mlp) * (tokens - n_supervised)
 
     pairs = sum(n * (n + 1) // 2 for n in lengths)  # causal: a token sees itself and those before
-    attention_scores = llm.n_layers * 4 * llm.n_heads * llm.head_dim * pairs
-
-    flops = matmuls + attention_scores  # forward
+    scores = llm.n_layers * 4 * llm.n_heads * llm.head_dim * pairs
+    flops = matmuls + scores  # forward
     if backward:
-        flops += matmuls + 2 * attention_scores  # gradients of inputs
+        flops += matmuls + 2 * scores  # gradients of inputs
     if train_llm:
         flops += matmuls  # gradients of weights
     return flops

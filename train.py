@@ -1,239 +1,386 @@
 """Pretraining in two stages: alignment trains the projector, advance the ViT and the projector.
 
-The language model stays frozen. Examples:
+The language model stays frozen in both. Fine-tuning (sft.py) runs through the same loop. Examples:
 
-    python train.py config/toy.py                                    # CPU, about a minute
-    python train.py config/pretrain_2b.py --dry_run=True             # parameters, memory, FLOPs, days
-    torchrun --nproc_per_node=8 train.py config/pretrain_2b.py --init_from=start_2b --data=captions.json
+    python train.py config/toy.py                           # CPU, about a minute
+    python train.py config/pretrain_2b.py --dry_run=True    # parameters, memory, FLOPs, days
+    torchrun --nproc_per_node=8 train.py config/pretrain_2b.py --init_from=start_2b --data=c.json
 
-Everything a run produces is in --out_dir. To continue an interrupted run, repeat the same command.
+Everything a run produces is in --out_dir. To continue an interrupted run, repeat its command.
 """
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
 import torch
 from tqdm import tqdm
 
-from configurator import configure, resolved, run_script
+from configurator import configure, resolved, run_script, setting
 from data import held_out, make_loader, model_inputs, stage_dataset
-from model import LLMConfig, compile_blocks, train_flops
 from inputs.tokenizer import Tokenizer
-from training import checkpoint, distributed, metrics, optim, run_folder, settings
-from training.settings import RunConfig, Stage
+from model import LLMConfig, compile_blocks, train_flops
+from model_config import config_json
+from training import checkpoint, distributed, metrics, optim, run_folder
 from training.dry_run import print_plan
 from vision import VisionConfig
-from model_config import config_json
 from weights import save_folder, start_model, start_weights
+
+# ---- settings ------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Stage:
+    """One stage of a run. It freezes the modules whose learning rate is 0."""
+    steps: int = setting(1000, at_least=1)  # optimizer steps
+    data: str = setting("", files=True)  # training data of this stage; "": those of the run
+    lr_vision: float = 0.0  # peak learning rate of the ViT
+    lr_projector: float = 0.0  # peak learning rate of the projector
+    lr_llm: float = 0.0  # peak learning rate of the language model
+    warmup_steps: int = 0  # steps in which the rates rise to their peak
+    min_lr_ratio: float = 0.0  # the rates fall to this fraction of their peak (cosine)
+    weight_decay: float = 0.01  # on matrices only: not on norms, biases, embeddings
+    drop_path: float = 0.0  # stochastic depth of the ViT: the rate at its last block
+
+
+@dataclass(slots=True)
+class RunConfig:
+    """The settings of every training run; a script adds its model and its stages."""
+    out_dir: str = "out/run"  # folder for all that the run writes
+    stages: str = ""  # stages to run, in this order, separated by commas
+    init_from: str = ""  # model folder to start from; "": random weights
+    tokenizer: str = ""  # tokenizer folder; needed only without init_from
+    template: str = ""  # chat template; "": the one of init_from, else sailvl-chat
+    seed: int = 1234  # of random weights, the order of the data and stochastic depth
+    max_steps: int = 0  # run at most this many steps of each stage; 0: all
+    # data
+    data: str = setting("", files=True)  # paths or name=path pairs, separated by commas
+    val_data: str = setting("", files=True)  # held-out data for a validation loss; "": none
+    val_every: int = setting(500, at_least=1)  # steps between two validations
+    val_packs: int = setting(32, at_least=1)  # packs of one validation, over all ranks
+    tokens_per_pack: int = setting(8192, at_least=1)  # length of a pack, a rank's micro-batch
+    max_tiles_per_pack: int = setting(48, at_least=1)  # most tiles in a pack: the ViT's batch
+    min_tiles: int = setting(1, at_least=1)  # fewest tiles of an image
+    max_tiles: int = 12  # most tiles of an image, not counting its thumbnail
+    thumbnail: bool = True  # add the whole image as one more tile if it has several
+    image_as: Literal["pixels", "blank"] = "pixels"  # blank: all images gray, a blind control
+    shuffle: bool = True  # False: samples in the order of the files
+    num_workers: int = 2  # processes per rank that read images; 0: in the training process
+    # optimization
+    grad_accum_steps: int = setting(1, at_least=1)  # micro-batches per step and rank
+    loss_weight: Literal["token", "sample", "sqrt"] = "token"  # weight of a token: 1, 1/n, n**-0.5
+    beta1: float = 0.9  # AdamW: decay of the first moment
+    beta2: float = 0.95  # AdamW: decay of the second moment
+    eps: float = 1e-8  # AdamW: added to the denominator
+    grad_clip: float = 1.0  # largest global gradient norm; 0: no clipping
+    # machine
+    device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: a GPU if there is one
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPUs, else float32
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # each rank holds the whole model, or a share of it
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile the blocks; auto: on GPUs only
+    # save memory: compute again all but expensive operations (selective), or whole blocks (full)
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    threads: int = 0  # CPU threads per rank; 0: PyTorch's choice
+    timeout_s: int = setting(600, at_least=1)  # end a run that hangs; last_step/ says where it did
+    # saving and logging
+    save_every: int = setting(1000, at_least=1)  # steps between two checkpoints
+    keep: int = setting(2, at_least=1)  # newest checkpoints to keep; never fewer than 2
+    save_async: bool = True  # write checkpoints in the background if there is memory for a copy
+    # auto: newest intact checkpoint; strict: stop if the newest is damaged; never: new folders only
+    resume: Literal["auto", "strict", "never"] = "auto"
+    track: Literal["none", "tensorboard", "wandb"] = "none"  # also send the log there
+    print_every: int = setting(10, at_least=1)  # steps between two printed lines
+    dry_run: bool = False  # print what would run on 8 (or $WORLD_SIZE) GPUs, and stop
+    mfu_assumed: float = 0.4  # MFU from which dry_run computes days
 
 
 @dataclass(slots=True)
 class Config(RunConfig):
-    stages: str = "alignment,advance"  # run in this order
-    vision: VisionConfig = field(default_factory=VisionConfig)  # a preset name, or field by field
-    llm: LLMConfig = field(default_factory=LLMConfig)  # a preset name, or field by field
+    stages: str = "alignment,advance"  # stages to run, in this order, separated by commas
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    llm: LLMConfig = field(default_factory=LLMConfig)
     alignment: Stage = field(default_factory=lambda: Stage(lr_projector=2e-4))
     advance: Stage = field(default_factory=lambda: Stage(lr_vision=2e-5, lr_projector=2e-5))
-    base: Stage = field(default_factory=Stage)  # the toy world's own pretrained parts
-    export: Literal["model", "vision"] = "model"  # what a finished stage writes
+
+
+def all_stages(cfg):
+    """{name: Stage} of the stages that the script knows."""
+    values = {f.name: getattr(cfg, f.name) for f in fields(cfg)}
+    return {name: value for name, value in values.items() if isinstance(value, Stage)}
+
+
+def named_stages(cfg):
+    """[(name, Stage), ...] of cfg.stages, in order. ValueError names the stages there are."""
+    known = all_stages(cfg)
+    names = cfg.stages.replace(" ", "").split(",")
+    for name in names:
+        if name not in known:
+            raise ValueError(f"--stages: unknown stage {name!r}, choose from {', '.join(known)}")
+    return [(name, known[name]) for name in names]
+
+
+# ---- the run -------------------------------------------------------------------------------------
 
 
 @dataclass
 class Run:
     """What all stages of a run share."""
-    cfg: Config
+    cfg: RunConfig
     origins: dict  # where each setting came from
-    values: dict  # all settings, flat, as written to config.json
+    values: dict  # all settings, flat, as config.json records them
+    stages: list  # (name, Stage), those to run
     dist: distributed.Dist
-    out: Path
+    out: Path  # the run folder
+    checkpoint: Path | None  # the first stage that runs resumes from it
+    planned_world: int  # ranks for which grad_accum_steps was chosen: those the run began on
     preemption: run_folder.Preemption
-    log: object = None  # rank 0 only
-    track: object = None  # rank 0 only
+    watchdog: run_folder.Watchdog
+    saver: checkpoint.Saver
+    log: object = None  # log.jsonl, rank 0 only
+    track: object = None  # the function of --track, rank 0 only
 
 
-def run(cfg):
-    """Run all stages of cfg, one after the other."""
+def run_stages(cfg):
+    """Run the stages of a configuration, one after the other, and draw the loss."""
     origins = configure(cfg)
-    stages = settings.named_stages(cfg)
+    values = resolved(cfg)  # config.json records them as they were given, before the next lines
+    stages = named_stages(cfg)
+    if cfg.max_steps:
+        for stage in all_stages(cfg).values():
+            stage.steps = min(stage.steps, cfg.max_steps)
     if cfg.dry_run:
-        return print_plan(cfg, stages, int(os.environ.get("WORLD_SIZE", 8)))
+        print_plan(cfg, stages, int(os.environ.get("WORLD_SIZE", 8)))
+        return
 
-    preemption = run_folder.Preemption()
-    dist = distributed.setup_distributed(cfg.device, cfg.timeout_s)
-    torch.set_num_threads(cfg.threads or torch.get_num_threads())
-    values = resolved(cfg)
-    out = Path(cfg.out_dir)
-    resume_from, began = run_folder.open_run(cfg, origins, stages, dist, values)
-    this = Run(cfg, origins, values, dist, out, preemption)
-    if dist.is_main:
-        this.log = metrics.open_log(out)
-        this.track = metrics.open_tracker(cfg, values)
-
-    later_steps = sum(settings.stage_steps(cfg, stage) for _, stage in stages)
+    run = set_up(cfg, origins, values, stages)
+    later_steps = sum(stage.steps for _, stage in stages)
     for name, stage in stages:
-        later_steps -= settings.stage_steps(cfg, stage)
-        if (out / name / "config.json").exists():
-            distributed.say(dist, f"{name}: finished before, in {out / name}; "
-                                  "remove that folder to train it again")
+        later_steps -= stage.steps
+        if run_folder.is_finished(run.out, name):
+            distributed.say(run.dist, f"{name}: finished before, in {run.out / name}; "
+                                      "remove that folder to train it again")
             continue
-        stopped = train_stage(this, name, stage, resume_from, began, later_steps)
+        stopped = train_stage(run, name, stage, later_steps)
         if stopped:
-            return distributed.close_distributed()
-        resume_from = None
-    if dist.is_main:
-        metrics.plot_loss(out / "log.jsonl", out / "loss.png")
+            distributed.close_distributed()
+            return
+        run.checkpoint = None
+    if run.dist.is_main:
+        metrics.plot_loss(run.out / "log.jsonl", run.out / "loss.png")
     distributed.close_distributed()
 
 
-def train_stage(run, name, stage, resume_from, began, later_steps):
-    """Train one stage and write its model folder. Returns True if a signal asked to stop."""
-    cfg, dist, out = run.cfg, run.dist, run.out
-    # ---- model, data, optimizer ----
-    dtype = distributed.compute_dtype(cfg.dtype, dist.device)
-    autocast = torch.autocast(dist.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-    steps = settings.stage_steps(cfg, stage)
-    folder, first_step = run_folder.where_to_start(cfg, run.origins, name)
-    accum, began = run_folder.micro_batches(cfg.grad_accum_steps, began, name, resume_from, dist)
+def set_up(cfg, origins, values, stages):
+    """Join the other ranks, take the run folder, find the checkpoint to resume from."""
+    # First of all: a signal during the slow parts must save as well.
+    preemption = run_folder.Preemption()
+    dist = distributed.setup_distributed(cfg.device, cfg.timeout_s)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    run_folder.check_start(cfg, origins, stages)
+    path, planned_world = run_folder.open_run(cfg, stages, values, dist)
+    run = Run(
+        cfg=cfg,
+        origins=origins,
+        values=values,
+        stages=stages,
+        dist=dist,
+        out=Path(cfg.out_dir),
+        checkpoint=path,
+        planned_world=planned_world,
+        preemption=preemption,
+        watchdog=run_folder.Watchdog(cfg.out_dir, dist, cfg.timeout_s),
+        saver=checkpoint.Saver(cfg.out_dir, dist, cfg.keep, cfg.save_async),
+    )
+    if dist.is_main:
+        run.log = metrics.open_log(run.out)
+        run.track = metrics.open_tracker(cfg, values)
+    return run
+
+
+# ---- the training loop ---------------------------------------------------------------------------
+
+
+def train_stage(run, name, stage, later_steps):
+    """Train one stage and write its model folder. Returns True if a signal asked to stop.
+
+    later_steps: steps of the stages after this one; the log estimates the time of the whole run.
+    """
+    cfg = run.cfg
+    dist = run.dist
+    steps = stage.steps
+
+    # ---- model and data ----
+    folder, first_step = run_folder.where_to_start(run, name)
+    accum, run.planned_world = run_folder.micro_batches(run, name)
     tokenizer_dir = folder or cfg.tokenizer
     tokenizer = Tokenizer(tokenizer_dir)
-
-    model, source = start_model(cfg, run.origins, folder, tokenizer)
+    model, source = start_model(cfg, run.origins, folder, tokenizer)  # no weights as yet
     vision, llm = model.vision, model.llm
     cfg.template = cfg.template or source.config.get("template", "sailvl-chat")
-    dataset = stage_dataset(cfg, stage, tokenizer, vision or cfg.vision, accum * dist.world)
+    dataset = stage_dataset(cfg, stage, tokenizer, vision, accum * dist.world)
     packs = dataset.packs
     val = None
     if cfg.val_data:
-        val = stage_dataset(cfg, stage, tokenizer, vision or cfg.vision, 1, cfg.val_data)
-        next(held_out(val, 1, dist))  # fail now, not only at step val_every
+        val = stage_dataset(cfg, stage, tokenizer, vision, 1, cfg.val_data)
+        next(held_out(val, 1, dist))  # if these data are bad, fail now and not at step val_every
 
+    # ---- what trains, on which device, with which weights ----
     trainable = optim.set_trainable(model, stage)
+    dtype = distributed.compute_dtype(cfg.dtype, dist.device)
+    autocast = torch.autocast(dist.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
     optim.set_dtypes(model, dtype)
-    if vision is not None:
-        model.vision_model.drop_path = stage.drop_path
+    model.vision_model.drop_path = stage.drop_path
     if cfg.compile == "on" or (cfg.compile == "auto" and dist.device.type == "cuda"):
         compile_blocks(model)
-    model = distributed.parallelize(model, cfg, dist).train()
-    raw_model = getattr(model, "module", model)  # out of DDP
-    start_weights(raw_model, source, cfg.seed)  # each rank reads only what it keeps
+    distributed.checkpoint_activations(model, cfg.activation_checkpointing)
+    model = distributed.parallelize(model, cfg.parallel, dtype, dist).train()
+    # Each rank reads only what it keeps.
+    start_weights(distributed.unwrap(model), source, cfg.seed)
     optimizer = optim.make_optimizer(model, stage, cfg)
+    optim.make_moments(optimizer)
 
-    state = run_folder.resume(resume_from, name, steps, packs, began, model, optimizer, dist)
-    run_folder.announce(cfg, run.values, run.origins, name, model, stage, packs, state,
-                        first_step, dist)
+    # ---- start, or resume from a checkpoint of this stage ----
+    packs_per_step = packs.settings.packs_per_step
+    fresh = checkpoint.Progress(name, packs.fingerprint, packs_per_step, run.planned_world)
+    progress = run_folder.resume(run.checkpoint, fresh, steps, model, optimizer)
+    run_folder.check_disk(cfg, name, steps - progress.step, model)
+    if dist.is_main:
+        checkpoint.set_aside(run.out, first_step + progress.step)
+        run_folder.write_run_config(run.out, run.values, run.origins, progress.world)
+        if progress.step == 0:
+            metrics.log_bad(run.out, packs.unreadable())
+        optim.print_stage_table(name, model, stage)
+        print_data(packs, progress)
     batches = iter(make_loader(dataset, dist.rank, dist.world, cfg.num_workers,
-                               state["position"], state["counts"]))
-    peak = metrics.peak_flops(dist.device)
-    saving = None  # the checkpoint that is being written
-    bar = tqdm(total=steps, initial=state["step"], desc=name,
+                               progress.position, progress.counts))
+    peak = metrics.peak_flops(dist.device)  # of one GPU; None on a CPU
+    bar = tqdm(total=steps, initial=progress.step, desc=name,
                disable=None if dist.is_main else True)
 
-    # ---- the loop ----
-    for step in range(state["step"], steps):
+    for step in range(progress.step, steps):
+        done = step + 1  # steps, when this one is over
         clock = metrics.Clock(dist.device)
-        run_folder.watch(cfg, dist, f"{name} step {step + 1}: waiting for data")
+
+        # ---- data: the micro-batches of this step ----
+        run.watchdog.note(f"{name} step {done}: waiting for data")
         micro = [next(batches) for _ in range(accum)]
-        clock("data")
+        clock.lap("data")
+        ids = [i for batch in micro for i in batch["ids"]]
+        run.watchdog.note(f"{name} step {done}: samples {', '.join(ids)}")
 
         # Sums over all micro-batches of all ranks. The loss of a step is one mean over its tokens,
-        # however unevenly these are spread.
-        totals = {key: sum(b["size"][key] for b in micro) for key in micro[0]["size"]}
-        lengths = [n for b in micro for n in b["lengths"]]
+        # however unevenly they are spread.
+        totals = metrics.step_totals(micro)
+        lengths = [n for batch in micro for n in batch["lengths"]]
         totals["flops"] = train_flops(vision, llm, totals["tiles"], lengths, totals["supervised"],
                                       trainable)
         totals = distributed.all_reduce_dict(totals, dist)
         weight = max(totals["weight"], 1e-9)
-        ids = [i for b in micro for i in b["ids"]]
-        run_folder.watch(cfg, dist, f"{name} step {step + 1}: samples {', '.join(ids)}")
 
-        # learning rate
+        # ---- learning rate ----
         scale = optim.lr_scale(step, steps, stage.warmup_steps, stage.min_lr_ratio)
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * scale
-        raw_model.embed_noise = cfg.embed_noise * min(1, 2 * step / steps)
 
-        # forward and backward
+        # ---- forward and backward ----
         loss_sum = torch.zeros((), device=dist.device)
         for k, batch in enumerate(micro):
-            pack_number = k * dist.world + dist.rank  # the same noise on any number of ranks
+            # The number of the pack in the step, so that any number of ranks draws the same noise.
+            pack_number = k * dist.world + dist.rank
             optim.seed_everything(cfg.seed, first_step + step, pack_number)
             distributed.set_gradient_sync(model, k == accum - 1)
             with autocast:
                 loss = model(**model_inputs(batch, dist.device))
-            clock("forward")
-            # DDP and FSDP average gradients over ranks; times world makes that a sum
+            clock.lap("forward")
+            # DDP and FSDP average gradients over the ranks; times world makes that a sum.
             (loss * (dist.world / weight)).backward()
             loss_sum += loss.detach()
-            clock("backward")
+            clock.lap("backward")
         loss = distributed.all_reduce_sum(loss_sum, dist).item() / weight
 
-        # update, unless something is not finite (all ranks see the same numbers)
+        # ---- update, unless something is not finite; all ranks see the same numbers ----
         norm, norms = optim.clip_grad_norm(model, cfg.grad_clip)
         finite = math.isfinite(loss) and bool(norm.isfinite())
         if finite:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        clock("optimizer")
+        clock.lap("optimizer")
+        counts_before = progress.counts
+        progress.advance(done, micro[-1], totals, finite)
+        progress.spike, progress.losses = metrics.spike(progress.losses, loss)
 
-        # ---- log, validate, save ----
-        done = step + 1
+        # ---- log ----
         bar.update()
-        metrics.log_bad(out, [bad for b in micro for bad in b["bad"]])
-        counts_before = state["counts"]
-        state = metrics.next_state(state, done, micro[-1], totals, loss, finite)
-        row = metrics.step_row((steps, later_steps), loss, norm, norms, optimizer, totals, state,
-                               micro, clock, peak, dist)
-        row |= metrics.account(counts_before, state, packs, done == steps)
+        metrics.log_bad(run.out, [bad for batch in micro for bad in batch["bad"]])
+        seconds, parts = clock.split()
+        row = {"stage": name, "step": done, "steps": steps, "loss": loss, "grad_norm": norm.item()}
+        row |= {f"grad_norm_{module}": value.item() for module, value in norms.items()}
+        row["lr"] = {group["name"].split("/")[0]: group["lr"] for group in optimizer.param_groups}
+        row |= metrics.speed(totals, seconds, parts, peak, dist.world)
+        row |= metrics.packing_quality(totals, micro)
+        row["memory_gb"] = metrics.peak_memory_gb()
+        row |= metrics.counts_so_far(progress)
+        row |= metrics.time_left(seconds, steps - done, later_steps)
+        row |= metrics.account(counts_before, progress, packs, done == steps)
         if not finite:
             row["skipped"] = sum(distributed.gather(ids, dist), [])
             distributed.say(dist, f"WARNING: step {done} skipped: loss {loss}, "
                                   f"gradient norm {norm.item()}")
+
+        # ---- validate ----
         if val and (done % cfg.val_every == 0 or done == steps):
+            held = held_out(val, cfg.val_packs, dist)
             with autocast:
-                row["val_loss"] = metrics.validation_loss(
-                    model, held_out(val, cfg.val_packs, dist), dist)
+                row["val_loss"] = metrics.validation_loss(model, held, dist)
+
         if dist.is_main:
             metrics.log_line(run.log, row, run.track)
             if done % cfg.print_every == 0 or "epoch" in row:
                 bar.write(metrics.format_step(row))
-        if state["bad_steps"] >= 3:
+        if progress.bad_steps >= 3:
             raise ValueError("three steps in a row without a finite loss or gradient, "
-                             f"see {out}/log.jsonl")
-        run_folder.check_quarantine(state, packs, out)
+                             f"see {run.out}/log.jsonl")
+        run_folder.check_quarantine(progress, packs, run.out)
 
+        # ---- save ----
         stop = run.preemption.stop_requested(dist)
         if stop or (done % cfg.save_every == 0 and finite):
-            run_folder.watch(cfg, dist, f"{name} step {done}: checkpoint")
-            saving = checkpoint.save_checkpoint(
-                out, first_step + done, model, optimizer, state, dist, cfg.keep, saving,
-                wait=stop, copy=cfg.save_async)
+            run.watchdog.note(f"{name} step {done}: checkpoint")
+            run.saver.save(first_step + done, model, optimizer, progress, wait=stop)
         if stop:
             distributed.say(dist, f"stopped by a signal after {name} {done}, saved; "
                                   "the same command goes on")
             return True
 
     # ---- the model folder ----
-    checkpoint.saved(saving)
-    run_folder.watch(cfg, dist, "")
+    run.saver.wait()
+    run.watchdog.stop()
     bar.close()
     weights = distributed.full_state(model)
     if dist.is_main:
-        if getattr(cfg, "export", "model") == "vision":
-            llm = None
         extra = source.config | {"min_dynamic_patch": cfg.min_tiles,
                                  "max_dynamic_patch": cfg.max_tiles,
                                  "use_thumbnail": cfg.thumbnail}
         config = config_json(vision, llm, template=cfg.template, extra=extra)
-        save_folder(weights, config, out / name, tokenizer_dir)
+        save_folder(weights, config, run.out / name, tokenizer_dir)
     distributed.barrier()
-    distributed.say(dist, f"{name}: model folder {out / name}")
+    distributed.say(dist, f"{name}: model folder {run.out / name}")
     return False
 
 
+def print_data(packs, progress):
+    """Say how many samples there are and at which step the stage starts."""
+    n = len(packs.sources)
+    sources = "1 source" if n == 1 else f"{n} sources"
+    start = "resumes at" if progress.step else "starts at"
+    print(f"{packs.n:,} samples in {sources}, {packs.n_bad} unreadable; "
+          f"{start} step {progress.step}", flush=True)
+
+
 def main():
-    run(Config())
+    run_stages(Config())
 
 
 if __name__ == "__main__":

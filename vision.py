@@ -27,8 +27,7 @@ class VisionConfig:
     norm_eps: float = 1e-6
     qkv_bias: bool = True
     init_values: float = 1.0  # layer scale of a fresh model (InternVL: initializer_factor)
-    # pixel shuffle: this many patches per side become one visual token
-    downsample: int = setting(2, at_least=1)
+    downsample: int = setting(2, at_least=1)  # patches per side that become one visual token
     PRESETS = {
         "internvit-300m": {},
         "toy": dict(image_size=84, dim=192, n_layers=3, n_heads=6, ffn_dim=768),
@@ -191,7 +190,8 @@ class Projector(nn.Sequential):
     """InternVL's mlp1: LayerNorm, Linear, GELU, Linear.
 
     (N, P/f^2, f^2*C of the ViT) -> (N, P/f^2, C of the LLM). To try another one, change this class
-    alone; model.VLM asks no more of it than `Projector(cfg, llm_dim)` and these shapes.
+    and, for the MFU, projector_flops. All that the model asks of it is `Projector(cfg, llm_dim)`
+    and these shapes.
     """
 
     def __init__(self, cfg, llm_dim):
@@ -202,3 +202,40 @@ class Projector(nn.Sequential):
             nn.GELU(),
             nn.Linear(llm_dim, llm_dim),
         )
+
+
+# ---- FLOPs ---------------------------------------------------------------------------------------
+
+def vision_flops(vision, llm_dim, n_tiles, train_vit, train_projector):
+    """Strict FLOPs of ViT and projector, a part of model.train_flops; that says what is counted."""
+    flops = vit_flops(vision, n_tiles, train_vit)
+    return flops + projector_flops(vision, llm_dim, n_tiles, train_vit, train_projector)
+
+
+def vit_flops(vision, n_tiles, train_vit):
+    """Those of the ViT. Pixels need no gradient."""
+    C = vision.dim
+    L = vision.n_patches + 1
+    block_weights = 4 * C * C + 2 * C * vision.ffn_dim  # qkv and proj, fc1 and fc2
+    block = 2 * L * block_weights + 4 * L * L * C  # of one tile, attention last
+    patch_weights = 3 * vision.patch_size**2 * C
+    patch_embedding = 2 * patch_weights * vision.n_patches
+    flops = vision.n_layers * block + patch_embedding  # forward
+    if train_vit:
+        flops += 2 * vision.n_layers * block + patch_embedding
+    return n_tiles * flops
+
+
+def projector_flops(vision, llm_dim, n_tiles, train_vit, train_projector):
+    """Those of the projector's two matrices."""
+    rows = n_tiles * vision.tokens_per_tile
+    first = 2 * rows * vision.dim * vision.downsample**2 * llm_dim
+    second = 2 * rows * llm_dim * llm_dim
+    flops = first + second  # forward
+    if train_projector:
+        flops += first + second  # gradients of the weights
+    if train_vit or train_projector:
+        flops += second  # gradient of the input of the second
+    if train_vit:
+        flops += first  # gradient of the input of the first
+    return flops

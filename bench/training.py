@@ -29,7 +29,6 @@ from inputs.chat import IGNORE
 from inputs.images import normalize
 from model import compile_blocks, train_flops
 from model_config import config_json
-from train import RunConfig
 from training import distributed, metrics
 from weights import save_folder
 
@@ -53,8 +52,7 @@ def training_rows(cfg, device, name, size, stage, checkpointing="none"):
     """A step on one pack beside a step on the same samples padded: tokens/s, strict MFU, memory."""
     dtype = distributed.compute_dtype("auto", device)
     model, optimizer = build_model(size, stage, dtype, device)
-    settings = RunConfig(activation_checkpointing=checkpointing)
-    distributed.parallelize(model, settings, distributed.Dist(device=device))
+    distributed.checkpoint_activations(model, checkpointing)
     samples, tiles = random_samples(size)
     supervised = count_supervised(samples)
     lengths = [len(tokens) for tokens, _ in samples]

@@ -1,23 +1,30 @@
-"""Pretraining on the toy world: alignment, then advance. CPU, about a minute. python train.py config/toy.py
+"""Pretraining on the toy world: alignment, then advance. About a minute on a CPU.
 
-Starts from the toy world's own ViT and language model with a fresh projector:
-    python toy.py --out=shards/toy
+    python -m toy --out=shards/toy
     python convert.py assemble --vision=toy/vit --llm=toy/llm --out=out/toy/start
+    python train.py config/toy.py
+
+It starts from the toy world's own ViT and language model, with a fresh projector between them.
 """
 out_dir = "out/toy/pretrain"
 init_from = "out/toy/start"
 data = "shards/toy/pretrain-*.tar"
-min_tiles, max_tiles = 1, 4           # of 84 pixels; a wide or tall picture gets 2 to 4 and a thumbnail
-tokens_per_pack = 480                 # about 7 samples: here steps count, samples hardly
+# A tile has 84 pixels. A wide or tall picture gets 2 to 4 of them and a thumbnail.
+min_tiles = 1
+max_tiles = 4
+# About 7 samples. At this size the number of steps counts, and that of the samples hardly does.
+tokens_per_pack = 480
 max_tiles_per_pack = 40
-num_workers = 0                       # pictures this small decode faster than they travel between processes
+# Pictures this small are decoded faster than they travel between processes.
+num_workers = 0
 dtype = "float32"
 beta2 = 0.98
 save_every = 100
 print_every = 20
 
 alignment.steps = 160
-alignment.lr_projector = 6e-3         # a fresh, tiny projector; the real ones are in config/pretrain_2b.py
+# For a fresh, tiny projector. The rates of real ones are in config/pretrain_2b.py.
+alignment.lr_projector = 6e-3
 alignment.warmup_steps = 10
 alignment.weight_decay = 0.02
 

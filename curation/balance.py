@@ -11,7 +11,7 @@ import torch
 import weights
 from curation.dedup import build_row_table
 from curation.local_model import load_assistant
-from curation.shards import Record, all_inputs_hash, find_input_shards, in_blocks, read_records
+from curation.shards import ShardRecord, all_inputs_hash, find_input_shards, in_blocks, read_records
 from curation.stages import run_stage
 from inputs.images import load_image, make_tiles, normalize
 
@@ -40,7 +40,7 @@ def select_balanced(cfg):
             if not reason and not keep[i]:
                 reason = "not_selected"
             row = {**record.row, "cluster": int(cells[i])}
-            yield Record(row, record.pictures, reason)
+            yield ShardRecord(row, record.pictures, reason)
 
     model = weights.weights_hash(cfg.model)[:16] if cfg.model else "hashes"
     run_stage(cfg, "select", process, alone=True, n=cfg.n, clusters=cfg.clusters, seed=cfg.seed,

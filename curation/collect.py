@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from curation.shards import Record, find_input_shards, in_blocks, read_records
-from curation.stages import is_finished, run_stage
+from curation.shards import ShardRecord, find_input_shards, in_blocks, read_records
+from curation.stages import run_stage, shard_is_finished
 from inputs.chat import conversation
 from inputs.images import load_image
-from inputs.index import UNREADABLE
+from inputs.records import UNREADABLE
 
 BLOCK_RECORDS = 16  # records in memory for each thread that decodes
 # Keys of a source's row that a collected row holds in another form, or not at all.
@@ -50,7 +50,7 @@ def load_known_files(cfg, out):
     The files of shards that will be made again are left out, or they would be dropped as copies of
     themselves.
     """
-    to_make = {shard.name for shard in find_input_shards(cfg) if not is_finished(out, shard)}
+    to_make = {shard.name for shard in find_input_shards(cfg) if not shard_is_finished(out, shard)}
     known_files = set()
     for path in (out / ".shards").glob("*.npy"):
         if path.stem not in to_make and (out / f"{path.stem}.tar").exists():
@@ -66,7 +66,7 @@ def examine_in_threads(cfg, shard):
 
 
 def examine(cfg, shard, record):
-    """Decode a record's picture -> the Record of the new shard, with a reason if it is dropped."""
+    """Decode a record's picture -> the record of the new shard, with a reason if it is dropped."""
     if record.reason:
         return record
     if len(record.pictures) != 1:
@@ -84,7 +84,7 @@ def examine(cfg, shard, record):
     elif max(image.size) > cfg.max_aspect * min(image.size):
         reason = "too_narrow"
     row = collected_row(shard, record.row, content, image)
-    return Record(row, record.pictures, reason)
+    return ShardRecord(row, record.pictures, reason)
 
 
 def collected_row(shard, row, content, image):

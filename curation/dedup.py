@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from curation.shards import Record, all_inputs_hash, find_input_shards, read_records
+from curation.shards import ShardRecord, all_inputs_hash, find_input_shards, read_records
 from curation.stages import run_stage
 from curation.text import HASH_MULTIPLIER, caption_words, ngram_keys
 
@@ -55,7 +55,7 @@ def drop_near_duplicates(cfg):
                 yield record
                 continue
             row = {**record.row, "duplicate_of": ids[best[i]].decode()}
-            yield Record(row, record.pictures, record.reason or "near_duplicate")
+            yield ShardRecord(row, record.pictures, record.reason or "near_duplicate")
 
     run_stage(cfg, "dedup", process, alone=True, by=cfg.by, distance=cfg.distance,
               jaccard=cfg.jaccard, inputs=all_inputs_hash(cfg))

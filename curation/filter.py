@@ -47,8 +47,12 @@ def filter_captions(cfg):
 def caption_and_scores(row):
     """(caption, scores) of a row from anywhere; "" and {} if they are of another type."""
     text = row.get("caption")
+    if not isinstance(text, str):
+        text = ""
     scores = row.get("scores")
-    return text if isinstance(text, str) else "", scores if isinstance(scores, dict) else {}
+    if not isinstance(scores, dict):
+        scores = {}
+    return text, scores
 
 
 def caption_problem(cfg, row):

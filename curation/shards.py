@@ -19,7 +19,7 @@ from evals.endpoint import IMAGE_TYPES, reply_key
 from inputs import files
 from inputs.chat import image_names
 from inputs.images import IMAGE_SUFFIXES
-from inputs.index import UNREADABLE, Source
+from inputs.records import UNREADABLE, Source
 from inputs.sources import expand_paths, open_sources
 from inputs.tars import MAX_BYTES, add_record, open_tar, tar_key
 from inputs.tokenizer import Tokenizer
@@ -34,7 +34,7 @@ class DamagedShard(ValueError):
     """An input that cannot be read to its end. The other shards go on."""
 
 
-class Record(NamedTuple):
+class ShardRecord(NamedTuple):
     """One row with its pictures on the way through a stage."""
     row: dict
     pictures: dict  # {file name: bytes}
@@ -173,9 +173,9 @@ def read_source_rows(shard, with_pictures):
             pictures = {}
             for k, name in enumerate(image_names(row) if with_pictures else ()):
                 pictures[f"{k}/{name}"] = source.image(i, k, row)
-            yield Record(row, pictures, None)
+            yield ShardRecord(row, pictures, None)
         except UNREADABLE as e:
-            yield Record(row, {}, "no_such_file" if isinstance(e, OSError) else "bad_row")
+            yield ShardRecord(row, {}, "no_such_file" if isinstance(e, OSError) else "bad_row")
 
 
 def read_tar_record(tar, name, members, with_pictures):
@@ -203,7 +203,7 @@ def read_tar_record(tar, name, members, with_pictures):
             row |= json.loads(texts["json"])
     except (ValueError, TypeError, RecursionError):
         reason = reason or "bad_row"
-    return Record(row, {} if reason else pictures, reason)
+    return ShardRecord(row, {} if reason else pictures, reason)
 
 
 def member_problem(member, record_size):

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from inputs.chat import image_names, row_segments
 from inputs.files import atomic_write, file_hash, json_hash, read_json, write_atomic
 from inputs.images import IMAGE_SUFFIXES, image_size
-from inputs.records import IMAGE, ROW, UNREADABLE, Source, map_index, parse_row
+from inputs.records import IMAGE, ROW, ROW_READERS, UNREADABLE, Source, map_index, parse_row
 from inputs.tars import MAX_BYTES, check_size, open_tar, tar_key
 
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2", ".zip", ".parquet")
@@ -145,9 +145,11 @@ def find_records(source):
         yield from tar_records(source.path)
         return
     if source.lines != source.path:
-        rows = folder_rows(source.path) if source.path.is_dir() else read_json(source.path, list)
+        read_rows = folder_rows
+        if not source.path.is_dir():
+            read_rows = ROW_READERS[source.path.suffix.lower()]
         with atomic_write(source.lines) as file:
-            for row in rows:
+            for row in read_rows(source.path):
                 file.write(json.dumps(row) + "\n")
     with open(source.lines, "rb") as file:
         start = 0

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from inputs.chat import image_names
+from inputs.files import read_json
 from inputs.tars import MAX_BYTES, check_size
 
 # The two files of an index. A row has its place in the file of rows, its tokens apart from the
@@ -23,6 +24,15 @@ ROW = np.dtype([
 ])
 # The place of an image is known in a tar alone.
 IMAGE = np.dtype([("offset", "i8"), ("size", "i4"), ("width", "i4"), ("height", "i4")])
+
+
+def array_rows(path):
+    """The rows of LLaVA's one JSON array."""
+    return read_json(path, list)
+
+
+# Formats that are not lines of JSON: a function that yields the rows of such a file, by its suffix.
+ROW_READERS = {".json": array_rows}
 
 # What a bad row raises.
 UNREADABLE = (ValueError, OSError, LookupError, TypeError, AttributeError, RecursionError)
@@ -76,9 +86,10 @@ class Source:
     def lines(self):
         """The file that holds the rows.
 
-        The rows of a folder, or of LLaVA's one array, are written as lines beside the index.
+        The rows of a folder, and of the formats in ROW_READERS, are written as lines beside the
+        index.
         """
-        if self.path.is_dir() or self.path.suffix.lower() == ".json":
+        if self.path.is_dir() or self.path.suffix.lower() in ROW_READERS:
             return self.index / "rows.jsonl"
         return self.path
 

@@ -1,5 +1,7 @@
 """A script's command line, in this process."""
-import io, sys
+
+import io
+import sys
 
 import pytest
 

@@ -1,4 +1,7 @@
 """kernels/attention.py: every path against the definition, isolation to the last bit, precision."""
+
+import itertools
+
 import pytest
 import torch
 
@@ -10,7 +13,10 @@ torch.set_num_threads(1)
 
 def qkv(lengths, heads=4, kv_heads=2, dim=16, dtype=torch.float32, seed=0):
     g = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(sum(lengths), n, dim, generator=g, dtype=dtype) for n in (heads, kv_heads, kv_heads))
+    q, k, v = (
+        torch.randn(sum(lengths), n, dim, generator=g, dtype=dtype)
+        for n in (heads, kv_heads, kv_heads)
+    )
     return q, k, v, torch.tensor([0, *lengths]).cumsum(0).int()
 
 
@@ -23,38 +29,45 @@ def both(monkeypatch, args, causal, dtype=None):
         kind = dtype if path == "reference" and dtype else q.dtype
         inputs = [x.to(kind).detach().requires_grad_() for x in (q, k, v)]
         out = attention(*inputs, cu, int(cu.diff().max()), causal)
-        g = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(out.dtype)
+        g = torch.randn(
+            out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64
+        ).to(out.dtype)
         results.append([out, *torch.autograd.grad(out, inputs, g)])
     return results
 
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (5, 1)])
-@pytest.mark.parametrize("lengths", [[7], [1, 1], [17, 17, 17], [60, 3, 41, 1, 40, 60], [200, 150, 12], [150, 150]])
+@pytest.mark.parametrize(
+    "lengths", [[7], [1, 1], [17, 17, 17], [60, 3, 41, 1, 40, 60], [200, 150, 12], [150, 150]]
+)
 def test_sdpa_equals_the_definition(monkeypatch, lengths, heads, kv_heads, causal):
-    for a, b in zip(*both(monkeypatch, qkv(lengths, heads, kv_heads), causal)):
+    for a, b in zip(*both(monkeypatch, qkv(lengths, heads, kv_heads), causal), strict=True):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
 
 
 def test_empty_documents_are_harmless(monkeypatch):
-    for a, b in zip(*both(monkeypatch, qkv([5, 0, 9, 0]), True)):
+    for a, b in zip(*both(monkeypatch, qkv([5, 0, 9, 0]), True), strict=True):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("causal, lengths", [
-    (True, [60, 3, 41, 200, 40, 150]), (False, [37, 37, 37]), (False, [37, 20, 37])])
+@pytest.mark.parametrize(
+    "causal, lengths",
+    [(True, [60, 3, 41, 200, 40, 150]), (False, [37, 37, 37]), (False, [37, 20, 37])],
+)
 def test_changing_one_document_leaves_the_others_bit_identical(causal, lengths):
     q, k, v, cu = qkv(lengths)
     before = attention(q, k, v, cu, max(lengths), causal)
-    for i, (start, end) in enumerate(zip(cu.tolist(), cu.tolist()[1:])):
+    for start, end in itertools.pairwise(cu.tolist()):
         changed = [x.clone() for x in (q, k, v)]
         for x in changed:
             x[start:end] = torch.randn_like(x[start:end])
-        changed[2][start] = float("nan")                        # not even a NaN gets out
+        changed[2][start] = float("nan")  # not even a NaN gets out
         after = attention(*changed, cu, max(lengths), causal)
         others = torch.ones(len(q), dtype=torch.bool)
         others[start:end] = False
-        assert torch.equal(before[others], after[others]) and not torch.equal(before[~others], after[~others])
+        assert torch.equal(before[others], after[others])
+        assert not torch.equal(before[~others], after[~others])
 
 
 @pytest.mark.parametrize("lengths", [[60, 41, 3, 40], [37, 37], [200, 150]])
@@ -63,7 +76,7 @@ def test_bf16_error_is_at_most_twice_that_of_pytorch_in_bf16(monkeypatch, length
     ours, exact = both(monkeypatch, args, True, torch.float64)
     monkeypatch.setattr(A, "_sdpa", A._reference)
     theirs, _ = both(monkeypatch, args, True, torch.float64)
-    for a, b, x in zip(ours, theirs, exact):
+    for a, b, x in zip(ours, theirs, exact, strict=True):
         assert (a - x).abs().max() <= 2 * (b - x).abs().max() + 1e-5
 
 
@@ -77,5 +90,7 @@ def test_padding_of_a_group_stays_below_five_eighths():
 
 def test_an_unknown_path_is_refused(monkeypatch):
     monkeypatch.setenv("ATTENTION", "flash")
-    with pytest.raises(ValueError, match="'flash' is not a known path; use reference, sdpa or triton"):
+    with pytest.raises(
+        ValueError, match="'flash' is not a known path; use reference, sdpa or triton"
+    ):
         attention(*qkv([4]), 4, True)

@@ -8,7 +8,7 @@ import command_line
 import pytest
 import torch
 from folders import edit, same_state, save, sparse_folder
-from test_model import pack, tiny
+from small_model import pack, tiny
 
 import convert
 import model_config

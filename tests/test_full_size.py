@@ -1,11 +1,18 @@
-"""The 2B at full size on this machine: a synthetic folder of the released names, shapes and files goes the whole way.
+"""The 2B at full size: a synthetic folder of the released names, shapes and files, end to end.
 
     python -m pytest -s tests/test_full_size.py
 
-Needs 14 GB of disk, 10 GB of memory and the Qwen tokenizer; each command runs in a process of its own and its seconds
-and most memory are printed (and measured: loading may take 1.15 times the weights). Everything but the last test is bf16.
+Needs 14 GB of disk, 10 GB of memory and the Qwen tokenizer. Each command runs in a process of its
+own; its seconds and its peak memory are printed. Loading may take 1.15 times the weights. All is
+bf16 but the last test.
 """
-import hashlib, json, os, subprocess, sys, time
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,22 +20,31 @@ import torch
 from safetensors import safe_open
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))                                   # when it is run as a script, see `steps`
+sys.path.insert(0, str(ROOT))  # when it is run as a script, see step()
 SHARED = ROOT.parent / "shared"  # ../shared is an optional folder of test data
 QWEN = SHARED / "tokenizer" / "qwen2"
-pytestmark = [pytest.mark.nightly, pytest.mark.skipif(not QWEN.exists(), reason="needs the Qwen tokenizer in ../shared")]
+pytestmark = [
+    pytest.mark.nightly,
+    pytest.mark.skipif(not QWEN.exists(), reason="needs the Qwen tokenizer in ../shared"),
+]
 PARAMETERS = 2_089_762_304
 
 
 def step(*argv, limit=None):
-    """Run a command in a process of its own; print seconds and peak memory. -> stdout. limit: GB it may take."""
-    start, out = time.time(), Path(os.environ["TMPDIR"]) / "stdout"
+    """Run a command in a process of its own, print seconds and peak memory -> stdout.
+
+    limit: GB it may take.
+    """
+    start = time.time()
+    out = Path(os.environ["TMPDIR"]) / "stdout"
     with open(out, "w") as file:
         process = subprocess.Popen([sys.executable, *map(str, argv)], cwd=ROOT, stdout=file)
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
-    peak, text = usage.ru_maxrss * 1024 / 1e9, out.read_text()
-    print(f"\n{' '.join(Path(str(a)).name for a in argv[:4])}: {time.time() - start:.0f} s, {peak:.2f} GB\n{text}", end="")
+    peak = usage.ru_maxrss * 1024 / 1e9
+    text = out.read_text()
+    words = " ".join(Path(str(a)).name for a in argv[:4])
+    print(f"\n{words}: {time.time() - start:.0f} s, {peak:.2f} GB\n{text}", end="")
     assert process.returncode == 0 and peak <= (limit or peak)
     return text
 
@@ -51,23 +67,36 @@ def sha256(path):
 
 def test_the_2b_is_written_checked_loaded_asked_exported_and_comes_back_bit_for_bit(folder):
     size = (folder / "model.safetensors").stat().st_size
-    assert 0 <= size - 2 * PARAMETERS < 100_000                                   # 4.18 GB and a header
-    assert (folder / "added_tokens.json").stat().st_size == 790                             # as released
+    assert 0 <= size - 2 * PARAMETERS < 100_000  # 4.18 GB and a header
+    assert (folder / "added_tokens.json").stat().st_size == 790  # as released
     text = step("convert.py", "check", folder, limit=1)
-    assert "685 tensors in 1 file" in text and "<IMG_CONTEXT>: 151667, template: sailvl-chat" in text
+    assert (
+        "685 tensors in 1 file" in text and "<IMG_CONTEXT>: 151667, template: sailvl-chat" in text
+    )
     step(__file__, "load", folder)
     photo = min((SHARED / "data" / "photos" / "images").iterdir())
-    answer = step("sample.py", f"--model={folder}", f"--image={photo}", "--prompt=What is in the picture?",
-                  "--dtype=bfloat16", "--max_new_tokens=8", "--max_tiles=2")
+    answer = step(
+        "sample.py",
+        f"--model={folder}",
+        f"--image={photo}",
+        "--prompt=What is in the picture?",
+        "--dtype=bfloat16",
+        "--max_new_tokens=8",
+        "--max_tiles=2",
+    )
     assert answer.strip()
     step("convert.py", "export", folder, folder.with_name("internvl"))
     step("convert.py", "check", folder.with_name("internvl"), limit=1)
-    assert sha256(folder / "model.safetensors") == sha256(folder.with_name("internvl") / "model.safetensors")
+    assert sha256(folder / "model.safetensors") == sha256(
+        folder.with_name("internvl") / "model.safetensors"
+    )
     (folder.with_name("internvl") / "model.safetensors").unlink()
 
 
 def test_transformers_loads_the_2b_with_every_key_and_gives_the_same_greedy_tokens(folder):
-    pytest.importorskip("transformers", reason="transformers is the oracle; pip install -r requirements-dev.txt")
+    pytest.importorskip(
+        "transformers", reason="transformers is the oracle; pip install -r requirements-dev.txt"
+    )
     hf = folder.with_name("transformers")
     step("convert.py", "export", folder, hf, "--layout=transformers")
     assert "missing 0, unexpected 0, 781 tensors" in step(__file__, "transformers", hf)
@@ -76,65 +105,94 @@ def test_transformers_loads_the_2b_with_every_key_and_gives_the_same_greedy_toke
 
 
 def test_the_8b_at_reduced_depth_gives_the_same_greedy_tokens_as_transformers(folder):
-    pytest.importorskip("transformers", reason="transformers is the oracle; pip install -r requirements-dev.txt")
-    assert "same 16 greedy tokens" in step(__file__, "shallow_8b", folder, folder.with_name("shallow_8b"))
+    pytest.importorskip(
+        "transformers", reason="transformers is the oracle; pip install -r requirements-dev.txt"
+    )
+    assert "same 16 greedy tokens" in step(
+        __file__, "shallow_8b", folder, folder.with_name("shallow_8b")
+    )
 
 
-# ---- what runs in processes of its own -------------------------------------------------------------------------------
+# ---- what runs in processes of its own ----------------------------------------------------------
+
 
 def random_model(vision, llm, seed):
     from model import VLM
+
     with torch.device("meta"):
         vlm = VLM(vision, llm, 151667).to(torch.bfloat16)
     return vlm.to_empty(device="cpu").init_weights(seed)
 
 
 def write(vit, llm):
-    """A random InternViT-300M and Qwen2.5-1.5B as their publishers release them, but untied as in SAIL-VL-2B."""
+    """A random InternViT-300M and Qwen2.5-1.5B as released, but untied as in SAIL-VL-2B."""
     import shutil
+
     from inputs.tokenizer import SPECIAL_TOKENS
     from model import LLMConfig
-    from vision import VisionConfig
     from model_config import config_json
+    from vision import VisionConfig
     from weights import save_folder
+
     vlm = random_model(VisionConfig(), LLMConfig(), 0)
     for f in ("vocab.json", "merges.txt"):
         shutil.copyfile(QWEN / f, os.environ["TMPDIR"] + "/" + f)
-    (Path(os.environ["TMPDIR"]) / "tokenizer_config.json").write_text(json.dumps(dict(
-        tokenizer_class="Qwen2Tokenizer", eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=131072,
-        added_tokens_decoder={151643 + i: dict(content=token, special=i < 14) for i, token in
-                              enumerate(SPECIAL_TOKENS[:22])})))
+    (Path(os.environ["TMPDIR"]) / "tokenizer_config.json").write_text(
+        json.dumps(
+            dict(
+                tokenizer_class="Qwen2Tokenizer",
+                eos_token="<|im_end|>",
+                pad_token="<|endoftext|>",
+                model_max_length=131072,
+                added_tokens_decoder={
+                    151643 + i: dict(content=token, special=i < 14)
+                    for i, token in enumerate(SPECIAL_TOKENS[:22])
+                },
+            )
+        )
+    )
     save_folder(vlm.state_dict(), config_json(vlm.vision, None), vit)
     save_folder(vlm.state_dict(), config_json(None, vlm.llm), llm, os.environ["TMPDIR"])
 
 
 def load(folder):
     import resource
-    from model_config import config_json
+
     from weights import load_folder
-    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    before, start = peak(), time.time()
+
+    def peak():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+    before = peak()
+    start = time.time()
     vlm, _ = load_folder(folder)
     weights = sum(p.nbytes for p in vlm.parameters()) / 1e9
-    print(f"loading: {time.time() - start:.1f} s, {peak() - before:.2f} GB beside {before:.2f} GB of imports, "
-          f"{(peak() - before) / weights:.3f} times the weights of {weights:.2f} GB")
+    print(
+        f"loading: {time.time() - start:.1f} s, "
+        f"{peak() - before:.2f} GB beside {before:.2f} GB of imports, "
+        f"{(peak() - before) / weights:.3f} times the weights of {weights:.2f} GB"
+    )
     assert peak() - before < 1.15 * weights
 
 
 def transformers(folder):
     from transformers import InternVLForConditionalGeneration
+
     model, info = InternVLForConditionalGeneration.from_pretrained(
-        folder, dtype=torch.bfloat16, output_loading_info=True)
+        folder, dtype=torch.bfloat16, output_loading_info=True
+    )
     with safe_open(Path(folder) / "model.safetensors", framework="pt") as f:
-        print(f"missing {len(info['missing_keys'])}, unexpected {len(info['unexpected_keys'])}, {len(f.keys())} tensors")
+        missing, unexpected = (len(info[f"{side}_keys"]) for side in ("missing", "unexpected"))
+        print(f"missing {missing}, unexpected {unexpected}, {len(f.keys())} tensors")
     assert not any(info.values()), info
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS
 
 
 def shallow(folder, out):
-    """The first two layers of each part of the folder, fp32, against transformers on the exported copy."""
+    """The first two layers of each part, against transformers on the exported copy."""
     from model_config import config_json
     from weights import load_folder, save_folder
+
     vlm, _ = load_folder(folder)
     vlm.vision.n_layers = vlm.llm.n_layers = 2
     save_folder(vlm.state_dict(), config_json(vlm.vision, vlm.llm), out, folder)
@@ -144,9 +202,10 @@ def shallow(folder, out):
 
 def shallow_8b(folder, out):
     from model import LLMConfig
-    from vision import VisionConfig
     from model_config import config_json
+    from vision import VisionConfig
     from weights import save_folder
+
     vision, llm = VisionConfig(n_layers=2), LLMConfig(**LLMConfig.PRESETS["qwen2.5-7b"])
     llm.n_layers = 1
     save_folder(random_model(vision, llm, 1).state_dict(), config_json(vision, llm), out, folder)
@@ -154,24 +213,32 @@ def shallow_8b(folder, out):
 
 
 def compare(folder):
-    """Greedy tokens of a real photo and question: ours of the folder, transformers' of its export. fp32."""
+    """Greedy tokens about a real photo in fp32: ours of the folder, transformers' of its export."""
     from transformers import InternVLForConditionalGeneration
-    from generate import Assistant
+
     from convert import export
+    from generate import Assistant, generate
     from inputs.images import normalize
+
     export(folder, Path(folder).with_name("shallow_hf"), "transformers")
     mine = Assistant(folder, "cpu", torch.float32, max_tiles=2, max_new_tokens=16)
     tiles = mine.tiles(min((SHARED / "data" / "photos" / "images").iterdir()))
     ids, tiles = mine.prompt([("What is in the picture?", None)], [tiles])
     mine.settings["stop_ids"] = set()
-    from generate import generate
-    ours, = generate(mine.model, [ids], [tiles], **mine.settings)
-    del mine                                                    # one model in memory at a time
+    (ours,) = generate(mine.model, [ids], [tiles], **mine.settings)
+    del mine  # one model in memory at a time
     model = InternVLForConditionalGeneration.from_pretrained(
-        Path(folder).with_name("shallow_hf"), dtype=torch.float32).eval()
+        Path(folder).with_name("shallow_hf"), dtype=torch.float32
+    ).eval()
     with torch.no_grad():
-        theirs = generate.generate(input_ids=torch.tensor([ids]), pixel_values=normalize(tiles), do_sample=False,
-                                max_new_tokens=16, eos_token_id=-1, attention_mask=torch.ones(1, len(ids)))
+        theirs = model.generate(
+            input_ids=torch.tensor([ids]),
+            pixel_values=normalize(tiles),
+            do_sample=False,
+            max_new_tokens=16,
+            eos_token_id=-1,
+            attention_mask=torch.ones(1, len(ids)),
+        )
     assert ours == theirs[0, -16:].tolist(), (ours, theirs[0, -16:].tolist())
     print(f"same {len(ours)} greedy tokens after {len(ids)} of a prompt with {len(tiles)} tiles")
 

@@ -1,17 +1,24 @@
-"""What only a GPU can show: the kernels inside the model, compiled blocks, CUDA graphs, NCCL. `make gpu` runs it."""
+"""What only a GPU can show: the kernels inside the model, compiled blocks, CUDA graphs, NCCL.
+
+`make gpu` runs it.
+"""
+
 import copy
 
 import pytest
 import torch
 
 from bench import samples as bench
-from training import distributed, settings
 from generate import generate
 from model import compile_blocks
 from model_config import config_json
+from training import distributed
 from weights import load_folder, save_folder
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 CUDA = torch.device("cuda")
 
 
@@ -31,7 +38,10 @@ def gradients(model, batch, dtype):
 
 
 def error(ours, exact):
-    return max(((a - b).abs().max() / b.abs().max().clamp(min=1e-12)).item() for a, b in zip(ours, exact))
+    return max(
+        ((a - b).abs().max() / b.abs().max().clamp(min=1e-12)).item()
+        for a, b in zip(ours, exact, strict=True)
+    )
 
 
 def test_the_model_on_our_kernels_errs_at_most_twice_as_much_as_on_pytorchs(monkeypatch):
@@ -40,7 +50,10 @@ def test_the_model_on_our_kernels_errs_at_most_twice_as_much_as_on_pytorchs(monk
     exact, theirs = gradients(model, batch, torch.float32), gradients(model, batch, torch.bfloat16)
     monkeypatch.setenv("ATTENTION", "triton")
     ours = gradients(model, batch, torch.bfloat16)
-    assert error(ours, exact) <= 2 * error(theirs, exact), (error(ours, exact), error(theirs, exact))
+    assert error(ours, exact) <= 2 * error(theirs, exact), (
+        error(ours, exact),
+        error(theirs, exact),
+    )
 
 
 def test_compiled_blocks_err_at_most_twice_as_much_as_eager_ones_and_new_packs_compile_nothing():
@@ -51,11 +64,17 @@ def test_compiled_blocks_err_at_most_twice_as_much_as_eager_ones_and_new_packs_c
     ours = gradients(compiled, batch, torch.bfloat16)
     assert error(ours, exact) <= 2 * error(eager, exact), (error(ours, exact), error(eager, exact))
     graphs = torch._dynamo.utils.counters["stats"]
-    gradients(compiled, bench.pack_samples(*bench.random_samples("toy", 1), CUDA), torch.bfloat16)      # its sizes go free
+    gradients(
+        compiled, bench.pack_samples(*bench.random_samples("toy", 1), CUDA), torch.bfloat16
+    )  # its sizes go free
     before = graphs["unique_graphs"]
     for seed in range(2, 12):
-        gradients(compiled, bench.pack_samples(*bench.random_samples("toy", seed), CUDA), torch.bfloat16)
-    assert graphs["unique_graphs"] == before, f"{graphs['unique_graphs'] - before} graphs compiled for ten more packs"
+        gradients(
+            compiled, bench.pack_samples(*bench.random_samples("toy", seed), CUDA), torch.bfloat16
+        )
+    assert graphs["unique_graphs"] == before, (
+        f"{graphs['unique_graphs'] - before} graphs compiled for ten more packs"
+    )
 
 
 def test_decoding_by_cuda_graphs_says_what_decoding_on_the_cpu_says(tmp_path):
@@ -65,21 +84,35 @@ def test_decoding_by_cuda_graphs_says_what_decoding_on_the_cpu_says(tmp_path):
     g, image = torch.Generator().manual_seed(0), model.image_token_id
     size, n = model.vision.image_size, model.vision.tokens_per_tile
     tiles = torch.randint(0, 256, (9, 1, 3, size, size), generator=g).byte()
-    prompts = [[image] * n + torch.randint(0, 1000, (5 + 70 * i,), generator=g).tolist() for i in range(9)]
-    said = [generate(load_folder(tmp_path / "model", device, torch.float32)[0].eval(), prompts, tiles, 40, {7},
-                     batch_size=4) for device in (torch.device("cpu"), CUDA)]
+    prompts = [
+        [image] * n + torch.randint(0, 1000, (5 + 70 * i,), generator=g).tolist() for i in range(9)
+    ]
+    said = [
+        generate(
+            load_folder(tmp_path / "model", device, torch.float32)[0].eval(),
+            prompts,
+            tiles,
+            40,
+            {7},
+            batch_size=4,
+        )
+        for device in (torch.device("cpu"), CUDA)
+    ]
     assert said[0] == said[1]
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_a_step_over_nccl_is_the_step_of_one_process(parallel, monkeypatch):
-    for name, value in dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, MASTER_ADDR="127.0.0.1", MASTER_PORT=29411).items():
+    for name, value in dict(
+        RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, MASTER_ADDR="127.0.0.1", MASTER_PORT=29411
+    ).items():
         monkeypatch.setenv(name, str(value))
     model, _, batch = toy(torch.float32)
-    exact, cfg = gradients(model, batch, torch.float32), settings.RunConfig(parallel=parallel, dtype="float32")
+    exact = gradients(model, batch, torch.float32)
     dist = distributed.setup_distributed("cuda")
     try:
-        spread = distributed.parallelize(copy.deepcopy(model), cfg, dist).train()
+        spread = distributed.parallelize(copy.deepcopy(model), parallel, torch.float32, dist)
+        spread.train()
         (spread(**batch) / 100).backward()
         full = [getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in spread.parameters()]
         assert error(full, exact[1:]) <= 1e-5

@@ -29,8 +29,8 @@ class Payload:
 
 def model_folder(path, tensors=None):
     """A good tiny model folder, or one whose model.safetensors is these bytes."""
+    from small_model import tiny
     from test_convert import save
-    from test_model import tiny
 
     save(path, tiny())
     if tensors is not None:

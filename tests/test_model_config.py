@@ -2,7 +2,7 @@
 
 import pytest
 from folders import edit, save
-from test_model import tiny
+from small_model import tiny
 
 import weights
 

@@ -33,7 +33,7 @@ from inputs.fill import WAITING, fill_packs
 from inputs.packing import Packs, PackSettings, permute
 from inputs.records import IMAGE, ROW
 from model import LLMConfig, train_flops
-from training import metrics
+from training import checkpoint, metrics
 from vision import VisionConfig
 
 
@@ -333,8 +333,9 @@ def test_60_bad_rows_of_15_kinds_among_2000_are_quarantined_for_their_reason_and
 
 def test_a_lost_or_doubled_sample_is_noticed_at_the_step_with_its_numbers():
     packs = types.SimpleNamespace(n=10)
-    state = dict(counts={"used": 7, "too_long": 2, "unreadable": 1}, samples_seen=6, quarantined=1)
-    sums = metrics.account({"used": 3}, state, packs, False)["epoch"]
+    counts = {"used": 7, "too_long": 2, "unreadable": 1}
+    progress = checkpoint.Progress(counts=counts, samples_seen=6, quarantined=1)
+    sums = metrics.account({"used": 3}, progress, packs, False)["epoch"]
     assert sums == dict(
         epochs=1,
         records=10,
@@ -343,17 +344,13 @@ def test_a_lost_or_doubled_sample_is_noticed_at_the_step_with_its_numbers():
         dropped={"too_long": 2},
         quarantined={"in the index": 1, "in training": 1},
     )
-    assert (
-        metrics.account({"used": 7, "too_long": 3}, state, packs, False) == {}
-    )  # no epoch ended in this step
-    assert (
-        metrics.account(
-            state["counts"], state | dict(counts={"used": 7, "too_long": 7}), packs, True
-        )["epoch"]["to_come"]
-        == 6
-    )
+    # no epoch ended in this step
+    assert metrics.account({"used": 7, "too_long": 3}, progress, packs, False) == {}
+    progress.counts = {"used": 7, "too_long": 7}
+    assert metrics.account(counts, progress, packs, True)["epoch"]["to_come"] == 6
+    progress.samples_seen = 5
     with pytest.raises(AssertionError, match="7 samples were planned, 5 used and 1 quarantined"):
-        metrics.account({}, state | dict(samples_seen=5), packs, False)
+        metrics.account({}, progress, packs, False)
 
 
 def test_an_epoch_that_does_not_add_up_is_refused(tmp_path):

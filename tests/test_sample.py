@@ -1,14 +1,20 @@
 """sample.py: one question, a batch, streaming, a chat, and what it refuses."""
-import io, json, sys
 
+import io
+import json
+import sys
+
+import command_line
 import pytest
 import torch
 from PIL import Image
-
-import command_line, generate, sample
 from test_eval import make_model_folder
 
+import generate
+import sample
+
 torch.set_num_threads(1)
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
@@ -20,10 +26,15 @@ def world(tmp_path_factory):
     Image.new("RGB", (28, 28), (10, 10, 200)).save(folder / "photos" / "b.JPG")
     return folder
 
+
 def run(world, *flags, stdin=""):
     """-> (exit code, stdout, stderr) of the command line, in this process."""
-    return command_line.run(sample.main, ["sample.py", f"--model={world / 'model'}", "--device=cpu", "--max_new_tokens=8",
-                                          *flags], stdin)
+    return command_line.run(
+        sample.main,
+        ["sample.py", f"--model={world / 'model'}", "--device=cpu", "--max_new_tokens=8", *flags],
+        stdin,
+    )
+
 
 def test_one_question_prints_the_answer_only(world):
     photo = f"--image={world / 'photos' / 'a.png'}"
@@ -31,19 +42,29 @@ def test_one_question_prints_the_answer_only(world):
     assert code == 0 and errors == "" and text.strip() and text.endswith("\n")
     assert run(world, photo, "--prompt=What is it?")[1] == text
     assert run(world, "--prompt=What is it?")[1] != text
-    both = run(world, photo, f"--image={world / 'photos' / 'b.JPG'}", "--prompt=Compare <image> with <image>.")
+    both = run(
+        world,
+        photo,
+        f"--image={world / 'photos' / 'b.JPG'}",
+        "--prompt=Compare <image> with <image>.",
+    )
     assert both[0] == 0 and both[1] != text
-    drawn = {run(world, photo, "--prompt=What is it?", "--temperature=5", f"--seed={seed}")[1] for seed in (1, 2, 1)}
+    drawn = {
+        run(world, photo, "--prompt=What is it?", "--temperature=5", f"--seed={seed}")[1]
+        for seed in (1, 2, 1)
+    }
     assert len(drawn) == 2
+
 
 def test_max_tiles_and_the_model_folder(world):
     cfg = sample.Config(model=str(world / "model"), device="cpu")
     one = sample.load(cfg)
     assert one.template == "sailvl-chat" and one.max_tiles == 12 and one.thumbnail is True
     photo = world / "photos" / "a.png"
-    assert len(one.tiles(photo)) == 3                                   # two tiles and the thumbnail
+    assert len(one.tiles(photo)) == 3  # two tiles and the thumbnail
     cfg.max_tiles = 1
     assert len(sample.load(cfg).tiles(photo)) == 1
+
 
 def test_streaming_gives_the_same_text_and_whole_characters(world, monkeypatch):
     cfg = sample.Config(model=str(world / "model"), device="cpu", max_new_tokens=12)
@@ -53,69 +74,133 @@ def test_streaming_gives_the_same_text_and_whole_characters(world, monkeypatch):
     ids = one.tokenizer.encode("  naïve 图片 😀 ok\n")
     monkeypatch.setattr(generate, "generate_stream", lambda *args, **kw: iter(ids))
     pieces = list(one.stream(*prompt))
-    assert "".join(pieces) == "naïve 图片 😀 ok" and len(pieces) > 5 and not any("\ufffd" in p for p in pieces)
+    assert (
+        "".join(pieces) == "naïve 图片 😀 ok"
+        and len(pieces) > 5
+        and not any("\ufffd" in p for p in pieces)
+    )
     monkeypatch.setattr(generate, "generate_stream", lambda *args, **kw: iter(ids[:-7]))
-    assert "".join(one.stream(*prompt)) == one.tokenizer.decode(ids[:-7]).strip()   # a broken end is shown as such
+    assert (
+        "".join(one.stream(*prompt)) == one.tokenizer.decode(ids[:-7]).strip()
+    )  # a broken end is shown as such
     monkeypatch.setattr(generate, "generate_stream", lambda *args, **kw: iter([]))
     assert list(one.stream(*prompt)) == []
 
+
 def test_a_folder_of_pictures(world, tmp_path):
-    code, text, errors = run(world, f"--image={world / 'photos'}", "--prompt=Describe the image.",
-                             f"--out={tmp_path / 'a.jsonl'}")
+    code, text, errors = run(
+        world,
+        f"--image={world / 'photos'}",
+        "--prompt=Describe the image.",
+        f"--out={tmp_path / 'a.jsonl'}",
+    )
     rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert code == 0 and text == "" and [row["image"][-5:] for row in rows] == ["a.png", "b.JPG"]
     single = run(world, f"--image={world / 'photos' / 'a.png'}", "--prompt=Describe the image.")[1]
     assert rows[0]["answer"] + "\n" == single and set(rows[0]) == {"image", "prompt", "answer"}
 
+
 def test_a_jsonl_goes_on_after_an_unreadable_picture(world, tmp_path):
     source = world / "questions.jsonl"
     (world / "photos" / "broken.png").write_bytes(b"no picture")
-    rows = [{"image": "photos/a.png", "prompt": "One?", "id": 7}, {"image": "photos/broken.png"},
-            {"prompt": "Text only?"}, {"image": ["photos/a.png", "photos/b.JPG"], "prompt": "Two?"},
-            {"image": "photos/none.png"}]
+    rows = [
+        {"image": "photos/a.png", "prompt": "One?", "id": 7},
+        {"image": "photos/broken.png"},
+        {"prompt": "Text only?"},
+        {"image": ["photos/a.png", "photos/b.JPG"], "prompt": "Two?"},
+        {"image": "photos/none.png"},
+    ]
     source.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    code, text, errors = run(world, f"--image={source}", "--prompt=Else?", f"--out={tmp_path / 'a.jsonl'}",
-                             "--batch_size=2")
+    code, text, errors = run(
+        world,
+        f"--image={source}",
+        "--prompt=Else?",
+        f"--out={tmp_path / 'a.jsonl'}",
+        "--batch_size=2",
+    )
     out = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     (world / "photos" / "broken.png").unlink()
     assert code == 0 and text == "" and "3 answers" in errors and "2 failed" in errors
-    assert ["answer" in row for row in out] == [True, False, True, True, False] and out[0]["id"] == 7
-    assert "broken.png" in out[1]["error"] and out[4]["prompt"] == "Else?" and not list(tmp_path.glob("*.partial"))
+    assert ["answer" in row for row in out] == [True, False, True, True, False] and out[0][
+        "id"
+    ] == 7
+    assert (
+        "broken.png" in out[1]["error"]
+        and out[4]["prompt"] == "Else?"
+        and not list(tmp_path.glob("*.partial"))
+    )
+
 
 def test_chat(world):
     photos = world / "photos"
-    code, text, errors = run(world, stdin=f"Hello\n/image {photos / 'a.png'}\nWhat is it?\nAnd?\n/tiles 1\n"
-                             f"/image {photos / 'a.png'}\n/tiles 0\n"
-                             f"/image {photos / 'a.png'}\n/image nowhere.png\n/nonsense\n\n/reset\nHello\n")
+    code, text, errors = run(
+        world,
+        stdin=f"Hello\n/image {photos / 'a.png'}\nWhat is it?\nAnd?\n/tiles 1\n"
+        f"/image {photos / 'a.png'}\n/tiles 0\n"
+        f"/image {photos / 'a.png'}\n/image nowhere.png\n/nonsense\n\n/reset\nHello\n",
+    )
     answers = text.splitlines()
-    assert code == 0 and errors.count("a.png: 3 tiles, 3 tokens") == 2 and "a.png: 1 tile," in errors and "nowhere.png" in errors
-    assert errors.count("/image PATH") == 2 and text.startswith(answers[0]) and text.rstrip().endswith(answers[0])
+    assert (
+        code == 0
+        and errors.count("a.png: 3 tiles, 3 tokens") == 2
+        and "a.png: 1 tile," in errors
+        and "nowhere.png" in errors
+    )
+    assert (
+        errors.count("/image PATH") == 2
+        and text.startswith(answers[0])
+        and text.rstrip().endswith(answers[0])
+    )
     photo = f"--image={photos / 'a.png'}"
     assert run(world, photo, stdin="Hi\n")[1] == run(world, photo, "--prompt=Hi")[1]
+
 
 def test_chat_replays_the_dialogue(world, monkeypatch):
     cfg = sample.Config(model=str(world / "model"), device="cpu")
     one, asked = sample.load(cfg), []
-    monkeypatch.setattr(one.__class__, "stream", lambda self, ids, tiles: asked.append((ids, tiles)) or iter(["fine"]))
+    monkeypatch.setattr(
+        one.__class__,
+        "stream",
+        lambda self, ids, tiles: asked.append((ids, tiles)) or iter(["fine"]),
+    )
     photo = world / "photos" / "a.png"
-    lines = ["Q1", f"/image {photo}", f"/image {photo}", "Look at <image>", "Then <image> and <image>", "Q2", ""]
+    lines = [
+        "Q1",
+        f"/image {photo}",
+        f"/image {photo}",
+        "Look at <image>",
+        "Then <image> and <image>",
+        "Q2",
+        "",
+    ]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
     sample.chat(one, cfg)
-    assert len(asked) == 3                                              # the wrong number of placeholders was refused
+    assert len(asked) == 3  # the wrong number of placeholders was refused
     turns = [("Q1", "fine"), ("Then <image> and <image>", "fine"), ("Q2", None)]
     ids = generate.chat_ids(one.tokenizer, one.template, turns, [3, 3], 1)
     assert asked[-1][0] == ids and asked[-1][1].shape == (6, 3, 28, 28)
 
-@pytest.mark.parametrize("flags, message", [
-    (["--model="], "--model=DIR"), (["--model=nowhere", "--prompt=x"], "nowhere"), (["--dtype=float16"], "float32"),
-    (["--image=none.png", "--prompt=x"], "none.png: no such picture"), (["--prompt=What is <image>?"], "<image>"),
-    (["--out=x.jsonl", "--prompt=x"], "--image"), (["--out=x.jsonl", "--image=."], "nothing to ask"),
-    (["--image=.", "--prompt=x"], "folder"), (["--promt=x"], "did you mean 'prompt'"),
-    (["--out=/no/such/x.jsonl", "--image=PHOTOS", "--prompt=x"], "/no/such"),
-    (["--out=x.jsonl", "--image=PHOTOS"], "--prompt"),
-])
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--model="], "--model=DIR"),
+        (["--model=nowhere", "--prompt=x"], "nowhere"),
+        (["--dtype=float16"], "float32"),
+        (["--image=none.png", "--prompt=x"], "none.png: no such picture"),
+        (["--prompt=What is <image>?"], "<image>"),
+        (["--out=x.jsonl", "--prompt=x"], "--image"),
+        (["--out=x.jsonl", "--image=."], "nothing to ask"),
+        (["--image=.", "--prompt=x"], "folder"),
+        (["--promt=x"], "did you mean 'prompt'"),
+        (["--out=/no/such/x.jsonl", "--image=PHOTOS", "--prompt=x"], "/no/such"),
+        (["--out=x.jsonl", "--image=PHOTOS"], "--prompt"),
+    ],
+)
 def test_refusals(world, tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
-    code, text, errors = run(world, *(flag.replace("PHOTOS", str(world / "photos")) for flag in flags))
+    code, text, errors = run(
+        world, *(flag.replace("PHOTOS", str(world / "photos")) for flag in flags)
+    )
     assert code == 2 and message in errors and len(errors.splitlines()) == 1 and text == ""
     assert not any(tmp_path.iterdir())

@@ -23,14 +23,14 @@ IDS = """
 import os, signal
 from inputs import chat, packing
 from training import checkpoint, distributed, metrics, optim, run_folder
-watch = run_folder.watch
-def note(cfg, dist, text):                                # called once a step, with the ids of its samples
-    watch(cfg, dist, text)
-    with open(f"{cfg.out_dir}/last_step/rank_{RANK}.all", "a") as f:
+original_note = run_folder.Watchdog.note
+def note(self, text):  # called once a step, with the ids of its samples
+    original_note(self, text)
+    with open(self.path.with_suffix(".all"), "a") as f:
         f.write(text + chr(10))
-    if text.startswith(STOP + ":") and RANK == 0:         # at the end of this step
+    if text.startswith(STOP + ":") and RANK == 0:  # at the end of this step
         os.kill(os.getpid(), signal.SIGTERM)
-run_folder.watch = note
+run_folder.Watchdog.note = note
 STOP = "never"
 """
 FP64 = """
@@ -63,15 +63,16 @@ def shards(tmp_path_factory):
 
 
 def one_stage(out, data, *more, steps=40):
-    """Everything trains, for one stage."""
-    return argv(out, data, *more, stages=("base",), steps=steps)
+    """One stage, in which everything trains."""
+    return argv(out, data, *more, stages=("alignment",), steps=steps, everything=True)
 
 
-CHANCE = ["--vision.n_layers=2", "--base.drop_path=0.3", "--embed_noise=0.2"]       # random numbers in every step
+# random numbers in every step
+CHANCE = ["--vision.n_layers=2", "--alignment.drop_path=0.3"]
 
 
 def stop_at(step):
-    return IDS + f"STOP = 'base step {step}'"
+    return IDS + f"STOP = 'alignment step {step}'"
 
 
 def read(out, step=None):
@@ -118,8 +119,8 @@ def test_stops_at_three_points_and_other_numbers_of_workers_change_no_bit_of_wei
     files = [{name: digest for name, (_, digest) in json.loads((checkpoint.find_checkpoint(out) / "manifest.json")
               .read_text())["files"].items() if name.endswith("distcp")} for out in (whole, parts)]
     assert files[0] == files[1] and len(files[0]) == 2
-    state = [checkpoint.read_state(checkpoint.find_checkpoint(out)) for out in (whole, parts)]
-    assert state[0] == state[1] and state[0]["position"][0] >= 1                   # beyond the first epoch
+    state = [checkpoint.read_progress(checkpoint.find_checkpoint(out)) for out in (whole, parts)]
+    assert state[0] == state[1] and state[0].position[0] >= 1                   # beyond the first epoch
 
 
 @pytest.mark.parametrize("code, limit", [
@@ -127,7 +128,7 @@ def test_stops_at_three_points_and_other_numbers_of_workers_change_no_bit_of_wei
 def test_a_run_resized_from_2_to_1_to_4_to_2_ranks_sees_the_same_samples_and_ends_with_the_same_parameters(
         zygote, shards, tmp_path, code, limit):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    rates = [f"--base.lr_{m}=1e-4" for m in ("vision", "projector", "llm")]
+    rates = [f"--alignment.lr_{m}=1e-4" for m in ("vision", "projector", "llm")]
     more = ["--grad_accum_steps=2", "--save_every=40", *rates, *CHANCE]
     assert zygote.run("train", one_stage(whole, shards, *more), 2, tmp_path / "1", IDS + code) == [0, 0]
     for ranks, step in ((2, 10), (1, 20), (4, 30), (2, 0)):                        # the command stays the same
@@ -136,7 +137,7 @@ def test_a_run_resized_from_2_to_1_to_4_to_2_ranks_sees_the_same_samples_and_end
     assert len(samples(whole)) == 40 and samples(parts) == samples(whole)
     assert difference(*({k: v for k, v in tensors.items() if k.startswith("model.")}
                         for tensors in (read(whole), read(parts)))) <= limit
-    shutil.rmtree(parts / "base")
+    shutil.rmtree(parts / "alignment")
     assert zygote.run("train", one_stage(parts, shards, *more), 3, tmp_path / "3") == [2, 2, 2]
     assert "cannot share alike; start it on 1, 2, 4 ranks" in (tmp_path / "3").read_text()
 
@@ -193,16 +194,17 @@ def dying(owner, name):
         return original(*args, **kw)
     setattr(owner, name, call)
 for owner, name in ((os, "fsync"), (os, "rename"), (os, "replace"), (checkpoint, "file_hash"), (checkpoint, "gather"),
-                    (checkpoint.dcp, "save"), (checkpoint, "tensors_of"), (checkpoint, "write_checkpoint"), (checkpoint.json, "dumps"),
-                    (os, "open"), (checkpoint, "deal"), (checkpoint, "memory_for")):
+                    (checkpoint.dcp, "save"), (checkpoint, "tensors_of"),
+                    (checkpoint, "write_checkpoint"), (checkpoint.json, "dumps"),
+                    (os, "open"), (checkpoint, "split_work"), (checkpoint, "memory_for")):
     dying(owner, name)
-saving, save = [], checkpoint.save_checkpoint
-def second(out_dir, step, *args, **kw):
-    if step == 6:                                         # the first to delete an older one
-        checkpoint.saved(args[5])                             # the save before, or it would be the one that dies
+saving, save = [], checkpoint.Saver.save
+def second(self, step, *args, **kw):
+    if step == 6:  # the first to delete an older one
+        self.wait()  # for the save before, or it would be the one that dies
         saving.append(step)
-    return save(out_dir, step, *args, **kw)
-checkpoint.save_checkpoint = second
+    return save(self, step, *args, **kw)
+checkpoint.Saver.save = second
 """
 
 
@@ -230,7 +232,7 @@ def kill_inside_a_save(zygote, shards, tmp_path, mode, points):
             assert checkpoint.find_checkpoint(out).name in ("step_00000004", "step_00000006")
             assert zygote.run("train", arguments(out), 2, tmp_path / "2") == [0, 0], (tmp_path / "2").read_text()[-2000:]
             assert losses(out) == want and not list(out.glob("checkpoints/.tmp*"))
-            got, whole = weights(out / "base"), weights(tmp_path / "whole" / "base")
+            got, whole = weights(out / "alignment"), weights(tmp_path / "whole" / "alignment")
             assert all(torch.equal(got[k], whole[k]) for k in whole)
     assert killed == sum(map(len, points.values()))
 
@@ -252,11 +254,11 @@ train.model_inputs = sleepy
     assert time.monotonic() - start < 60 and 0 not in codes
     for rank, place in ((0, "backward"), (1, "sleepy")):
         text = (tmp_path / f"r/last_step/rank_{rank}.txt").read_text()
-        assert re.match(r"base step 3: samples pretrain-\S+, ", text) and place in text, text
+        assert re.match(r"alignment step 3: samples pretrain-\S+, ", text) and place in text, text
 
 
-@pytest.mark.parametrize("place, note", [("make_loader", "base step 1: waiting for data"),
-                                         ("model_inputs", "base step 1: samples pretrain-")])
+@pytest.mark.parametrize("place, note", [("make_loader", "alignment step 1: waiting for data"),
+                                         ("model_inputs", "alignment step 1: samples pretrain-")])
 def test_a_run_of_one_process_that_hangs_in_its_data_or_a_step_ends_and_says_where(zygote, shards, tmp_path, place, note):
     code = f"import time, train\ntrain.{place} = lambda *args: (time.sleep(600) for _ in [0]) if '{place}' == 'make_loader' else time.sleep(600)"
     start = time.monotonic()
@@ -303,10 +305,10 @@ def call(*args, **kw):
     assert zygote.run("train", arguments(tmp_path / "r"), 2, tmp_path / "1", code) == [0, 0], (tmp_path / "1").read_text()
     assert time.monotonic() - start < 60 and "stopped by a signal" in (tmp_path / "1").read_text()
     rows = log(tmp_path / "r")
-    assert checkpoint.read_state(checkpoint.find_checkpoint(tmp_path / "r"))["step"] == rows[-1]["step"] < 5    # none is lost
+    assert checkpoint.read_progress(checkpoint.find_checkpoint(tmp_path / "r")).step == rows[-1]["step"] < 5    # none is lost
     assert zygote.run("train", arguments(tmp_path / "r"), 2, tmp_path / "1") == [0, 0], (tmp_path / "1").read_text()
     whole = tmp_path.parent / "whole_of_signals"                                   # made once
-    if not (whole / "base").exists():
+    if not (whole / "alignment").exists():
         assert zygote.run("train", arguments(whole), 2, tmp_path / "2") == [0, 0]
     assert losses(whole) == losses(tmp_path / "r") and len(log(tmp_path / "r")) == 5
     assert [r.get("val_loss") for r in log(whole)] == [r.get("val_loss") for r in log(tmp_path / "r")]
@@ -328,7 +330,7 @@ def test_a_second_start_is_refused_by_name_and_orphans_of_a_dead_torchrun_end(zy
     arguments = one_stage(tmp_path / "r", shards, "--print_every=1", "--save_every=100000", steps=10 ** 5)
     torchrun = launch("train.py", arguments, ranks=2)
     try:
-        next(line for line in torchrun.stdout if line.startswith("base 2/"))
+        next(line for line in torchrun.stdout if line.startswith("alignment 2/"))
         workers, holder = workers_of(torchrun), (tmp_path / "r/lock").read_text()
         start = time.monotonic()
         assert zygote.run("train", arguments, 1, tmp_path / "2") == [2] and time.monotonic() - start < 5
@@ -352,10 +354,10 @@ def test_a_signal_to_torchrun_itself_saves(shards, tmp_path, name):
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                 env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
-        next(line for line in torchrun.stdout if line.startswith("base 2/"))
+        next(line for line in torchrun.stdout if line.startswith("alignment 2/"))
         torchrun.send_signal(getattr(signal, name))
-        assert "stopped by a signal after base" in torchrun.communicate(timeout=60)[0]
-        assert checkpoint.read_state(checkpoint.find_checkpoint(tmp_path / "r"))["step"] == log(tmp_path / "r")[-1]["step"]
+        assert "stopped by a signal after alignment" in torchrun.communicate(timeout=60)[0]
+        assert checkpoint.read_progress(checkpoint.find_checkpoint(tmp_path / "r")).step == log(tmp_path / "r")[-1]["step"]
     finally:
         kill_tree(torchrun.pid)
 
@@ -379,7 +381,7 @@ data.PackedDataset.__getitem__ = masked
 clip = optim.clip_grad_norm
 def spy(model, max_norm):
     whole = {k: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
-             for k, p in getattr(model, "module", model).named_parameters()}
+             for k, p in distributed.unwrap(model).named_parameters()}
     if RANK == 0:
         torch.save(whole, OUT)
     return clip(model, max_norm)
@@ -433,7 +435,7 @@ metrics.account = lambda *args: {}                         # which adds up what 
     ("ddp", False), pytest.param("fsdp", False, marks=pytest.mark.nightly), ("fsdp", True)])
 def test_a_rank_without_pictures_hangs_nobody_and_changes_no_gradient(zygote, shards, tmp_path, parallel, frozen):
     data = f"{shards},{Path(shards).parent}/text.jsonl"
-    more = [f"--parallel={parallel}", "--tokens_per_pack=150"] + ["--base.lr_vision=0", "--base.lr_projector=0"] * frozen
+    more = [f"--parallel={parallel}", "--tokens_per_pack=150"] + ["--alignment.lr_vision=0", "--alignment.lr_projector=0"] * frozen
     code = "import train\n" + TEXT_ONLY
     assert zygote.run("train", one_stage(tmp_path / "r", data, *more, steps=50), 2, tmp_path / "1", code) == [0, 0]
     if frozen:
@@ -504,13 +506,13 @@ def test_a_step_that_is_not_finite_on_any_rank_is_skipped_by_all_and_the_third_i
     assert rows[2]["loss" if where != "gradient 0" else "grad_norm"] is None and len(rows[2]["skipped"]) == rows[2]["samples"] and "skipped" not in rows[1]
     a, b = read(out, 2), read(out, 3)                   # weights, moments and their steps
     assert all(torch.equal(a[k], b[k]) for k in a)
-    state = checkpoint.read_state(checkpoint.find_checkpoint(out))
-    assert all(isinstance(x, float) for x in state["losses"]) and state["bad_steps"] == 1
+    progress = checkpoint.read_progress(checkpoint.find_checkpoint(out))
+    assert all(isinstance(x, float) for x in progress.losses) and progress.bad_steps == 1
     codes = zygote.run("train", one_stage(tmp_path / "s", shards, "--save_every=1", steps=9), 2, tmp_path / "2",
                        code + "STEPS = [3, 5, 6, 7]")
     assert codes == [2, 2] and "three steps in a row" in (tmp_path / "2").read_text()
     assert len(log(tmp_path / "s")) == 7 and checkpoint.find_checkpoint(tmp_path / "s").name == "step_00000004"
-    assert not (tmp_path / "s/base").exists()
+    assert not (tmp_path / "s/alignment").exists()
 
 
 def test_the_validation_loss_does_not_depend_on_ranks_or_sharding_and_changes_no_step(zygote, shards, tmp_path):
@@ -530,6 +532,18 @@ def test_the_validation_loss_does_not_depend_on_ranks_or_sharding_and_changes_no
     assert [row["loss"] for row in log(out)] == found[1, "ddp"][2:]
     parts = log(out)[-1]
     assert sum(parts[f"{part}_s"] for part in ("data", "forward", "backward", "optimizer")) <= parts["seconds"]
+
+
+def test_a_checkpoint_after_a_validation_has_the_moments_of_one_without(zygote, shards, tmp_path):
+    """FSDP holds whole weights after a forward pass without a backward pass."""
+    tensors = []
+    for name, more in (("without", []), ("with", [f"--val_data={shards}", "--val_packs=2"])):
+        arguments = one_stage(tmp_path / name, shards, "--parallel=fsdp", "--save_every=2",
+                              "--val_every=2", *more, steps=3)
+        assert zygote.run("train", arguments, 2, tmp_path / "1") == [0, 0], (tmp_path / "1").read_text()
+        tensors.append(read(tmp_path / name, 2))
+    assert difference(*tensors) == 0
+    assert all(t.any() for name, t in tensors[0].items() if name.endswith("mlp1.1.weight.exp_avg"))
 
 
 def test_the_golden_curve_of_fifty_steps_is_met_on_one_and_two_ranks(zygote, shards, tmp_path):
@@ -557,16 +571,16 @@ def test_a_disk_that_fills_up_costs_neither_the_run_nor_an_old_checkpoint_and_th
 import collections, resource, train
 from inputs import chat, packing
 from training import checkpoint, distributed, metrics, optim, run_folder
-save, Usage = checkpoint.save_checkpoint, collections.namedtuple("Usage", "free")
-def full(out_dir, step, *args, **kw):
-    checkpoint.shutil.disk_usage = lambda path: Usage(1000 if step == 4 else 10 ** 12)          # seen before
-    limit = 20000 if step == 6 else resource.RLIM_INFINITY                                  # met while writing
+save, Usage = checkpoint.Saver.save, collections.namedtuple("Usage", "free")
+def full(self, step, *args, **kw):
+    # step 4: seen before; step 6: met while writing
+    checkpoint.shutil.disk_usage = lambda path: Usage(1000 if step == 4 else 10 ** 12)
+    limit = 20000 if step == 6 else resource.RLIM_INFINITY
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    future = save(out_dir, step, *args, **kw)
-    checkpoint.concurrent.futures.wait([future])
+    save(self, step, *args, **kw)
+    checkpoint.concurrent.futures.wait([self.pending])
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
-    return future
-checkpoint.save_checkpoint = full
+checkpoint.Saver.save = full
 """
     out = tmp_path / "r"
     assert zygote.run("train", one_stage(out, shards, "--save_every=2", steps=9), 2, tmp_path / "1", code) == [0, 0]
@@ -580,5 +594,5 @@ def test_a_run_that_will_not_fit_on_the_disk_is_refused_before_the_first_step(zy
     code = "import collections\nfrom training import checkpoint\ncheckpoint.shutil.disk_usage = lambda p: collections.namedtuple('U', 'free')(9 * 10 ** 5)"
     assert zygote.run("train", one_stage(tmp_path / "r", shards, "--save_every=1"), 1, tmp_path / "1", code) == [2]
     text = (tmp_path / "1").read_text()
-    assert "error: " in text and "stage base with 3 more checkpoints and a model folder needs" in text
+    assert "error: " in text and "stage alignment with 3 more checkpoints and a model folder needs" in text
     assert not (tmp_path / "r/log.jsonl").read_text()

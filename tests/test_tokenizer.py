@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from rows import ROOT, SHARED
 from rows import TOY as TOY_TOKENIZER
+from small_model import tiny
 from test_convert import run, save
-from test_model import tiny
 
 from inputs.chat import IGNORE, TEMPLATES, chat_ids, render
 from inputs.images import STD, make_tiles, normalize

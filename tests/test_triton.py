@@ -1,10 +1,19 @@
-"""The Triton kernels, on a GPU or in Triton's interpreter, against the definition in fp64: the error is at most twice that
-of PyTorch in the same precision (flash-attention's rule), and a broken line is noticed."""
-import functools, importlib.util, os, subprocess, sys
+"""The Triton kernels, on a GPU or in Triton's interpreter, against the definition in fp64.
+
+The error is at most twice that of PyTorch in the same precision (flash-attention's rule), and a
+broken line is noticed.
+"""
+
+import functools
+import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-import torch, torch._dynamo.testing
+import torch
+import torch._dynamo.testing
 from torch.utils.checkpoint import checkpoint
 
 from kernels import attention as A
@@ -12,7 +21,9 @@ from kernels import attention_triton
 from model import Block, LLMConfig, init_weights, packed, rope_table
 
 pytest.importorskip("triton", reason="pip install -r requirements-dev.txt")
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")       # NumPy on NaN, where a test means it
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::RuntimeWarning"
+)  # NumPy on NaN, where a test means it
 torch.set_num_threads(1)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOT = Path(__file__).parent.parent
@@ -26,8 +37,10 @@ def triton_path(monkeypatch):
 
 def inputs(lengths, heads, kv_heads, dim, dtype=torch.float32, seed=0):
     g = torch.Generator().manual_seed(seed)
-    q, k, v, dout = (torch.randn(sum(lengths), n, dim, generator=g).to(DEVICE, dtype)
-                     for n in (heads, kv_heads, kv_heads, heads))
+    q, k, v, dout = (
+        torch.randn(sum(lengths), n, dim, generator=g).to(DEVICE, dtype)
+        for n in (heads, kv_heads, kv_heads, heads)
+    )
     return q, k, v, dout, torch.tensor([0, *lengths]).cumsum(0).int()
 
 
@@ -43,31 +56,53 @@ def broken(lengths, heads, kv_heads, dim, causal, dtype=torch.float32):
     exact = out_and_gradients(A._reference, *args, dtype=torch.float64)
     theirs, ours = (out_and_gradients(f, *args) for f in (A._reference, A.attention))
     assert all(x.dtype == dtype for x in ours)
-    error = lambda a, x: (a - x).abs().nan_to_num(float("inf")).max()
-    return {name for name, a, b, x in zip(NAMES, ours, theirs, exact) if not error(a, x) <= 2 * error(b, x) + 1e-6}
+
+    def error(a, x):
+        return (a - x).abs().nan_to_num(float("inf")).max()
+
+    return {
+        name
+        for name, a, b, x in zip(NAMES, ours, theirs, exact, strict=True)
+        if not error(a, x) <= 2 * error(b, x) + 1e-6
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("lengths, heads, kv_heads, dim, causal", [
-    ([7], 2, 1, 16, True),
-    ([150, 1, 37, 0, 5], 6, 1, 64, True),                           # Qwen2.5-1.5B's 12 / 2
-    ([131, 3], 7, 1, 32, True),                                     # Qwen2.5-7B's 28 / 4
-    ([131, 3], 4, 2, 128, False),
-    ([70], 1, 1, 256, True),
-    ([1 + i % 7 for i in range(64)], 1, 1, 16, True),               # 64 documents
-    ([129, 129], 2, 1, 64, False),                                  # folded: one longer than whole blocks
-    ([1025], 1, 1, 64, False),                                      # a tile of the ViT, folded
-    ([1025], 1, 1, 16, True)], ids=lambda x: str(x)[:20])
+@pytest.mark.parametrize(
+    "lengths, heads, kv_heads, dim, causal",
+    [
+        ([7], 2, 1, 16, True),
+        ([150, 1, 37, 0, 5], 6, 1, 64, True),  # Qwen2.5-1.5B's 12 / 2
+        ([131, 3], 7, 1, 32, True),  # Qwen2.5-7B's 28 / 4
+        ([131, 3], 4, 2, 128, False),
+        ([70], 1, 1, 256, True),
+        ([1 + i % 7 for i in range(64)], 1, 1, 16, True),  # 64 documents
+        ([129, 129], 2, 1, 64, False),  # folded: one longer than whole blocks
+        ([1025], 1, 1, 64, False),  # a tile of the ViT, folded
+        ([1025], 1, 1, 16, True),
+    ],
+    ids=lambda x: str(x)[:20],
+)
 def test_triton_errs_at_most_twice_as_much_as_pytorch(lengths, heads, kv_heads, dim, causal, dtype):
     assert broken(lengths, heads, kv_heads, dim, causal, dtype) == set()
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: the interpreter computes bf16 wrongly")
-@pytest.mark.parametrize("lengths, heads, kv_heads, dim, causal", [
-    ([2000, 1, 777, 64, 0, 4099], 12, 2, 128, True), ([2000, 777], 28, 4, 128, True), ([1025] * 8, 16, 16, 64, False),
-    ([1024] * 4, 16, 16, 64, False), ([333, 70], 4, 4, 256, True), ([4, 900], 6, 6, 32, False)])
-def test_bf16_on_a_gpu_errs_at_most_twice_as_much_and_is_deterministic(lengths, heads, kv_heads, dim, causal):
+@pytest.mark.parametrize(
+    "lengths, heads, kv_heads, dim, causal",
+    [
+        ([2000, 1, 777, 64, 0, 4099], 12, 2, 128, True),
+        ([2000, 777], 28, 4, 128, True),
+        ([1025] * 8, 16, 16, 64, False),
+        ([1024] * 4, 16, 16, 64, False),
+        ([333, 70], 4, 4, 256, True),
+        ([4, 900], 6, 6, 32, False),
+    ],
+)
+def test_bf16_on_a_gpu_errs_at_most_twice_as_much_and_is_deterministic(
+    lengths, heads, kv_heads, dim, causal
+):
     assert broken(lengths, heads, kv_heads, dim, causal, torch.bfloat16) == set()
     args = *inputs(lengths, heads, kv_heads, dim, torch.bfloat16), causal
     first, second = (out_and_gradients(A.attention, *args) for _ in range(2))
@@ -86,7 +121,9 @@ def test_views_of_a_joint_projection_are_read_in_place():
     q, k, v = joint.unbind(1)
     assert attention_triton._aligned(q) is q
     cu = torch.tensor([0, *lengths]).cumsum(0).int()
-    torch.testing.assert_close(A.attention(q, k, v, cu, 19, True), A._reference(q, k, v, cu, 19, True))
+    torch.testing.assert_close(
+        A.attention(q, k, v, cu, 19, True), A._reference(q, k, v, cu, 19, True)
+    )
 
 
 @pytest.mark.parametrize("lengths, causal", [([9, 131, 20], True), ([129, 129], False)])
@@ -95,10 +132,10 @@ def test_changing_one_document_leaves_the_others_bit_identical(lengths, causal):
     before = out_and_gradients(A.attention, q, k, v, dout, cu, causal)
     changed = [x.clone() for x in (q, k, v)]
     for x in changed:
-        x[cu[1]:cu[2]] = float("nan")
+        x[cu[1] : cu[2]] = float("nan")
     after = out_and_gradients(A.attention, *changed, dout, cu, causal)
     others = [i for i in range(sum(lengths)) if not cu[1] <= i < cu[2]]
-    assert all(torch.equal(a[others], b[others]) for a, b in zip(before, after))
+    assert all(torch.equal(a[others], b[others]) for a, b in zip(before, after, strict=True))
 
 
 def test_compiled_blocks_are_one_graph_whatever_the_pack_and_checkpointing_gives_the_same():
@@ -108,29 +145,38 @@ def test_compiled_blocks_are_one_graph_whatever_the_pack_and_checkpointing_gives
     compiled = torch.compile(block, fullgraph=True, backend=count)
     checkpointed = functools.partial(checkpoint, block, use_reentrant=False)
     for lengths in ([9, 20], [3, 5, 26], [31], [2, 40]):
-        x = torch.randn(sum(lengths), 32, generator=torch.Generator().manual_seed(0)).to(DEVICE).requires_grad_()
+        x = (
+            torch.randn(sum(lengths), 32, generator=torch.Generator().manual_seed(0))
+            .to(DEVICE)
+            .requires_grad_()
+        )
         cu = torch.tensor([0, *lengths]).cumsum(0).int()
         rope = rope_table(torch.cat([torch.arange(n) for n in lengths]).to(DEVICE), 16, 1e4)
         results = []
         for f in (block, compiled, checkpointed):
             out = f(x, rope, packed(cu))
-            results.append([out, *torch.autograd.grad(out.square().sum(), (x, block.self_attn.k_proj.weight))])
-        for a, b, c in zip(*results):
+            results.append(
+                [out, *torch.autograd.grad(out.square().sum(), (x, block.self_attn.k_proj.weight))]
+            )
+        for a, b, c in zip(*results, strict=True):
             torch.testing.assert_close(a, b)
             assert torch.equal(a, c)
-    assert count.frame_count <= 2                       # the first pack, then one graph for all sizes
+    assert count.frame_count <= 2  # the first pack, then one graph for all sizes
 
 
 def test_what_the_kernels_cannot_do_is_refused(monkeypatch):
     q, k, v, _, cu = inputs([5], 2, 1, 24)
-    with pytest.raises(ValueError, match="ATTENTION=triton: head_dim 24 is not a power of two from 16 to 256"):
+    with pytest.raises(
+        ValueError, match="ATTENTION=triton: head_dim 24 is not a power of two from 16 to 256"
+    ):
         A.attention(q, k, v, cu, 5, True)
     monkeypatch.setattr(attention_triton, "triton", None)
     with pytest.raises(ValueError, match="Triton is not installed"):
         A.attention(q, k, v, cu, 5, True)
 
 
-# Each mutation is one wrong line in the source, and what of (out, dq, dk, dv) must then break the rule on which case.
+# Each mutation is one wrong line in the source, and what of (out, dq, dk, dv) must then break the
+# rule on which case.
 GQA, TILE = ([150, 20], 4, 2, 16, True), ([129, 129], 1, 1, 16, False)
 MUTATIONS = {
     "mask of the forward pass": ("<= limit[:, None], s,", "<= limit[:, None] + 1, s,", GQA, NAMES),
@@ -139,15 +185,30 @@ MUTATIONS = {
     "scale": ("D**-0.5 * math.log2(math.e)", "D**-0.5", GQA, NAMES),
     "last block of keys, forward": ("stop, BN, warp", "stop - BN, BN, warp", GQA, ("out",)),
     "last block of keys, dQ": ("stop, BN):", "stop - BN, BN):", GQA, ("dq",)),
-    "last block of queries": ("tl.cdiv(end - start - begin, BM)", "((end - start - begin) // BM)", GQA, ("dk", "dv")),
-    "last block of the table": ("min(end - start, limit), size)", "min(end - start - 1, limit), size)",
-                                ([129, 20], 1, 1, 16, True), ("out", "dq", "dk", "dv")),
+    "last block of queries": (
+        "tl.cdiv(end - start - begin, BM)",
+        "((end - start - begin) // BM)",
+        GQA,
+        ("dk", "dv"),
+    ),
+    "last block of the table": (
+        "min(end - start, limit), size)",
+        "min(end - start - 1, limit), size)",
+        ([129, 20], 1, 1, 16, True),
+        ("out", "dq", "dk", "dv"),
+    ),
     "key head of a query head": ("head // (H // K)", "head % K", GQA, ("out", "dq")),
-    "query heads of a key head": ("kv_head * (H // K) + i // steps", "kv_head + K * (i // steps)", GQA, ("dk", "dv")),
+    "query heads of a key head": (
+        "kv_head * (H // K) + i // steps",
+        "kv_head + K * (i // steps)",
+        GQA,
+        ("dk", "dv"),
+    ),
     "folded key": ("total += 1.0", "total += 0.0", TILE, ("out",)),
     "folded query": ("a_v += p_0[:, None] * g_0", "a_v += 0 * g_0", TILE, ("dv",)),
     "gradient of the scale": ("a_k *= scale * 0.6931471805599453", "a_k *= scale", GQA, ("dk",)),
-    "delta": ("input_precision=DOT) - d[:, None])", "input_precision=DOT))", GQA, ("dq",))}
+    "delta": ("input_precision=DOT) - d[:, None])", "input_precision=DOT))", GQA, ("dq",)),
+}
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
@@ -166,6 +227,10 @@ def test_a_broken_line_is_noticed(name, tmp_path, monkeypatch):
 
 def test_every_kernel_compiles_for_hopper_without_spilling():
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, ROOT / "tests/sm90.py"], env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests/sm90.py"], env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert sum(line.endswith("True") for line in done.stdout.splitlines()) == 6     # forward kernels with D <= 128
+    assert (
+        sum(line.endswith("True") for line in done.stdout.splitlines()) == 6
+    )  # forward kernels with D <= 128

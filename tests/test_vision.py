@@ -1,15 +1,14 @@
 """vision.py: the ViT's own arithmetic, pixel shuffle, projector."""
+
 import torch
 
-from vision import Projector, ViT, VisionConfig, drop_path, pixel_shuffle
+from vision import Projector, VisionConfig, ViT, drop_path, pixel_shuffle
 
 torch.set_num_threads(1)
 
 
-# ---- ViT and projector -----------------------------------------------------------------------------------------------
-
 def test_pixel_shuffle_is_version_2():
-    x = torch.randn(2, 16, 5)                                   # 4 x 4 patches
+    x = torch.randn(2, 16, 5)  # 4 x 4 patches
     y = pixel_shuffle(x)
     for R in range(2):
         for C in range(2):
@@ -26,13 +25,21 @@ def test_parameter_names_and_counts_are_those_of_internvit_300m():
     assert state["encoder.layers.0.ls1"].shape == (1024,)
     assert state["embeddings.position_embedding"].shape == (1, 1025, 1024)
     assert {n: tuple(t.shape) for n, t in mlp1.state_dict().items()} == {
-        "0.weight": (4096,), "0.bias": (4096,), "1.weight": (1536, 4096), "1.bias": (1536,), "3.weight": (1536, 1536),
-        "3.bias": (1536,)}
+        "0.weight": (4096,),
+        "0.bias": (4096,),
+        "1.weight": (1536, 4096),
+        "1.bias": (1536,),
+        "3.weight": (1536, 1536),
+        "3.bias": (1536,),
+    }
 
 
 def small_vit(**kw):
     from model import init_weights
-    vit = ViT(VisionConfig(**{**dict(image_size=56, dim=32, n_layers=3, n_heads=2, ffn_dim=64), **kw}))
+
+    vit = ViT(
+        VisionConfig(**{**dict(image_size=56, dim=32, n_layers=3, n_heads=2, ffn_dim=64), **kw})
+    )
     init_weights(vit, 0, std=0.2)
     return vit
 
@@ -61,7 +68,10 @@ def test_drop_path_drops_whole_tiles_keeps_the_mean_and_is_off_in_evaluation():
     torch.manual_seed(0)
     x = drop_path(torch.ones(4000, 2, 3), 0.25)
     rows = x.flatten(1)
-    assert bool((rows == rows[:, :1]).all()) and set(x.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
+    assert bool((rows == rows[:, :1]).all()) and set(x.unique().tolist()) == {
+        0.0,
+        torch.tensor(1 / 0.75).item(),
+    }
     assert abs(x.mean() - 1) < 0.05
     vit, tiles = small_vit(), torch.randn(4, 3, 56, 56)
     plain = vit(tiles)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from folders import edit, same_state, save, sparse_folder
 from safetensors.torch import load_file, save_file
-from test_model import IMG, pack, tiny
+from small_model import IMG, pack, tiny
 
 import weights
 from model import VLM, LanguageModel, LLMConfig
@@ -238,10 +238,7 @@ def on_two_ranks(folder):
         model, about = weights.start_model(
             types.SimpleNamespace(), {}, f"{folder}/{name}", tokenizer
         )
-        cfg = types.SimpleNamespace(
-            parallel="fsdp", activation_checkpointing=False, dtype="float32"
-        )
-        model = distributed.parallelize(model, cfg, dist)
+        model = distributed.parallelize(model, "fsdp", torch.float32, dist)
         Counted.real, Counted.read = real, 0
         weights.safe_open = type("safe_open", (Counted,), {"real": real})
         weights.start_weights(model, about, seed=0)

@@ -1,173 +1,369 @@
-"""Checkpoints: save, verify, find, load, prune."""
+"""Checkpoints of a run: save, verify, find, load.
+
+checkpoints/step_00001234/ holds
+    __0_0.distcp, .metadata   weights and AdamW moments, as torch.distributed.checkpoint (DCP)
+                              writes them; any number of ranks can load them
+    state.json                Progress: how far the stage has come
+    manifest.json             size and sha256 of each of these files, written last
+A folder has a temporary name until all of it is on the disk.
+"""
 import concurrent.futures
+import dataclasses
 import json
 import os
 import re
 import shutil
 import sys
-import torch
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
 import torch.distributed as td
 import torch.distributed.checkpoint as dcp
-import warnings
-from pathlib import Path
 from torch.distributed.tensor import DTensor
 
 from inputs.files import file_hash, write_atomic
-from training.distributed import Dist, gather, say
+from training.distributed import ALONE, gather, say, unwrap
 
-warnings.filterwarnings("ignore", "torch.distributed is disabled")  # DCP on one process, which is what is meant
+# DCP says so when it runs on one process, which is what we ask it to do.
+warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
-def tensors_of(model, optimizer):
-    """{name: live tensor} of weights and AdamW moments; the names are the same for a plain, DDP or FSDP model. Rates,
-    betas and decay are not among them: on resume the configuration's count."""
-    state = {}
-    for name, p in getattr(model, "module", model).named_parameters():  # out of DDP
-        state[f"model.{name}"] = p.detach()
-        if p.requires_grad:
-            if not optimizer.state[p]:  # before the first step, to be filled by load_checkpoint
-                zeros = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
-                optimizer.state[p] = {"step": torch.zeros((), device=p.device), **zeros}
-            state |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[p].items()}
-    return state
 
-def deal(tensors, dist):
-    """This rank's part of {name: tensor} to write: its shards and, of what all ranks hold alike, a share of its own."""
-    total, before, mine = sum(t.nbytes for t in tensors.values() if not isinstance(t, DTensor)) + 1, 0, {}
-    for name, t in tensors.items():
-        if isinstance(t, DTensor) or before * dist.world // total == dist.rank: mine[name] = t
-        before += 0 if isinstance(t, DTensor) else t.nbytes
-    return mine
+@dataclass(slots=True)
+class Progress:
+    """How far a stage has come: all that a resumed run must know beside the tensors."""
+    stage: str = ""
+    fingerprint: str = ""  # of the data, their order and the size of packs
+    packs_per_step: int = 1
+    world: int = 1  # ranks on which the run began; they set the packs of a step
+    position: list = field(default_factory=lambda: [0, 0, 0])  # epoch, window, packs done in it
+    counts: dict = field(default_factory=dict)  # samples by their fate: used, too_long, ...
+    step: int = 0
+    bad_steps: int = 0  # steps in a row whose loss or gradient was not finite
+    quarantined: int = 0  # samples that could not be read
+    tokens_seen: int = 0
+    samples_seen: int = 0
+    spike: float = 0.0  # standard deviations of the last loss above the trend
+    losses: list = field(default_factory=list)  # the last ones, from which the trend is taken
+
+    def advance(self, step, last_batch, totals, finite):
+        """Count a step. last_batch says where the data go on; totals are those of all ranks."""
+        self.step = step
+        self.position = last_batch["position"]
+        self.counts = last_batch["counts"]
+        self.bad_steps = 0 if finite else self.bad_steps + 1
+        self.quarantined += int(totals["bad"])
+        self.tokens_seen += int(totals["tokens"])
+        self.samples_seen += int(totals["samples"])
+
+
+def read_progress(path):
+    """The Progress that was saved with the checkpoint `path`. Unknown entries are ignored."""
+    state = json.loads((Path(path) / "state.json").read_text())
+    names = {f.name for f in dataclasses.fields(Progress)}
+    return Progress(**{name: value for name, value in state.items() if name in names})
+
+
+# ---- save ----------------------------------------------------------------------------------------
+
+
+class Saver:
+    """Writes the checkpoints of a run, one at a time, in the background if there is memory for it.
+
+    A crash at any point leaves the checkpoints before it usable.
+    """
+
+    def __init__(self, out_dir, dist, keep=2, background=True):
+        self.folder = Path(out_dir) / "checkpoints"
+        self.dist = dist
+        self.keep = keep
+        self.background = background
+        self.pending = None  # the Future of the last save
+
+    def save(self, step, model, optimizer, progress, wait=False):
+        """Write checkpoints/step_{step:08d}/ and delete old ones. All ranks call it.
+
+        With wait=True the checkpoint is on the disk when this returns, and a failure is an
+        OSError. Without, training may go on: a copy of the tensors is written in the background,
+        and a failure is a warning at the next save or wait(). A full disk must not end a run that
+        can go on, and the next save tries again.
+        """
+        self.wait()
+        final = self.folder / f"step_{step:08d}"
+        tensors = tensors_of(model, optimizer)
+        problem = None
+        if self.dist.is_main:
+            problem = make_temporary(final, tensors)
+        gathered = gather((dataclasses.asdict(progress), problem), self.dist)
+        problem = gathered[0][1]
+        # The last rank had the last pack of the step, so its data position is the newest.
+        state = gathered[-1][0]
+
+        background = self.background and not wait and not problem
+        tensors, copied = snapshot(tensors, self.dist, background)
+        thread = concurrent.futures.ThreadPoolExecutor(1)
+        self.pending = thread.submit(self._write, final, tensors, state, problem)
+        thread.shutdown(wait=not copied)
+        if wait:
+            self.pending.result()
+
+    def wait(self):
+        """Wait for the last save. If it failed, every rank says so, and training goes on."""
+        if self.pending is None:
+            return
+        try:
+            self.pending.result()
+        except OSError as e:
+            print(f"WARNING: NO CHECKPOINT: {e}. The earlier ones are intact; "
+                  "the next save tries again", file=sys.stderr, flush=True)
+        self.pending = None
+
+    def _write(self, final, tensors, state, problem):
+        if problem:
+            raise OSError(problem)
+        write_checkpoint(final, tensors, state, self.dist)
+        if self.dist.is_main:
+            prune(self.folder, self.keep)
+
+
+def temporary(final):
+    """The name of a checkpoint folder while it is written, or deleted."""
+    return final.with_name(f".tmp_{final.name}")
+
+
+def make_temporary(final, tensors):
+    """Make the folder to write into. Returns what stands in the way, as text, or None."""
+    try:
+        for leftover in final.parent.glob(".tmp_*"):
+            shutil.rmtree(leftover)  # of a save that failed
+        temporary(final).mkdir(parents=True)
+        check_room(final.parent, sum(t.nbytes for t in tensors.values()), "a checkpoint")
+    except OSError as e:
+        return str(e)
+    return None
+
 
 def check_room(folder, need, what):
     """OSError, with what to do, unless `need` bytes are free where `folder` is."""
-    if need > (free := shutil.disk_usage(folder).free):
-        raise OSError(f"{folder}: {what} needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; make room or choose "
-                      "another --out_dir, then start the same command again")
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        raise OSError(f"{folder}: {what} needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
+                      "make room or choose another --out_dir, then start the same command again")
+
+
+def tensors_of(model, optimizer):
+    """{name: live tensor} of the weights and of the AdamW moments of what trains.
+
+    Names are the same for a plain, a DDP and an FSDP model. Rates, betas and weight decay are not
+    among them: a resumed run takes these from its configuration. Needs optim.make_moments.
+    """
+    tensors = {}
+    for name, p in unwrap(model).named_parameters():
+        tensors[f"model.{name}"] = p.detach()
+        if not p.requires_grad:
+            continue
+        assert p in optimizer.state, f"{name} has no moments yet: call make_moments first"
+        for key, value in optimizer.state[p].items():
+            tensors[f"optimizer.{name}.{key}"] = value
+    return tensors
+
+
+def snapshot(tensors, dist, copy):
+    """The tensors that this rank writes -> ({name: tensor}, whether they are copies).
+
+    With copy=True they are copies in main memory, if there is enough of it, and the live ones may
+    change from now on.
+    """
+    mine = split_work(tensors, dist)
+    copy = copy and memory_for(mine)
+    if copy:
+        mine = {name: t.to("cpu", copy=True) for name, t in mine.items()}
+    return mine, copy
+
+
+def split_work(tensors, dist):
+    """This rank's part of {name: tensor}: its shards, and its share of what all ranks hold alike.
+
+    The latter lie end to end on a line that is cut into `world` stretches of equal length; a
+    tensor goes to the rank in whose stretch it starts.
+    """
+    total = 1 + sum(t.nbytes for t in tensors.values() if not isinstance(t, DTensor))
+    start = 0
+    mine = {}
+    for name, t in tensors.items():
+        if isinstance(t, DTensor):
+            mine[name] = t
+            continue
+        if start * dist.world // total == dist.rank:
+            mine[name] = t
+        start += t.nbytes
+    return mine
+
 
 def memory_for(tensors):
-    """Whether this machine, and the control group that a job scheduler may have put the run into, has memory for a copy
-    of `tensors` on each of its ranks, with as much again to spare; where the system does not say, no."""
+    """Whether each rank of this machine can copy its `tensors` and leave as much again free."""
     need = sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors.values())
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return 2 * need * ranks_here < available_memory()
+
+
+def available_memory():
+    """Bytes of main memory that this run may still take; 0 if the system does not say.
+
+    The least of what the machine has and of what is left to the control groups (cgroups, version
+    2) that a job scheduler or a container has put this process into.
+    """
     try:
-        free = 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
+        meminfo = Path("/proc/meminfo").read_text()
+        free = 1024 * int(meminfo.split("MemAvailable:")[1].split()[0])
         found = re.search("^0::/(.*)$", Path("/proc/self/cgroup").read_text(), re.MULTILINE)
         group = Path("/sys/fs/cgroup", found[1] if found else "")
-        for folder in (group, *group.parents)[:-3]:  # down to /sys/fs/cgroup
-            if (folder / "memory.max").exists() and (most := (folder / "memory.max").read_text().strip()) != "max":
-                free = min(free, int(most) - int((folder / "memory.current").read_text()))
+        # A limit on any group above ours counts as well, up to /sys/fs/cgroup.
+        for folder in (group, *group.parents)[:-3]:
+            limit_file = folder / "memory.max"
+            if not limit_file.exists():
+                continue
+            limit = limit_file.read_text().strip()
+            if limit != "max":
+                used = int((folder / "memory.current").read_text())
+                free = min(free, int(limit) - used)
     except (OSError, LookupError, ValueError):
-        free = 0
-    return 2 * need * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) < free
+        return 0
+    return free
 
-def save_checkpoint(out_dir, step, model, optimizer, state, dist, keep, before=None, wait=True, copy=True):
-    """Write checkpoints/step_{step:08d}/, delete what is older than the newest max(2, keep) good ones. All ranks call
-    it, each with its state, a JSON value. A crash at any point leaves the earlier ones usable. wait=False copies what
-    is to be saved, lets a thread write it and returns its Future, to be given as `before` to the next call, which waits
-    for it; without copy, or memory for it, it writes at once. Raises OSError, but with wait=False only says so: no room
-    ends no run that goes on, and the next save tries again."""
-    saved(before)
-    tensors = deal(everything := tensors_of(model, optimizer), dist)
-    final, problem = Path(out_dir) / "checkpoints" / f"step_{step:08d}", None
-    tmp = final.with_name(f".tmp_{final.name}")
-    if dist.is_main:
-        try:
-            for left in final.parent.glob(".tmp_*"): shutil.rmtree(left)  # of a save that failed
-            tmp.mkdir(parents=True)
-            check_room(tmp.parent, sum(t.nbytes for t in everything.values()), "a checkpoint")
-        except OSError as e:
-            problem = str(e)
-    states, problems = zip(*gather((state, problem), dist))
-    copied = copy and not wait and not problems[0] and memory_for(tensors)
-    tensors = {name: t.to("cpu", copy=True) for name, t in tensors.items()} if copied else tensors
-    thread = concurrent.futures.ThreadPoolExecutor(1)  # the last rank had the last pack of the step: its state
-    future = thread.submit(write_checkpoint, final, tmp, step, tensors, states[-1], dist, keep, problems[0])
-    thread.shutdown(wait=not copied)
-    if wait: future.result()
-    return future
 
-def saved(future):
-    """Wait for what save_checkpoint returned, None at first. A save that failed is told, loudly, on each rank."""
+def write_checkpoint(final, tensors, state, dist):
+    """The slow part of a save, on all ranks: tensors, hashes, manifest, final name, `latest`.
+
+    It may run in a thread, so ranks talk over the background group. OSError on all ranks if any of
+    them could not write.
+    """
+    tmp = temporary(final)
     try:
-        if future: future.result()
-    except OSError as e:
-        print(f"WARNING: NO CHECKPOINT: {e}. The earlier ones are whole; the next save tries again", file=sys.stderr,
-              flush=True)
-
-def write_checkpoint(final, tmp, step, tensors, state, dist, keep, problem):
-    """The slow part of save_checkpoint, on all ranks: files, hashes, manifest, new name, `latest`, in this order."""
-    if problem: raise OSError(problem)  # no room on rank 0: all ranks give up alike
-    try:
-        dcp.save(tensors, checkpoint_id=tmp, process_group=dist.background, no_dist=not td.is_initialized())
-        files = list(tmp.glob(f"__{dist.rank}_*.distcp"))  # fsynced; each rank reads back what it wrote
+        dcp.save(tensors, checkpoint_id=tmp, process_group=dist.background,
+                 no_dist=not td.is_initialized())
+        # DCP has flushed the files to the disk. Each rank reads back what it wrote.
+        files = list(tmp.glob(f"__{dist.rank}_*.distcp"))
         if dist.is_main:
             write_atomic(tmp / "state.json", json.dumps(state))
             files += [tmp / ".metadata", tmp / "state.json"]
         written = {f.name: [f.stat().st_size, file_hash(f)] for f in files}
-    except (dcp.CheckpointException, OSError) as e:
-        written = str(next(iter(e.failures.values()))[0] if isinstance(e, dcp.CheckpointException) else e)
-    parts = gather(written, dist, dist.background)
-    if failed := [part for part in parts if isinstance(part, str)]:
-        shutil.rmtree(tmp, ignore_errors=True)  # what is there of it takes the room that another may need
-        raise OSError(f"{tmp}: the checkpoint could not be written ({failed[0]}); is the disk full?")
-    if not dist.is_main: return
-    manifest = {"step": step, "files": {name: entry for part in parts for name, entry in sorted(part.items())}}
-    write_atomic(tmp / "manifest.json", json.dumps(manifest, indent=1))
-    shutil.rmtree(final, ignore_errors=True)  # a damaged one, or the run would have gone on behind it
-    os.rename(tmp, final)
-    write_atomic(final.parent / "latest", final.name + "\n")
-    paths = sorted(final.parent.glob("step_*"))
-    good = [path for path in paths if not damage(path, hashes=False)][-max(2, keep):]
-    for path in paths[:paths.index(good[0])]:
-        shutil.rmtree(path.rename(tmp))  # under another name: an interrupted deletion must not look like damage
+    except dcp.CheckpointException as e:
+        first_failure, _ = next(iter(e.failures.values()))
+        written = str(first_failure)
+    except OSError as e:
+        written = str(e)
 
-def damage(path, hashes=True, dist=Dist()):
-    """What is wrong with a checkpoint folder, in words; None: all files have the size and sha256 of the manifest. Of
-    the hashes, the slow part, each rank makes a share."""
+    written_by = gather(written, dist, dist.background)
+    failed = [text for text in written_by if isinstance(text, str)]
+    if failed:
+        # Make room: what is there of this checkpoint is of no use.
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise OSError(f"{tmp}: the checkpoint could not be written ({failed[0]}); "
+                      "is the disk full?")
+    if dist.is_main:
+        step = int(final.name.removeprefix("step_"))
+        entries = {name: e for files in written_by for name, e in sorted(files.items())}
+        manifest = {"step": step, "files": entries}
+        write_atomic(tmp / "manifest.json", json.dumps(manifest, indent=1))
+        # A checkpoint of this name is a damaged one: the run would have gone on from a good one.
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(tmp, final)
+        write_atomic(final.parent / "latest", final.name + "\n")
+
+
+def prune(folder, keep):
+    """Delete the checkpoints that are older than the newest max(2, keep) good ones."""
+    paths = sorted(folder.glob("step_*"))
+    good = [path for path in paths if not verify_checkpoint(path, hashes=False)]
+    oldest = good[-max(2, keep):][0]
+    for path in paths[:paths.index(oldest)]:
+        # Renamed first: an interrupted deletion must not look like a damaged checkpoint.
+        aside = temporary(path)
+        path.rename(aside)
+        shutil.rmtree(aside)
+
+
+# ---- verify, find, load --------------------------------------------------------------------------
+
+
+def verify_checkpoint(path, hashes=True, dist=ALONE):
+    """What is wrong with a checkpoint folder, as text; None if it is good.
+
+    All files must have the size and sha256 of the manifest. The hashes are slow, so each rank
+    checks a share of them.
+    """
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        if f"step_{manifest['step']:08d}" != path.name: return "manifest.json belongs to another step"
-        if lacks := {"state.json", ".metadata"} - manifest["files"].keys(): return f"no {lacks.pop()} in the manifest"
-        for i, (name, (size, digest)) in enumerate(sorted(manifest["files"].items())):
-            if (path / name).stat().st_size != size or (
-                    hashes and i % dist.world == dist.rank and file_hash(path / name) != digest):
+        files = manifest["files"]
+        if path.name != f"step_{manifest['step']:08d}":
+            return "manifest.json belongs to another step"
+        for name in ("state.json", ".metadata"):
+            if name not in files:
+                return f"no {name} in the manifest"
+        for i, (name, (size, digest)) in enumerate(sorted(files.items())):
+            changed = (path / name).stat().st_size != size
+            if not changed and hashes and i % dist.world == dist.rank:
+                changed = file_hash(path / name) != digest
+            if changed:
                 return f"{name} has changed since it was written"
     except Exception as e:
         return f"{type(e).__name__}: {e}"
+    return None
 
-def find_checkpoint(out_dir, dist=Dist(), strict=False):
-    """Path of the newest checkpoint that verifies, or None if there is none at all; all ranks call it and get the same.
-    A loud line per damaged one; ValueError where none is whole, with strict already where the newest is damaged."""
-    reason, paths = None, gather(sorted(Path(out_dir).glob("checkpoints/step_*"), reverse=True), dist)[0]
+
+def find_checkpoint(out_dir, dist=ALONE, strict=False):
+    """Path of the newest good checkpoint, None if there is none at all. All ranks call it.
+
+    A damaged one is a warning. ValueError if all are damaged; with strict, if the newest is.
+    """
+    paths = sorted(Path(out_dir).glob("checkpoints/step_*"), reverse=True)
+    paths = gather(paths, dist)[0]
     for path in paths:
-        reason = next(filter(None, gather(damage(path, dist=dist), dist)), None)
-        if not reason: return path
-        if strict: raise ValueError(f"damaged checkpoint {path}: {reason}; --resume=auto goes on from the one before")
-        say(dist, f"WARNING: DAMAGED CHECKPOINT {path}: {reason}; trying the one before")
-    if reason:
-        raise ValueError(f"{paths[0].parent}: no checkpoint is whole; restore one, or remove the folder to start anew")
+        reasons = gather(verify_checkpoint(path, dist=dist), dist)
+        reasons = [reason for reason in reasons if reason]
+        if not reasons:
+            return path
+        if strict:
+            raise ValueError(f"damaged checkpoint {path}: {reasons[0]}; "
+                             "--resume=auto goes on from the one before")
+        say(dist, f"WARNING: DAMAGED CHECKPOINT {path}: {reasons[0]}; trying the one before")
+    if paths:
+        raise ValueError(f"{paths[0].parent}: no checkpoint is intact; "
+                         "restore one, or remove the folder to start anew")
+    return None
+
 
 def set_aside(out_dir, step):
-    """Give checkpoints of a later step than `step`, at which a run goes on, another name: damaged ones, and those of
-    stages that are done again. Pruning would keep them, and a later start take them, for newer than what now comes."""
+    """Rename the checkpoints of later steps than `step`, where a run goes on.
+
+    They are damaged, or of stages that are trained again. Pruning would keep them as the newest,
+    and the next start would resume from them.
+    """
     for path in sorted(Path(out_dir).glob("checkpoints/step_*")):
-        if int(path.name.removeprefix("step_")) > step:
-            shutil.rmtree(aside := path.with_name(f"aside_{path.name}"), ignore_errors=True)
-            path.rename(aside)
-            print(f"WARNING: {path} is of a later step than {step}, where this run goes on; it is now {aside}",
-                  file=sys.stderr, flush=True)
+        if int(path.name.removeprefix("step_")) <= step:
+            continue
+        aside = path.with_name(f"aside_{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        print(f"WARNING: {path} is of a later step than {step}, where this run goes on; "
+              f"it is now {aside}", file=sys.stderr, flush=True)
 
-def read_state(path):
-    """The state that was saved with the checkpoint `path` (stage, position, ...), without its tensors."""
-    return json.loads((Path(path) / "state.json").read_text())
 
-def load_checkpoint(path, model, optimizer, dist):
-    """Fill model and optimizer in place, at any number of ranks; returns the saved state. ValueError: does not fit."""
-    tensors, saved = tensors_of(model, optimizer), dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    here, there = {k: tuple(t.shape) for k, t in tensors.items()}, {k: tuple(t.size) for k, t in saved.items()}
-    wrong = [f"{name} is {there.get(name, 'not there')}, here {here.get(name, 'not known')}"
-             for name in here | there if here.get(name) != there.get(name)]
+def load_checkpoint(path, model, optimizer):
+    """Fill model and optimizer in place, on any number of ranks. ValueError: it does not fit."""
+    tensors = tensors_of(model, optimizer)
+    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    here = {name: tuple(t.shape) for name, t in tensors.items()}
+    there = {name: tuple(t.size) for name, t in metadata.items()}
+    wrong = []
+    for name in here | there:
+        if here.get(name) != there.get(name):
+            wrong.append(f"{name} is {there.get(name, 'not there')}, "
+                         f"here {here.get(name, 'not known')}")
     if wrong:
-        raise ValueError(f"{path} does not fit this model: {'; '.join(wrong[:3])}{' and more' * (len(wrong) > 3)}. Go "
-                         "on with the configuration it was written with, or start anew in another --out_dir")
+        more = " and more" if len(wrong) > 3 else ""
+        raise ValueError(f"{path} does not fit this model: {'; '.join(wrong[:3])}{more}. "
+                         "Go on with the configuration it was written with, "
+                         "or start anew in another --out_dir")
     dcp.load(tensors, checkpoint_id=path, no_dist=not td.is_initialized())
-    return read_state(path)

@@ -1,119 +1,237 @@
-"""Ranks, reductions, DDP and FSDP, activation checkpointing."""
+"""Ranks and what they share: set-up, sums, DDP and FSDP, activation checkpointing."""
 import datetime
 import functools
 import os
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as td
-from dataclasses import dataclass
-from torch.distributed.checkpoint.state_dict import StateDictOptions
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
-from torch.utils.checkpoint import create_selective_checkpoint_contexts
-from torch.utils.checkpoint import noop_context_fn
+from torch.utils.checkpoint import (
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
+
+# ---- ranks ---------------------------------------------------------------------------------------
 
 
-
-# ---- distributed set-up ---------------------------------------------------------------------------------------------
 @dataclass(slots=True, frozen=True)
 class Dist:
-    """Where this process stands: rank of world processes, on `device`."""
+    """Where this process stands among all ranks; without torchrun it is the only one."""
     rank: int = 0
-    world: int = 1
+    world: int = 1  # number of ranks
     device: torch.device = torch.device("cpu")
-    background: object = None  # a second process group, for checkpoints that are written beside the training
-    is_main = property(lambda self: self.rank == 0)
+    background: object = None  # second process group, for checkpoints written during training
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+
+ALONE = Dist()  # one process on the CPU
+
 
 def own_device(device="auto"):
-    """The GPU of this process, made the current one, on which kernels and graphs run; or the CPU."""
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    gpu = device == "cuda" or device == "auto" and torch.cuda.is_available()
-    if gpu and local >= (n := torch.cuda.device_count()):
-        raise ValueError(f"process {local} of this machine finds {n} GPUs; use --nproc_per_node={n} or --device=cpu")
-    if gpu: torch.cuda.set_device(local)
-    return torch.device("cuda", local) if gpu else torch.device("cpu")
+    """The device of this process: its GPU, made the current one, or the CPU.
+
+    ValueError if the machine has fewer GPUs than processes.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        return torch.device("cpu")
+    n = torch.cuda.device_count()
+    if local_rank >= n:
+        raise ValueError(f"process {local_rank} of this machine finds {n} GPUs; "
+                         f"use --nproc_per_node={n} or --device=cpu")
+    torch.cuda.set_device(local_rank)  # Triton kernels and CUDA graphs run on the current device
+    return torch.device("cuda", local_rank)
+
 
 def setup_distributed(device="auto", timeout_s=600):
-    """Join torchrun's process group where there is one (nccl on CUDA, gloo on CPU). Returns Dist."""
-    rank, world, where = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), own_device(device)
-    if "RANK" in os.environ:
-        timeout = datetime.timedelta(seconds=timeout_s + 60)  # later than `watch`, which has more to say
-        kind, gpu = ("nccl", where) if where.type == "cuda" else ("gloo", None)
-        td.init_process_group(kind, timeout=timeout, device_id=gpu)
-        return Dist(rank, world, where, td.new_group(backend="gloo", timeout=timeout))
-    return Dist(rank, world, where)
+    """Join torchrun's process group if there is one (nccl on GPUs, else gloo). Returns Dist."""
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = own_device(device)
+    if "RANK" not in os.environ:
+        return Dist(rank, world, device)
+
+    # Later than the watchdog of run_folder.py, which says more about where a rank hangs.
+    timeout = datetime.timedelta(seconds=timeout_s + 60)
+    if device.type == "cuda":
+        td.init_process_group("nccl", timeout=timeout, device_id=device)
+    else:
+        td.init_process_group("gloo", timeout=timeout)
+    background = td.new_group(backend="gloo", timeout=timeout)
+    return Dist(rank, world, device, background)
+
+
+def close_distributed():
+    """The last thing a script does: all ranks leave the process group together, if there is one."""
+    barrier()
+    if td.is_initialized():
+        td.destroy_process_group()
+
+
+def barrier():
+    """Wait until all ranks are here."""
+    if td.is_initialized():
+        td.barrier()
+
 
 def all_reduce_sum(tensor, dist):
     """Sum `tensor` over the ranks, in place; returns it."""
-    if dist.world > 1: td.all_reduce(tensor)
+    if dist.world > 1:
+        td.all_reduce(tensor)
     return tensor
+
 
 def all_reduce_dict(values, dist):
     """{name: sum over the ranks} of plain numbers, exact up to 2**53."""
     total = torch.tensor(list(values.values()), dtype=torch.float64, device=dist.device)
-    return dict(zip(values, all_reduce_sum(total, dist).tolist()))
+    sums = all_reduce_sum(total, dist).tolist()
+    return dict(zip(values, sums, strict=True))
+
 
 def gather(value, dist, group=None):
     """[value of rank 0, value of rank 1, ...] of any Python value, on every rank."""
     values = [value] * dist.world
-    if dist.world > 1: td.all_gather_object(values, value, group)
+    if dist.world > 1:
+        td.all_gather_object(values, value, group)
     return values
 
-def barrier():
-    if td.is_initialized(): td.barrier()
-
-def close_distributed():
-    """The last thing a script does: all ranks leave the process group together. Nothing to do without one."""
-    barrier()
-    if td.is_initialized(): td.destroy_process_group()
 
 def say(dist, text):
-    """Print a line, once."""
-    if dist.is_main: print(text, flush=True)
+    """Print a line, once for all ranks."""
+    if dist.is_main:
+        print(text, flush=True)
+
 
 def compute_dtype(name, device):
-    """torch dtype of the arithmetic for a --dtype word: auto is bfloat16 on a GPU that has it, else float32."""
-    if name != "auto": return getattr(torch, name)
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    """The torch dtype of --dtype; auto is bfloat16 on a GPU that has it, else float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if has_bfloat16 else torch.float32
 
-# outputs that selective checkpointing keeps: matmuls and fused attention are what is dear to compute twice
-DEAR = ("mm addmm _scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention "
-        "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_cudnn_attention").split()
 
-def dear_operations():
-    """PyTorch's, and ours where kernels/attention.py has registered it."""
-    found = [getattr(torch.ops.aten, name) for name in DEAR] + [getattr(torch.ops.sail_vl, "attention", None)]
-    return [op.default for op in found if op is not None]
+# ---- activation checkpointing --------------------------------------------------------------------
 
-def parallelize(model, cfg, dist):
-    """Move the model to its device and spread it over the ranks; returns the module to call. On a fresh model in each
-    stage, after `set_trainable`. From the meta device it comes without weights: all ranks then fill it alike. DDP has
-    copies; FSDP2 shards weights, gradients and moments, one unit per block of the language model, one for the ViT, and
-    one for the rest. A rank whose pack holds no tile then sees a black one even through a frozen ViT, for the others
-    wait for it to gather the weights. Both average: loss = loss_sum * world / supervised tokens."""
-    vision, blocks = getattr(model, "vision_model", None), list(model.language_model.model.layers)
-    if cfg.activation_checkpointing != "none":
-        contexts = (noop_context_fn if cfg.activation_checkpointing == "full" else
-                    functools.partial(create_selective_checkpoint_contexts, dear_operations()))
-        for block in blocks + (list(vision.encoder.layers) if vision is not None else []):  # in place: names stay
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
-    move = model.to_empty if any(p.is_meta for p in model.parameters()) else model.to
-    if not td.is_initialized(): return move(device=dist.device)
-    if cfg.parallel == "ddp":  # without device_ids, with which DDP would move cu_seqlens to the GPU
-        return DistributedDataParallel(move(device=dist.device), gradient_as_bucket_view=True, init_sync=False)
+# Matrix products and fused attention: too expensive to compute twice.
+EXPENSIVE = (
+    "mm",
+    "addmm",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_cudnn_attention",
+)
+
+
+def expensive_operations():
+    """The operators of EXPENSIVE, and our own attention if kernels/attention.py registered it."""
+    operators = [getattr(torch.ops.aten, name) for name in EXPENSIVE]
+    if hasattr(torch.ops.sail_vl, "attention"):
+        operators.append(torch.ops.sail_vl.attention)
+    return [operator.default for operator in operators]
+
+
+def checkpoint_activations(model, how):
+    """Compute activations again in the backward pass instead of keeping them.
+
+    how: "none"; "selective" keeps the outputs of the expensive operations; "full" keeps the input
+    of each block alone. Replaces the blocks' forward in place, so parameter names stay.
+    """
+    if how == "none":
+        return
+    context_fn = noop_context_fn
+    if how == "selective":
+        context_fn = functools.partial(create_selective_checkpoint_contexts, expensive_operations())
+    blocks = list(model.language_model.model.layers)
+    if getattr(model, "vision_model", None) is not None:
+        blocks += model.vision_model.encoder.layers
+    for block in blocks:
+        block.forward = functools.partial(
+            checkpoint, block.forward, use_reentrant=False, context_fn=context_fn)
+
+
+# ---- DDP and FSDP --------------------------------------------------------------------------------
+
+
+def parallelize(model, how, dtype, dist):
+    """Move the model to its device and spread it over the ranks; returns the module to call.
+
+    how: "ddp" gives each rank a copy, "fsdp" shards weights, gradients and moments. dtype: of the
+    arithmetic. Call it on a fresh model in each stage, after set_trainable. A model on the meta
+    device comes back without values, and all ranks then fill it alike. Both average gradients over
+    the ranks, so the loop uses loss = loss_sum * world / supervised tokens.
+    """
+    if not td.is_initialized():
+        return to_device(model, dist.device)
+    if how == "fsdp":
+        shard(model, dtype, dist)
+        return to_device(model, dist.device)
+    # No device_ids: with them DDP would move cu_seqlens to the GPU.
+    model = to_device(model, dist.device)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, init_sync=False)
+
+
+def to_device(model, device):
+    """Move a model; one on the meta device gets memory there, but no values yet."""
+    if any(p.is_meta for p in model.parameters()):
+        return model.to_empty(device=device)
+    return model.to(device=device)
+
+
+def shard(model, dtype, dist):
+    """Shard the model over the ranks in place (FSDP2): each block, the ViT, then all the rest."""
+    # The ranks gather a unit's weights together. So a rank whose pack holds no tile has to run the
+    # ViT too, on a black tile, even if the ViT is frozen.
     model.always_run_vision = True
-    mesh, dtype = td.init_device_mesh(dist.device.type, (dist.world,)), compute_dtype(cfg.dtype, dist.device)
-    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)  # so that loss weights stay fp32
-    for unit in filter(None, [*blocks, vision, model]): fully_shard(unit, mesh=mesh, mp_policy=policy)
-    return move(device=dist.device)
+    mesh = td.init_device_mesh(dist.device.type, (dist.world,))
+    # Inputs are not cast, so that the weights of the loss stay fp32.
+    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    units = [*model.language_model.model.layers]
+    if getattr(model, "vision_model", None) is not None:
+        units.append(model.vision_model)
+    for unit in (*units, model):
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+
 
 def set_gradient_sync(model, on):
-    """Before each forward: DDP adds up over ranks in a step's last micro-batch only. FSDP does in each, for else every
-    rank would hold whole gradients: 32 GB at 8B; the sum runs beside the backward pass of the block before."""
-    model.require_backward_grad_sync = on  # means nothing to any other module
+    """Call before each forward; on: whether it is the step's last micro-batch.
+
+    DDP then sums gradients over the ranks once a step. FSDP ignores this and sums in every
+    micro-batch: otherwise each rank would hold whole gradients, 32 GB at 8B. Its sum runs while
+    the backward pass computes the block before.
+    """
+    model.require_backward_grad_sync = on  # DDP reads it, no other module does
+
+
+def reshard(model):
+    """Give back the whole weights that FSDP has gathered; other models stay as they are.
+
+    FSDP does it in the backward pass. After a forward pass alone its last unit still has whole
+    weights, and these are not the parameters that the optimizer knows.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def unwrap(model):
+    """The model inside DDP; any other model as it is."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
 
 def full_state(model):
-    """{name: whole tensor on the CPU} on rank 0, {} on the others; all ranks call it. CPU tensors are the live ones."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    """{name: whole tensor on the CPU} on rank 0, {} on the others; all ranks call it.
+
+    Tensors that are on the CPU already are not copied.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(model, options=options)

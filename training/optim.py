@@ -1,72 +1,161 @@
-"""What trains and how fast: AdamW groups, schedule, clipping."""
+"""What trains and how fast: frozen modules, AdamW, learning rate, clipping, seeds."""
 import math
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
-from training.settings import Stage
+from training.distributed import unwrap
 
-# ---- what trains, and how fast --------------------------------------------------------------------------------------
-MODULES = (("vision_model", "lr_vision"), ("mlp1", "lr_projector"), ("language_model", "lr_llm"))
-NO_DECAY = ("embed_tokens.weight", "class_embedding", "position_embedding")  # and everything with one dimension
+# The modules of a vision-language model and the setting of a stage that has the peak rate of each.
+RATES = {"vision_model": "lr_vision", "mlp1": "lr_projector", "language_model": "lr_llm"}
 
-def parts(model, stage):
-    """[(name, module, peak learning rate)] of the modules this model has."""
-    model = getattr(model, "module", model)  # out of DDP
-    return [(name, module, getattr(stage, lr)) for name, lr in MODULES
-            if (module := getattr(model, name, None)) is not None]
+# Parameters without weight decay, besides everything with one dimension (norms, biases, scales).
+NO_DECAY = ("embed_tokens.weight", "class_embedding", "position_embedding")
+
+# ---- what trains ---------------------------------------------------------------------------------
+
+
+def modules_of(model):
+    """{name: module} of the modules of RATES that this model has."""
+    model = unwrap(model)
+    found = {name: getattr(model, name, None) for name in RATES}
+    return {name: module for name, module in found.items() if module is not None}
+
+
+def peak_rate(stage, name):
+    """The peak learning rate of the module `name` in a stage; 0: it is frozen."""
+    return getattr(stage, RATES[name])
+
 
 def set_trainable(model, stage):
-    """Freeze the modules of learning rate 0; returns which of (ViT, projector, language model) are here and train."""
-    trained = {name: lr > 0 for name, _, lr in parts(model, stage)}
-    for name, module, _ in parts(model, stage): module.requires_grad_(trained[name])
-    if not any(trained.values()):
-        raise ValueError("this stage trains nothing: set one of lr_vision, lr_projector, lr_llm above 0")
-    return tuple(trained.get(name, False) for name, _ in MODULES)
+    """Freeze the modules whose learning rate is 0.
+
+    Returns whether ViT, projector and language model train, three booleans. ValueError if none
+    does.
+    """
+    trains = dict.fromkeys(RATES, False)
+    for name, module in modules_of(model).items():
+        trains[name] = peak_rate(stage, name) > 0
+        module.requires_grad_(trains[name])
+    if not any(trains.values()):
+        raise ValueError("this stage trains nothing: "
+                         "set one of lr_vision, lr_projector, lr_llm above 0")
+    return tuple(trains.values())
+
 
 def set_dtypes(model, dtype):
-    """What trains is kept in fp32, the master copy of the optimizer; what is frozen in the dtype of the arithmetic."""
+    """Keep what trains in fp32, the optimizer's master copy; what is frozen in `dtype`."""
     for p in model.parameters():
         p.data = p.data.to(torch.float32 if p.requires_grad else dtype)
 
+
+class TableRow(NamedTuple):
+    """One module of the table that print_stage_table prints."""
+    name: str
+    parameters: int
+    trainable: int  # of the parameters
+    lr: float
+    weight_decay: float
+
+
 def print_stage_table(title, model, stage):
-    """Print, and return, rows (module, parameters, trainable of them, peak learning rate, weight decay)."""
-    rows = [(name, n := sum(p.numel() for p in module.parameters()), n * (lr > 0), lr, stage.weight_decay * (lr > 0))
-            for name, module, lr in parts(model, stage)]
+    """Print what a stage trains, one line per module; returns the rows."""
+    rows = []
+    for name, module in modules_of(model).items():
+        n = sum(p.numel() for p in module.parameters())
+        lr = peak_rate(stage, name)
+        if lr > 0:
+            rows.append(TableRow(name, n, n, lr, stage.weight_decay))
+        else:
+            rows.append(TableRow(name, n, 0, lr, 0.0))
+
     print(f"{title:16s} {'parameters':>15s} {'trainable':>15s} {'lr':>9s} {'weight decay':>13s}")
     for name, n, trainable, lr, decay in rows:
         print(f"{name:16s} {n:15,d} {trainable:15,d} {lr:9.2g} {decay:13.3g}")
-    print(f"{'total':16s} {sum(r[1] for r in rows):15,d} {sum(r[2] for r in rows):15,d}", flush=True)
+    total = sum(row.parameters for row in rows)
+    trainable = sum(row.trainable for row in rows)
+    print(f"{'total':16s} {total:15,d} {trainable:15,d}", flush=True)
     return rows
 
+
+# ---- the optimizer -------------------------------------------------------------------------------
+
+
 def make_optimizer(model, stage, cfg):
-    """AdamW; each trained module is a group with decay (matrices) and one without (norms, biases, embeddings, layer
-    scales), named MODULE/decay and MODULE/no_decay. The loop sets lr = base_lr * lr_scale(...) of each group."""
+    """AdamW over what trains; the loop sets lr = base_lr * lr_scale(...) of each group.
+
+    Each module has a group with weight decay, its matrices, and one without: norms, biases,
+    embeddings, layer scales. Groups are named MODULE/decay and MODULE/no_decay.
+    """
     groups = []
-    for name, module, lr in parts(model, stage):
-        for kind, decay in (("decay", stage.weight_decay), ("no_decay", 0.0)):
-            params = [p for n, p in module.named_parameters() if p.requires_grad
-                      and (kind == "decay") == (p.ndim >= 2 and not n.endswith(NO_DECAY))]
-            groups.append(dict(params=params, name=f"{name}/{kind}", lr=lr, base_lr=lr, weight_decay=decay))
-    return torch.optim.AdamW([g for g in groups if g["params"]], betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+    for name, module in modules_of(model).items():
+        lr = peak_rate(stage, name)
+        decay = []
+        no_decay = []
+        for parameter_name, p in module.named_parameters():
+            if not p.requires_grad:
+                continue
+            if p.ndim >= 2 and not parameter_name.endswith(NO_DECAY):
+                decay.append(p)
+            else:
+                no_decay.append(p)
+        common = {"lr": lr, "base_lr": lr}
+        if decay:
+            groups.append({"params": decay, "name": f"{name}/decay",
+                           "weight_decay": stage.weight_decay, **common})
+        if no_decay:
+            groups.append({"params": no_decay, "name": f"{name}/no_decay",
+                           "weight_decay": 0.0, **common})
+    return torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+
+
+def make_moments(optimizer):
+    """Give every parameter its AdamW state, all zeros, as AdamW itself does at its first step.
+
+    A checkpoint can then be loaded into them, and one saved before the first step has them all.
+    """
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            optimizer.state[p] = {
+                "step": torch.zeros((), device=p.device),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
+
 
 def lr_scale(step, stage_steps, warmup, min_ratio):
-    """Share of the peak rate at update `step` (from 0) of a stage: linear warm-up, then cosine to min_ratio."""
-    if step < warmup: return (step + 1) / (warmup + 1)
+    """Fraction of the peak rate at update `step` (from 0) of a stage.
+
+    Linear warm-up, then a cosine down to min_ratio.
+    """
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
     done = min(1.0, (step - warmup) / max(1, stage_steps - warmup))
     return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * done))
 
+
 def clip_grad_norm(model, max_norm):
-    """Scale all gradients to a norm of at most max_norm (0: leave them). Returns (norm before, {module: norm}), 0-d
-    fp32 tensors, the same on all ranks; not finite when any gradient is not."""
-    grads = {name: [p.grad for p in module.parameters() if p.grad is not None]
-             for name, module, _ in parts(model, Stage())}
-    norms = {name: torch.nn.utils.get_total_norm(tensors, foreach=True) for name, tensors in grads.items() if tensors}
-    norms = {name: norm.full_tensor() if isinstance(norm, DTensor) else norm for name, norm in norms.items()}
+    """Scale all gradients to a global norm of at most max_norm; 0: leave them.
+
+    Returns (norm before clipping, {module: norm}), 0-d fp32 tensors, the same on all ranks. They
+    are not finite if any gradient is not.
+    """
+    norms = {}
+    for name, module in modules_of(model).items():
+        grads = [p.grad for p in module.parameters() if p.grad is not None]
+        if not grads:
+            continue
+        norm = torch.nn.utils.get_total_norm(grads, foreach=True)
+        norms[name] = norm.full_tensor() if isinstance(norm, DTensor) else norm
     total = (torch.stack(list(norms.values())) ** 2).sum().sqrt()
-    if max_norm > 0: torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, total, foreach=True)
+    if max_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, total, foreach=True)
     return total, norms
 
-def seed_everything(*parts):
-    """Seed torch from integers, (seed, step, rank): a resumed run draws the same numbers without a saved state."""
-    torch.manual_seed(int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1))
+
+def seed_everything(*integers):
+    """Seed torch from integers, (seed, step, pack): a resume then needs no saved generator."""
+    seed = np.random.SeedSequence(integers).generate_state(1, np.uint64)[0]
+    torch.manual_seed(int(seed >> 1))

@@ -1,0 +1,45 @@
+"""Ranks: DDP and FSDP take the steps of one process; activation checkpointing keeps less."""
+
+import pytest
+import torch
+import torch.distributed as td
+from stand_in import ADVANCE, ALL, ALONE, batch, build, largest_difference, train
+
+from configurator import configure
+from train import RunConfig
+from training import distributed
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_ranks_take_the_same_steps_as_one_process_with_both_micro_batches(two_ranks, parallel):
+    model, optimizer = build(ADVANCE)
+    norm = train(model, optimizer, ALONE, [0, 1], [0, 1])
+    results = two_ranks[1]
+    assert results[f"{parallel}_norm"] == pytest.approx(norm, rel=1e-5)
+    assert largest_difference(results[f"{parallel}_advance"], model.state_dict()) < 1e-5
+    model, optimizer = build(ALL)
+    train(model, optimizer, ALONE, [0, 1], [2])
+    assert largest_difference(results[f"{parallel}_all"], model.state_dict()) < 1e-5
+
+
+def test_activation_checkpointing_keeps_less_and_changes_neither_gradients_nor_names():
+    grads, kept, count = [], [], lambda t: kept.append(t.nbytes) or t
+    held = {}
+    for what in ("none", "selective", "full"):
+        model, _ = build(ALL, activation_checkpointing=what)
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+            loss = model(*batch(0, 0))
+        held[what] = sum(kept)
+        loss.backward()
+        grads.append({n: p.grad for n, p in model.named_parameters()})
+    assert largest_difference(*grads[:2]) == largest_difference(*grads[1:]) == 0.0
+    assert held["selective"] < held["none"] > held["full"], held
+
+
+def test_without_torchrun_there_is_one_rank_and_no_process_group():
+    assert distributed.setup_distributed("cpu") == ALONE and not td.is_initialized()
+    with pytest.raises(ValueError, match="device must be one of auto, cuda, cpu, got 'tpu'"):
+        configure(RunConfig(), ["--device=tpu"])

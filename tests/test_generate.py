@@ -1,0 +1,130 @@
+"""generate.py: the cache, the scheduler, sampling."""
+
+import random
+
+import pytest
+import torch
+from small_model import IMG, pack, tiny
+
+import generate as G
+from generate import Decoding, generate, generate_stream
+
+torch.set_num_threads(1)
+
+
+def prompts_and_tiles(n, seed=0):
+    rng, prompts, tiles = random.Random(seed), [], []
+    for i in range(n):
+        k = rng.choice((0, 0, 1, 2))
+        tokens, _, _, _, t = pack([rng.randrange(10, 40)], [k], seed=i)
+        prompts.append(tokens.tolist())
+        tiles.append(t if k else None)
+    return prompts, tiles
+
+
+def test_greedy_answers_equal_recomputing_the_whole_sequence():
+    vlm = tiny().eval()
+    prompts, tiles = prompts_and_tiles(3)
+    answers = generate(vlm, prompts, tiles, 8, set())
+    for prompt, t, answer in zip(prompts, tiles, answers, strict=True):
+        sequence = list(prompt)
+        for token in answer:
+            n = len(sequence)
+            logits = vlm.logits(torch.tensor(sequence), torch.arange(n), torch.tensor([0, n]), t)
+            assert token == logits[-1, :IMG].argmax()  # <IMG_CONTEXT> is never an answer
+            sequence.append(token)
+        assert len(answer) == 8
+
+
+def test_cached_logits_equal_the_full_forward_to_1e_4():
+    vlm = tiny().eval()
+    prompts, tiles = prompts_and_tiles(8)
+    size, rows = max(map(len, prompts)) + 1, list(range(8))
+    with torch.inference_mode():
+        cache = torch.zeros(3, 2, 8, 2, size + 5, 16)
+        first = G.prefill(vlm, prompts, tiles, cache, rows)
+        positions = torch.tensor([len(p) for p in prompts])
+        second = G.decode_step(vlm, first.argmax(-1), positions, cache, size)
+        wider = G.decode_step(vlm, first.argmax(-1), positions, cache, size + 5)
+        for i, (prompt, t) in enumerate(zip(prompts, tiles, strict=True)):
+            sequence = torch.tensor([*prompt, first[i].argmax()])
+            full = vlm.logits(
+                sequence, torch.arange(len(sequence)), torch.tensor([0, len(sequence)]), t
+            )
+            for ours, theirs in ((first[i], full[-2]), (second[i], full[-1]), (wider[i], full[-1])):
+                assert (ours - theirs).abs().max() <= 1e-4
+
+
+def test_batch_of_one_and_of_64_give_the_same_greedy_answers(monkeypatch):
+    vlm = tiny().eval()
+    prompts, tiles = prompts_and_tiles(64)
+    stop = set(range(0, 320, 9))  # rows end at different steps and are retired
+    together = generate(vlm, prompts, tiles, 24, stop)
+    alone = [
+        generate(vlm, [prompt], [t], 24, stop)[0] for prompt, t in zip(prompts, tiles, strict=True)
+    ]
+    assert together == alone
+    assert len({len(a) for a in together}) > 5 and not any(stop & set(a) for a in together)
+    monkeypatch.setattr(G, "PREFILL_TOKENS", 100)  # prompts in several packs
+    assert together == generate(vlm, prompts, tiles, 24, stop)
+    for small in (
+        dict(batch_size=5),
+        dict(batch_tokens=300),
+    ):  # rows are admitted where others were retired
+        assert together == generate(vlm, prompts, tiles, 24, stop, **small)
+    draw = dict(temperature=1.5, top_p=0.9, seed=7)  # noise belongs to the row, not to the batch
+    drawn = generate(vlm, prompts[:20], tiles[:20], 24, stop, **draw)
+    assert (
+        drawn
+        == generate(vlm, prompts[:20], tiles[:20], 24, stop, **draw, batch_size=3)
+        != together[:20]
+    )
+    assert drawn[4:5] == generate(vlm, prompts[4:5], tiles[4:5], 24, stop, **draw | dict(seed=11))
+
+
+def test_requests_are_taken_from_an_iterator_only_when_there_is_room_and_a_long_one_waits():
+    vlm, taken = tiny().eval(), []
+
+    def requests():
+        for n in (5, 60, 10, 200, 7, 7, 7):
+            taken.append(n)
+            yield [1 + n % 9] * n, None
+
+    seen = list(G.decode(vlm, requests(), Decoding(6, {5}, batch_size=2)))
+    assert sorted(row for row, token in seen if token is None) == list(range(7)) and len(taken) == 7
+    alone = [generate(vlm, [[1 + n % 9] * n], [None], 6, {5})[0] for n in taken]
+    assert alone == [[t for r, t in seen if r == row and t is not None] for row in range(7)]
+    taken.clear()
+    stream = G.decode(vlm, requests(), Decoding(6, {5}, batch_size=2))
+    next(stream)
+    assert len(taken) <= 4
+
+
+def test_streamed_tokens_equal_the_answer_and_sampling_is_reproducible():
+    vlm = tiny().eval()
+    (prompt,), (t,) = prompts_and_tiles(1)
+    kw = dict(max_new_tokens=12, stop_ids={5}, temperature=1.0, top_p=0.9, top_k=50)
+    answer = generate(vlm, [prompt], [t], seed=1, **kw)[0]
+    assert list(generate_stream(vlm, prompt, t, seed=1, **kw)) == answer
+    assert generate(vlm, [prompt], [t], seed=2, **kw)[0] != answer
+    assert generate(vlm, [prompt], [t], 12, {5}, temperature=1.0, top_k=1) == generate(
+        vlm, [prompt], [t], 12, {5}
+    )
+    assert generate(vlm, [], [], 4, set()) == [] and generate(vlm, [prompt], [t], 0, set()) == [[]]
+
+
+def test_sampling_draws_with_the_probabilities_of_the_softmax():
+    logits = torch.tensor([[1.0, 3.0, 2.0, -50.0]])
+    noise = torch.arange(0, 1, 1e-4)
+    drawn = G.sample(logits.expand(len(noise), -1), 2.0, 1.0, 0, noise)
+    torch.testing.assert_close(
+        drawn.bincount(minlength=4) / len(noise), (logits[0] / 2).softmax(-1), atol=2e-4, rtol=0
+    )
+    assert set(G.sample(logits.expand(len(noise), -1), 2.0, 1.0, 2, noise).tolist()) == {1, 2}
+    assert set(G.sample(logits.expand(len(noise), -1), 2.0, 0.3, 0, noise).tolist()) == {1}
+
+
+def test_a_prompt_with_placeholders_but_without_tiles_is_refused():
+    tokens = pack((9, 30), (1, 3))[0]
+    with pytest.raises(ValueError, match="16 <IMG_CONTEXT> tokens, but its 0 tiles give 0"):
+        generate(tiny(), [tokens.tolist()], [None], 4, set())

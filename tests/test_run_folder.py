@@ -1,0 +1,98 @@
+"""The run folder: lock, signals, the record of a run, a stage that cannot go on."""
+
+import json
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+from stand_in import ALONE, ROOT
+
+from train import RunConfig
+from training import run_folder
+from training.checkpoint import Progress
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(two_ranks):
+    assert (two_ranks[1]["stop_before"], two_ranks[1]["stop_after"]) == (False, True)
+
+
+def test_a_stage_that_is_to_end_before_where_its_run_stands_is_refused(tmp_path):
+    (tmp_path / "state.json").write_text(
+        json.dumps({"stage": "base", "fingerprint": "f", "step": 5})
+    )
+    with pytest.raises(
+        ValueError,
+        match="stage base is to have 3 steps, but .* is 5 steps into it; raise --max_steps or "
+        "base.steps, or start anew in another --out_dir",
+    ):
+        run_folder.resume(tmp_path, Progress(stage="base", fingerprint="f"), 3, None, None)
+
+
+def test_a_second_job_in_the_run_folder_is_refused_by_pid_and_a_dead_holder_is_not_in_the_way(
+    tmp_path,
+):
+    code = (
+        "import time; from training import run_folder; "
+        f"run_folder.lock_run_folder({str(tmp_path)!r}); "
+        "print('locked', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert holder.stdout.readline() == "locked\n"
+    with pytest.raises(ValueError, match=f"process {holder.pid} on "):
+        run_folder.lock_run_folder(tmp_path)
+    holder.kill()
+    holder.wait()
+    leftover = tmp_path / "checkpoints" / ".tmp_step_00000001"
+    leftover.mkdir(parents=True)
+    run_folder.lock_run_folder(tmp_path)
+    assert not leftover.exists()
+
+
+def test_the_run_record_says_what_ran(tmp_path):
+    run_folder.write_run_config(tmp_path, {"seed": 7}, {"seed": "command line"}, 2)
+    record = run_folder.read_run_config(tmp_path)
+    assert (
+        record["config"] == {"seed": 7}
+        and record["origins"] == {"seed": "command line"}
+        and record["world"] == 2
+    )
+    assert (
+        record["versions"]["torch"] == torch.__version__
+        and record["argv"] == sys.argv
+        and "commit" in record
+    )
+
+
+def test_a_resized_run_keeps_the_packs_of_a_step_by_itself_or_by_hand_in_every_stage(tmp_path):
+    state = {"stage": "alignment", "packs_per_step": 4, "world": 2}
+    (tmp_path / "state.json").write_text(json.dumps(state))
+
+    def started(accum, checkpoint, planned_world):
+        """A run on one process of what two ranks had begun."""
+        return types.SimpleNamespace(
+            cfg=RunConfig(grad_accum_steps=accum),
+            dist=ALONE,
+            checkpoint=checkpoint,
+            planned_world=planned_world,
+        )
+
+    assert run_folder.micro_batches(started(2, tmp_path, 2), "alignment") == (4, 2)
+    accum, world = run_folder.micro_batches(started(4, tmp_path, 2), "alignment")
+    assert (accum, world) == (4, 1)
+    assert run_folder.micro_batches(started(4, None, world), "advance") == (4, 1)
+
+
+def test_one_percent_of_a_large_source_may_be_unreadable():
+    packs = types.SimpleNamespace(n=20000, n_bad=150)
+    progress = Progress(samples_seen=8)
+    run_folder.check_quarantine(progress, packs, "out")
+    fewer = types.SimpleNamespace(n=14000, n_bad=150)
+    with pytest.raises(ValueError, match="unreadable samples"):
+        run_folder.check_quarantine(progress, fewer, "out")
+    progress.quarantined = 200
+    with pytest.raises(ValueError, match="unreadable samples"):
+        run_folder.check_quarantine(progress, packs, "out")
