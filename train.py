@@ -158,7 +158,7 @@ def run_stages(cfg):
     later_steps = sum(stage.steps for _, stage in stages)
     for name, stage in stages:
         later_steps -= stage.steps
-        if run_folder.is_finished(run.out, name):
+        if run_folder.stage_finished(run.out, name):
             distributed.say(run.dist, f"{name}: finished before, in {run.out / name}; "
                                       "remove that folder to train it again")
             continue

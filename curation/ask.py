@@ -39,7 +39,7 @@ class Question(NamedTuple):
 # ---- what is asked -------------------------------------------------------------------------------
 
 
-def read_prompts(cfg, names):
+def prompt_texts(cfg, names):
     """{name: text} of the prompts in --prompts."""
     folder = Path(cfg.prompts)
     return {name: (folder / f"{name}.txt").read_text("utf-8").strip() for name in names}
@@ -58,7 +58,7 @@ class CaptionTask:
     def __init__(self, cfg, stage):
         self.stage = stage
         self.mode = cfg.mode
-        self.prompts = read_prompts(cfg, ("caption", "recaption"))
+        self.prompts = prompt_texts(cfg, ("caption", "recaption"))
 
     def question(self, row):
         alt_text = row.get("alt_text") or ""
@@ -91,7 +91,7 @@ class ScoreTask:
         self.name = "score" if stage == "score" else "sft_quality"
         self.needs_picture = self.name == "score"
         self.score_names = SCORE_NAMES[self.name]
-        self.prompts = read_prompts(cfg, (self.name,))
+        self.prompts = prompt_texts(cfg, (self.name,))
 
     def question(self, row):
         dialogue = ""

@@ -21,7 +21,10 @@ from configurator import (
 
 @dataclass(slots=True)
 class Llm:
-    PRESETS: ClassVar[dict[str, dict]] = {"toy": {"n_layers": 2}, "big": {"n_layers": 28, "theta": 1e6}}
+    PRESETS: ClassVar[dict[str, dict]] = {
+        "toy": {"n_layers": 2},
+        "big": {"n_layers": 28, "theta": 1e6},
+    }
     n_layers: int = 1  # blocks
     theta: float = 1e4
 
@@ -68,7 +71,9 @@ def test_files_win_over_defaults_and_flags_over_files_wherever_they_stand(tmp_pa
 
 
 def test_a_preset_sets_every_field_and_dots_change_single_ones(tmp_path):
-    cfg, origins = run(write(tmp_path / "a.py", "llm = 'big'\nllm.theta = 5\n_n = llm.n_layers\nseed = _n\n"))
+    cfg, origins = run(
+        write(tmp_path / "a.py", "llm = 'big'\nllm.theta = 5\n_n = llm.n_layers\nseed = _n\n")
+    )
     assert (cfg.llm.n_layers, cfg.llm.theta, cfg.seed) == (28, 5.0, 28)
     assert origins["llm.n_layers"] == f"{tmp_path}/a.py:1 (llm = 'big')"
     for flags in (("--llm=toy", "--llm.theta=7"), ("--llm.theta=7", "--llm=toy")):  # in any order
@@ -79,7 +84,10 @@ def test_a_preset_sets_every_field_and_dots_change_single_ones(tmp_path):
 
 
 def test_a_config_file_is_plain_python(tmp_path):
-    cfg, _ = run(write(tmp_path / "a.py", """
+    cfg, _ = run(
+        write(
+            tmp_path / "a.py",
+            """
 import math
 _base = 3
 def _twice(x):
@@ -90,16 +98,31 @@ for _i in range(2):
     alignment.steps += _i
 alignment.lr = math.sqrt(seed + _base - 22) or 1e-4 * seed
 image = (f"{_base}.png",)
-"""))
-    assert (cfg.seed, cfg.alignment.steps, cfg.alignment.lr, cfg.image) == (19, 6, 1e-4 * 19, ("3.png",))
+""",
+        )
+    )
+    assert (cfg.seed, cfg.alignment.steps, cfg.alignment.lr, cfg.image) == (
+        19,
+        6,
+        1e-4 * 19,
+        ("3.png",),
+    )
 
 
-@pytest.mark.parametrize(("flag", "key", "value"), [
-    ("--seed=1e6", "seed", 1_000_000), ("--alignment.lr=2", "alignment.lr", 2.0),
-    ("--alignment.lr=1e-5", "alignment.lr", 1e-5), ("--debugging=True", "debugging", True),
-    ("--dtype=float32", "dtype", "float32"), ("--out_dir=a=b", "out_dir", "a=b"),
-    ("--out_dir=2024", "out_dir", "2024"), ("--out_dir=", "out_dir", ""),
-    ("--image=a.jpg, b.jpg", "image", ("a.jpg", "b.jpg"))])
+@pytest.mark.parametrize(
+    ("flag", "key", "value"),
+    [
+        ("--seed=1e6", "seed", 1_000_000),
+        ("--alignment.lr=2", "alignment.lr", 2.0),
+        ("--alignment.lr=1e-5", "alignment.lr", 1e-5),
+        ("--debugging=True", "debugging", True),
+        ("--dtype=float32", "dtype", "float32"),
+        ("--out_dir=a=b", "out_dir", "a=b"),
+        ("--out_dir=2024", "out_dir", "2024"),
+        ("--out_dir=", "out_dir", ""),
+        ("--image=a.jpg, b.jpg", "image", ("a.jpg", "b.jpg")),
+    ],
+)
 def test_a_flag_is_read_as_the_type_of_its_field(flag, key, value):
     got = resolved(run(flag)[0])[key]
     assert got == value and type(got) is type(value)
@@ -111,40 +134,68 @@ def test_a_repeated_flag_adds_to_a_tuple_and_replaces_what_a_file_said(tmp_path)
     assert run(path, "--image=a", "--image=b,c")[0].image == ("a", "b", "c")
 
 
-@pytest.mark.parametrize(("argv", "message"), [
-    (["--sede=1"], "--sede=1: unknown name 'sede', did you mean 'seed'?"),
-    (["--llm.nlayers=1"], "did you mean 'llm.n_layers'?"),
-    (["--n_layers=1"], "did you mean 'llm.n_layers'?"),
-    (["--seed=1.5"], "seed must be a whole number, got 1.5"),
-    (["--seed=x"], "seed must be a whole number, got 'x'"),
-    (["--seed=True"], "whole number"), (["--seed="], "whole number"), (["--seed=None"], "whole number"),
-    (["--alignment.lr=fast"], "a number"), (["--alignment.lr=True"], "a number"), (["--alignment.lr=[1]"], "a number"),
-    (["--debugging=true"], "True or False"), (["--debugging=1"], "True or False"),
-    (["--dtype=float23"], "must be one of auto, float32, got 'float23', did you mean 'float32'?"),
-    (["--llm=tou"], "llm has no preset 'tou', did you mean 'toy'? (there are toy, big)"),
-    (["--alignment=fast"], "set alignment field by field, alignment.steps = ..."),
-    (["--seed", "3"], "--seed: not understood; write a flag as --seed=value"),
-    (["-seed=3"], "write a flag as --seed=value"),
-    (["--=3"], "write a flag as"), (["seed=3"], "seed=3: not understood"), (["toy"], "a config file as NAME.py"),
-    (["--debug=yes"], "--debug=yes: unknown name 'debug'")])
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--sede=1"], "--sede=1: unknown name 'sede', did you mean 'seed'?"),
+        (["--llm.nlayers=1"], "did you mean 'llm.n_layers'?"),
+        (["--n_layers=1"], "did you mean 'llm.n_layers'?"),
+        (["--seed=1.5"], "seed must be a whole number, got 1.5"),
+        (["--seed=x"], "seed must be a whole number, got 'x'"),
+        (["--seed=True"], "whole number"),
+        (["--seed="], "whole number"),
+        (["--seed=None"], "whole number"),
+        (["--alignment.lr=fast"], "a number"),
+        (["--alignment.lr=True"], "a number"),
+        (["--alignment.lr=[1]"], "a number"),
+        (["--debugging=true"], "True or False"),
+        (["--debugging=1"], "True or False"),
+        (
+            ["--dtype=float23"],
+            "must be one of auto, float32, got 'float23', did you mean 'float32'?",
+        ),
+        (["--llm=tou"], "llm has no preset 'tou', did you mean 'toy'? (there are toy, big)"),
+        (["--alignment=fast"], "set alignment field by field, alignment.steps = ..."),
+        (["--seed", "3"], "--seed: not understood; write a flag as --seed=value"),
+        (["-seed=3"], "write a flag as --seed=value"),
+        (["--=3"], "write a flag as"),
+        (["seed=3"], "seed=3: not understood"),
+        (["toy"], "a config file as NAME.py"),
+        (["--debug=yes"], "--debug=yes: unknown name 'debug'"),
+    ],
+)
 def test_a_bad_command_line_is_refused_with_what_to_write(argv, message):
     with pytest.raises(ConfigError) as e:
         run(*argv)
     assert message in str(e.value) and "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("seed = 1\nlearnin_rate = 1\n", ":2: unknown name 'learnin_rate'"),
-    ("sead = 1\n", ":1: unknown name 'sead', did you mean 'seed'?"),
-    ("seed = '64'\n", ":1: seed must be a whole number, got '64'"), ("debugging = 1\n", "True or False"),
-    ("image = [1]\n", "tuple of strings"), ("alignment.lr = float('nan')\n", "a number"),
-    ("\nalignment.stepz = 3\n", ":2: unknown name 'alignment.stepz', did you mean 'alignment.steps'?"),
-    ("alignment.steps = 1.5\n", ":1: alignment.steps must be a whole number"),
-    ("llm = 'qwen'\n", ":1: llm has no preset 'qwen'"), ("alignment = 3\n", "field by field"),
-    ("def helper(): pass\n", "unknown name 'helper'"), ("seed = 1\nseed = = 2\n", ":2: "),
-    ("x = [\n", "x.py:1: "), ("_a = 1\n_b = _a / 0\n", ":2: ZeroDivisionError"), ("seed = sede\n", ":1: NameError"),
-    ("_x = alignment.nothing\n", ":1: AttributeError"), ("seed = int('x')\n", ":1: ValueError"),
-    ("seed = 1\0\n", "x.py:1: ")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed = 1\nlearnin_rate = 1\n", ":2: unknown name 'learnin_rate'"),
+        ("sead = 1\n", ":1: unknown name 'sead', did you mean 'seed'?"),
+        ("seed = '64'\n", ":1: seed must be a whole number, got '64'"),
+        ("debugging = 1\n", "True or False"),
+        ("image = [1]\n", "tuple of strings"),
+        ("alignment.lr = float('nan')\n", "a number"),
+        (
+            "\nalignment.stepz = 3\n",
+            ":2: unknown name 'alignment.stepz', did you mean 'alignment.steps'?",
+        ),
+        ("alignment.steps = 1.5\n", ":1: alignment.steps must be a whole number"),
+        ("llm = 'qwen'\n", ":1: llm has no preset 'qwen'"),
+        ("alignment = 3\n", "field by field"),
+        ("def helper(): pass\n", "unknown name 'helper'"),
+        ("seed = 1\nseed = = 2\n", ":2: "),
+        ("x = [\n", "x.py:1: "),
+        ("_a = 1\n_b = _a / 0\n", ":2: ZeroDivisionError"),
+        ("seed = sede\n", ":1: NameError"),
+        ("_x = alignment.nothing\n", ":1: AttributeError"),
+        ("seed = int('x')\n", ":1: ValueError"),
+        ("seed = 1\0\n", "x.py:1: "),
+    ],
+)
 def test_a_bad_config_file_is_refused_with_file_and_line(tmp_path, text, message):
     path = write(tmp_path / "x.py", text)
     with pytest.raises(ConfigError) as e:
@@ -162,13 +213,28 @@ def test_help_shows_every_key_with_its_comment(capsys):
         run("--help")
     shown = capsys.readouterr().out
     assert e.value.code == 0 and all(f"--{key}=" in shown for key in resolved(Config()))
-    assert "# " not in shown and "the run folder" in shown and "--llm=PRESET" in shown and "toy|big" in shown
+    assert (
+        "# " not in shown
+        and "the run folder" in shown
+        and "--llm=PRESET" in shown
+        and "toy|big" in shown
+    )
 
 
-@pytest.mark.parametrize(("error", "code", "line"), [
-    (ConfigError("seed: no\n  good"), 2, "error: seed: no good\n"), (ValueError(), 2, "error: ValueError\n"),
-    (FileNotFoundError(2, "No such file or directory", "a.jpg"), 2, "error: a.jpg: No such file or directory\n"),
-    (OSError("disk full"), 2, "error: disk full\n"), (KeyboardInterrupt(), 130, "interrupted\n")])
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ConfigError("seed: no\n  good"), 2, "error: seed: no good\n"),
+        (ValueError(), 2, "error: ValueError\n"),
+        (
+            FileNotFoundError(2, "No such file or directory", "a.jpg"),
+            2,
+            "error: a.jpg: No such file or directory\n",
+        ),
+        (OSError("disk full"), 2, "error: disk full\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
 def test_a_users_error_is_one_line_and_an_exit_code(monkeypatch, capsys, error, code, line):
     def main():
         raise error
@@ -193,11 +259,15 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 
 def test_a_script_leaves_nothing_but_the_line(tmp_path):
     script = tmp_path / "script.py"
-    script.write_text(f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
-                      "from dataclasses import dataclass\nfrom configurator import configure, run_script\n"
-                      "@dataclass(slots=True)\nclass Config:\n    n: int = 1\n"
-                      "run_script(lambda: configure(Config()))\n")
-    done = subprocess.run([sys.executable, script, "--m=1"], capture_output=True, text=True, check=False)
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
+        "from dataclasses import dataclass\nfrom configurator import configure, run_script\n"
+        "@dataclass(slots=True)\nclass Config:\n    n: int = 1\n"
+        "run_script(lambda: configure(Config()))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, script, "--m=1"], capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: --m=1: unknown name 'm' (--help lists all names)\n"
 
@@ -211,10 +281,14 @@ def test_a_dataclass_that_would_swallow_typing_errors_is_a_bug():
         configure(Open(), [])
 
 
-@pytest.mark.parametrize(("script", "flag"), [("train", "data"), ("sft", "knowledge.data"), ("curate", "in")])
+@pytest.mark.parametrize(
+    ("script", "flag"), [("train", "data"), ("sft", "knowledge.data"), ("curate", "in")]
+)
 def test_braces_without_quotes_which_bash_makes_flags_of_are_refused(script, flag):
     cfg = __import__(script).Config()
-    with pytest.raises(ConfigError, match=f"more than one --{flag}: put it in quotes, --{flag}='A-"):
+    with pytest.raises(
+        ConfigError, match=f"more than one --{flag}: put it in quotes, --{flag}='A-"
+    ):
         configure(cfg, [f"--{flag}=a-0.tar", f"--{flag}=a-1.tar"])
 
 
@@ -226,10 +300,14 @@ class Limited:
     llm: Llm = field(default_factory=Llm)
 
 
-@pytest.mark.parametrize(("flag", "message"), [
-    ("--rounds=0", "command line: rounds=0 must be at least 1"),
-    ("--cap=-1", "command line: cap=-1 must be at least 0"),
-    ("--llm.theta=-2", "command line: llm.theta=-2.0 must be at least 0")])
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--rounds=0", "command line: rounds=0 must be at least 1"),
+        ("--cap=-1", "command line: cap=-1 must be at least 0"),
+        ("--llm.theta=-2", "command line: llm.theta=-2.0 must be at least 0"),
+    ],
+)
 def test_a_limit_belongs_to_its_field_and_no_number_may_be_negative(flag, message):
     with pytest.raises(ConfigError) as e:
         configure(Limited(), [flag])

@@ -48,7 +48,7 @@ def draw_picture(board, rng):
         odd_width = round(width * rng.uniform(0.96, 1.05))
         odd_height = round(height * rng.uniform(0.96, 1.05))
         image = image.resize((odd_width, odd_height))
-    return add_noise(image, rng)
+    return add_pixel_noise(image, rng)
 
 
 def paper_color(dark, rng):
@@ -154,7 +154,7 @@ def draw_characters(canvas, board, ink, font_size, stroke_width, rng):
                     stroke_width=stroke_width)
 
 
-def add_noise(image, rng):
+def add_pixel_noise(image, rng):
     """Add -8 to 7 to every value."""
     pixels = np.asarray(image, np.int16)
     noise = np.frombuffer(rng.randbytes(pixels.size), np.uint8)

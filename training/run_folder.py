@@ -149,7 +149,7 @@ def write_run_config(out_dir, values, origins, world):
     write_atomic(Path(out_dir) / "config.json", text)
 
 
-def is_finished(out_dir, stage_name):
+def stage_finished(out_dir, stage_name):
     """Whether the run folder has the model folder of a stage; it is written at the stage's end."""
     return (Path(out_dir) / stage_name / "config.json").exists()
 
@@ -198,7 +198,7 @@ def open_run(cfg, stages, values, dist):
         say(dist, f"settings that changed since this run was started: {'; '.join(changed)}")
 
     path = find_checkpoint(cfg.out_dir, dist, strict=cfg.resume == "strict")
-    finished = any(is_finished(cfg.out_dir, name) for name, _ in stages)
+    finished = any(stage_finished(cfg.out_dir, name) for name, _ in stages)
     if cfg.resume == "never" and (path or finished):
         raise ValueError(f"{cfg.out_dir} holds an earlier run and --resume=never; "
                          "choose another --out_dir or remove it")
@@ -221,7 +221,7 @@ def where_to_start(run, name):
     all_names = type(cfg)().stages.split(",")
     earlier = all_names[:all_names.index(name)] if name in all_names else []
     first_step = sum(getattr(cfg, n).steps for n in earlier)
-    finished = [n for n in earlier if is_finished(run.out, n)]
+    finished = [n for n in earlier if stage_finished(run.out, n)]
     is_first = name == run.stages[0][0]
     if finished and not (is_first and run.origins["init_from"] == "command line"):
         return str(run.out / finished[-1]), first_step
