@@ -24,6 +24,7 @@ from model import LLMConfig, compile_blocks, train_flops
 from model_config import config_json
 from training import checkpoint, distributed, metrics, optim, run_folder
 from training.dry_run import print_plan
+from training.progress import Progress
 from vision import VisionConfig
 from weights import save_folder, start_model, start_weights
 
@@ -157,7 +158,7 @@ def run_stages(cfg):
     later_steps = sum(stage.steps for _, stage in stages)
     for name, stage in stages:
         later_steps -= stage.steps
-        if run_folder.is_finished(run.out, name):
+        if run_folder.stage_finished(run.out, name):
             distributed.say(run.dist, f"{name}: finished before, in {run.out / name}; "
                                       "remove that folder to train it again")
             continue
@@ -243,7 +244,7 @@ def train_stage(run, name, stage, later_steps):
 
     # ---- start, or resume from a checkpoint of this stage ----
     packs_per_step = packs.settings.packs_per_step
-    fresh = checkpoint.Progress(name, packs.fingerprint, packs_per_step, run.planned_world)
+    fresh = Progress(name, packs.fingerprint, packs_per_step, run.planned_world)
     progress = run_folder.resume(run.checkpoint, fresh, steps, model, optimizer)
     run_folder.check_disk(cfg, name, steps - progress.step, model)
     if dist.is_main:
@@ -358,6 +359,7 @@ def train_stage(run, name, stage, later_steps):
     run.saver.wait()
     run.watchdog.stop()
     bar.close()
+    run.saver.check(run.out / name, checkpoint.tensors_of(model, optimizer), progress)
     weights = distributed.full_state(model)
     if dist.is_main:
         extra = source.config | {"min_dynamic_patch": cfg.min_tiles,

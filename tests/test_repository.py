@@ -46,6 +46,9 @@ generate
 training/distributed
 training/optim
 training/lora
+training/progress
+training/state_check
+training/metadata
 training/checkpoint
 training/metrics
 training/run_folder
@@ -247,7 +250,7 @@ def test_each_optional_room_can_be_deleted(tmp_path, room):
     if room not in ("curation", "evals", "runs"):
         scripts.append("curate")
     for path in PROGRAM:
-        if path.parent.name != room:
+        if path.relative_to(ROOT).parts[0] != room:
             copy = tmp_path / path.relative_to(ROOT)
             copy.parent.mkdir(exist_ok=True)
             shutil.copy(path, copy)

@@ -1,5 +1,6 @@
 """The run folder: lock, signals, the record of a run, a stage that cannot go on."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from stand_in import ALONE, ROOT
 
 from train import RunConfig
 from training import run_folder
-from training.checkpoint import Progress
+from training.progress import Progress
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(two_ranks):
@@ -20,7 +21,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(two_ranks):
 
 def test_a_stage_that_is_to_end_before_where_its_run_stands_is_refused(tmp_path):
     (tmp_path / "state.json").write_text(
-        json.dumps({"stage": "base", "fingerprint": "f", "step": 5})
+        json.dumps(dataclasses.asdict(Progress(stage="base", fingerprint="f", step=5)))
     )
     with pytest.raises(
         ValueError,
@@ -68,8 +69,8 @@ def test_the_run_record_says_what_ran(tmp_path):
 
 
 def test_a_resized_run_keeps_the_packs_of_a_step_by_itself_or_by_hand_in_every_stage(tmp_path):
-    state = {"stage": "alignment", "packs_per_step": 4, "world": 2}
-    (tmp_path / "state.json").write_text(json.dumps(state))
+    state = Progress(stage="alignment", packs_per_step=4, world=2)
+    (tmp_path / "state.json").write_text(json.dumps(dataclasses.asdict(state)))
 
     def started(accum, checkpoint, planned_world):
         """A run on one process of what two ranks had begun."""

@@ -16,8 +16,15 @@ import torch
 import torch.distributed as td
 
 from inputs.files import write_atomic
-from training.checkpoint import check_room, find_checkpoint, load_checkpoint, read_progress
+from training.checkpoint import (
+    check_room,
+    checkpoints_in,
+    find_checkpoint,
+    leftovers_in,
+    load_checkpoint,
+)
 from training.distributed import all_reduce_sum, gather, say
+from training.progress import read_progress
 
 # ---- signals and stalls --------------------------------------------------------------------------
 
@@ -103,7 +110,7 @@ def lock_run_folder(out_dir):
                          "or choose another --out_dir") from None
     os.ftruncate(lock, 0)
     os.write(lock, f"process {os.getpid()} on {platform.node()}".encode())
-    for leftover in out.glob("checkpoints/.tmp_*"):
+    for leftover in leftovers_in(out):
         shutil.rmtree(leftover)
 
 
@@ -142,7 +149,7 @@ def write_run_config(out_dir, values, origins, world):
     write_atomic(Path(out_dir) / "config.json", text)
 
 
-def is_finished(out_dir, stage_name):
+def stage_finished(out_dir, stage_name):
     """Whether the run folder has the model folder of a stage; it is written at the stage's end."""
     return (Path(out_dir) / stage_name / "config.json").exists()
 
@@ -191,7 +198,7 @@ def open_run(cfg, stages, values, dist):
         say(dist, f"settings that changed since this run was started: {'; '.join(changed)}")
 
     path = find_checkpoint(cfg.out_dir, dist, strict=cfg.resume == "strict")
-    finished = any(is_finished(cfg.out_dir, name) for name, _ in stages)
+    finished = any(stage_finished(cfg.out_dir, name) for name, _ in stages)
     if cfg.resume == "never" and (path or finished):
         raise ValueError(f"{cfg.out_dir} holds an earlier run and --resume=never; "
                          "choose another --out_dir or remove it")
@@ -214,7 +221,7 @@ def where_to_start(run, name):
     all_names = type(cfg)().stages.split(",")
     earlier = all_names[:all_names.index(name)] if name in all_names else []
     first_step = sum(getattr(cfg, n).steps for n in earlier)
-    finished = [n for n in earlier if is_finished(run.out, n)]
+    finished = [n for n in earlier if stage_finished(run.out, n)]
     is_first = name == run.stages[0][0]
     if finished and not (is_first and run.origins["init_from"] == "command line"):
         return str(run.out / finished[-1]), first_step
@@ -271,7 +278,7 @@ def resume(path, fresh, steps, model, optimizer):
 def check_disk(cfg, name, steps_left, model):
     """OSError unless there is room for the checkpoints and the model folder still to come."""
     most = max(2, cfg.keep) + 1  # old ones are deleted when a new one is complete
-    existing = len(list(Path(cfg.out_dir).glob("checkpoints/step_*")))
+    existing = len(checkpoints_in(cfg.out_dir))
     saves = max(1, steps_left // cfg.save_every)
     saves = max(0, min(saves, most - existing))
     need = 0
