@@ -15,9 +15,10 @@ from tqdm import tqdm
 import weights
 from curation.local_model import LocalModel, load_assistant
 from curation.rows import SCORE_NAMES, row_caption, row_scores, without_surrogates
-from curation.shards import read_records
+from curation.shards import PostponedShard, read_records
 from curation.stages import cost_in_dollars, run_stage
-from evals.endpoint import ChatClient, reply_key
+from curation.watch import ReplyWatch, UselessReplies
+from evals.endpoint import ATTEMPTS, ChatClient, reply_key
 from inputs.chat import conversation
 
 REFUSAL = re.compile(
@@ -148,7 +149,7 @@ def ask_rows(cfg, stage, task):
     hashes = {}
     for name, text in task.prompts.items():
         hashes[name] = hashlib.sha256(text.encode()).hexdigest()[:16]
-    asker = Asker(cfg, stage, task, model, hashes)
+    asker = Asker(cfg, stage, task, model, hashes, ReplyWatch(cfg.endpoint))
     run_stage(cfg, stage, asker.process, model=model, prompts=hashes,
               max_new_tokens=cfg.max_new_tokens, mode=cfg.mode, max_tiles=cfg.max_tiles)
 
@@ -161,6 +162,7 @@ class Asker:
     task: object  # CaptionTask or ScoreTask
     model: str  # name in the rows and in the log of replies
     prompt_hashes: dict
+    watch: ReplyWatch
 
     @functools.cached_property
     def assistant(self):
@@ -172,17 +174,24 @@ class Asker:
         cache = Path(cfg.out) / "replies" / f"{shard.name}.jsonl"
         if cfg.model:
             return LocalModel(cfg, self.assistant, self.model, cache)
-        return ChatClient(cfg.endpoint, self.model, cache, cfg.threads, cfg.max_new_tokens)
+        return ChatClient(cfg.endpoint, self.model, cache, cfg.threads, cfg.max_new_tokens,
+                          refusable=True)
 
     def process(self, shard, counts):
         """Yield every record of a shard with its reply, or with the reason why it has none."""
         records = list(read_records(shard, self.task.fields))
         client = self.open_client(shard)
         questions = self.make_questions(records)
-        self.ask(client, records, questions, shard.name)
+        try:
+            self.ask(client, records, questions, shard.name)
+            if questions and not self.cfg.model:
+                self.watch.end_shard()
+        except (UselessReplies, PostponedShard):
+            self.forget_useless(client.replies, records, questions)
+            raise
 
         # Everything in the log was paid for, also by processes that were killed.
-        entries = client.replies.known.values()
+        entries = [*client.replies.known.values(), *client.replies.forgotten]
         for kind in ("prompt_tokens", "completion_tokens"):
             counts[kind] = sum(entry["usage"].get(kind, 0) for entry in entries)
         counts["replies"] = len(entries)
@@ -217,21 +226,29 @@ class Asker:
             jobs.append((questions[first].text, self.task.is_valid, pictures))
 
         spent = 0.0
-        n_refused = 0
         with tqdm(total=len(questions), desc=title, leave=False, disable=None) as bar:
             for k, entry in client.each(jobs):
                 if entry:
                     spent += cost_in_dollars(self.cfg, entry["usage"])
                 for i in groups[k]:
                     records[i] = self.take_reply(records[i], questions[i], entry)
-                    reason = records[i].reason
-                    if reason and reason.startswith("http_"):
-                        n_refused += 1
-                    if n_refused > max(20, len(questions) // 2):
-                        raise ValueError(f"{self.cfg.endpoint} refuses most pictures ({reason}): "
-                                         "see its log, then run again")
                     bar.set_postfix({**client.counts, "dollars": round(spent, 2)}, refresh=False)
                     bar.update()
+                if not self.cfg.model:
+                    self.watch.note(records[groups[k][0]].reason, len(groups))
+
+    def forget_useless(self, replies, records, questions):
+        """Let the questions of a shard that have useless replies alone be asked again."""
+        for i, question in questions.items():
+            pictures = list(records[i].pictures.values())
+            keys = [reply_key(self.model, question.text, t, pictures) for t in ATTEMPTS]
+            entries = [replies.known[key] for key in keys if key in replies.known]
+            if not any(self.is_usable(entry) for entry in entries):
+                for entry in entries:
+                    replies.forget(entry["key"])
+
+    def is_usable(self, entry):
+        return not reply_problem(entry) and self.task.is_valid(entry["reply"])
 
     def group_equal(self, records, questions):
         """Lists of the numbers of records with the same question about the same pictures."""

@@ -35,6 +35,10 @@ class DamagedShard(ValueError):
     """An input that cannot be read to its end. The other shards go on."""
 
 
+class PostponedShard(ValueError):
+    """A shard that is made when the others are. Raised again then, it ends the stage."""
+
+
 class ShardRecord(NamedTuple):
     """One row with its pictures on the way through a stage."""
     row: dict

@@ -75,22 +75,32 @@ def make_missing_shards(out, stage, inputs, process):
     """Write the shards that are not finished -> how many, {name: error} of damaged inputs."""
     n_new = 0
     damaged = {}
+    postponed = []
     for shard in tqdm(inputs, desc=stage, unit="shard", disable=None):
-        if shard_is_finished(out, shard):
-            continue
-        with try_lock(out / ".shards" / shard.name) as mine:
-            # Another process works on it, or has finished it since the check above.
-            if not mine or shard_is_finished(out, shard):
-                continue
-            try:
-                shards.write_output_shard(out, shard, process)
-                n_new += 1
-            except shards.DamagedShard as e:
-                # Another input is damaged, and this stage needs all of them.
-                if str(shard.path) not in str(e):
-                    raise
-                damaged[shard.name] = str(e)
+        try:
+            n_new += make_shard(out, shard, process)
+        except shards.PostponedShard:
+            postponed.append(shard)
+        except shards.DamagedShard as e:
+            # Another input is damaged, and this stage needs all of them.
+            if str(shard.path) not in str(e):
+                raise
+            damaged[shard.name] = str(e)
+    for shard in postponed:
+        n_new += make_shard(out, shard, process)
     return n_new, damaged
+
+
+def make_shard(out, shard, process):
+    """Write a shard if it is not finished and no other process works on it -> whether it did."""
+    if shard_is_finished(out, shard):
+        return False
+    with try_lock(out / ".shards" / shard.name) as mine:
+        # Another process may have finished it since the check above.
+        if not mine or shard_is_finished(out, shard):
+            return False
+        shards.write_output_shard(out, shard, process)
+    return True
 
 
 def shard_is_finished(out, shard):

@@ -1,0 +1,55 @@
+"""Stop asking an endpoint that brings nothing usable, before all captions are dropped for it."""
+import collections
+from dataclasses import dataclass, field
+
+from curation.shards import PostponedShard
+
+# So many questions in a row without a usable reply end a stage. If half of all replies are useless
+# for good reasons, that happens by chance once in 10^15 questions.
+USELESS_IN_A_ROW = 50
+# More HTTP refusals than this, and than half of a shard, end it too.
+MIN_REFUSED = 20
+
+
+class UselessReplies(ValueError):
+    """The endpoint is at fault. No row is dropped for it; the same command asks again."""
+
+
+@dataclass
+class ReplyWatch:
+    """What became of the questions of a run."""
+    endpoint: str
+    n_usable: int = 0
+    useless: collections.Counter = field(default_factory=collections.Counter)  # in a row, by reason
+    n_refused: int = 0  # by HTTP, in this shard
+
+    def note(self, reason, n_questions):
+        """Count one question; reason: why its reply is not used, or None. UselessReplies: stop.
+
+        n_questions: those of the shard.
+        """
+        if not reason:
+            self.n_usable += 1
+            self.useless.clear()
+            return
+        self.useless[reason] += 1
+        if reason.startswith("http_"):
+            self.n_refused += 1
+        if self.useless.total() >= USELESS_IN_A_ROW:
+            raise UselessReplies(self.message())
+        if self.n_refused > max(MIN_REFUSED, n_questions // 2):
+            raise UselessReplies(self.message(f"{self.endpoint} refuses most pictures ({reason})"))
+
+    def end_shard(self):
+        """PostponedShard if no question of the run had a usable reply so far."""
+        self.n_refused = 0
+        if self.n_usable == 0:
+            raise PostponedShard(self.message())
+
+    def message(self, problem=""):
+        if not problem:
+            reasons = ", ".join(f"{name} {n}" for name, n in self.useless.items())
+            problem = (f"{self.endpoint}: nothing usable came of the last "
+                       f"{self.useless.total()} questions ({reasons})")
+        return (f"{problem}; none of these rows is dropped: see the endpoint's log, then give the "
+                "same command again, without the rows that no model can answer")
