@@ -281,7 +281,10 @@ def graph_step(model, tokens, positions, cache, graphs):
 # ---- sampling ------------------------------------------------------------------------------------
 
 def choose_tokens(model, logits, rows, settings):
-    """logits (S, V) of these rows -> their next token ids (S,)."""
+    """logits (S, V) of these rows -> their next token ids (S,). ValueError if any is NaN or inf."""
+    if not logits.sum(dtype=torch.float32).isfinite():  # any NaN or infinity gets into the sum
+        raise ValueError(f"{getattr(model, 'folder', 'the model')}: its logits are not finite; are "
+                         "its weights damaged, or is --dtype too narrow for them?")
     logits[:, model.image_token_id] = float("-inf")  # a placeholder is never an answer
     if settings.temperature == 0:
         return logits.argmax(-1)
@@ -327,10 +330,7 @@ def generate_stream(model, prompt, tiles, max_new_tokens, stop_ids, **settings):
 
 
 class Assistant:
-    """A loaded model folder that answers, with the settings of its Decoding.
-
-    Shapes: T tokens of a prompt, N tiles of side s.
-    """
+    """A loaded model folder that answers, with the settings of its Decoding."""
 
     def __init__(self, folder, device, dtype, max_tiles=0, **settings):
         """Read the folder and load its weights. ValueError for what is no whole model.
