@@ -160,8 +160,8 @@ def start_rows(model, batch, admitted, settings):
 def advance_rows(model, batch, is_last):
     """Run the newest token of every row -> (busy slots, logits (len(slots), V)).
 
-    is_last: nobody waits, so free slots are dropped. That copies the cache, so it happens only
-    when half of them are free; and not on CUDA, where graphs hold on to the tensors.
+    is_last: nobody waits, so free slots are dropped. That copies the cache, so it is done when
+    half of them are free. It is not done on CUDA, where graphs hold on to the tensors.
     """
     on_gpu = batch.cache.is_cuda
     slots = batch.busy_slots()
@@ -171,12 +171,12 @@ def advance_rows(model, batch, is_last):
         batch.rows = [batch.rows[slot] for slot in slots]
         slots = list(range(len(slots)))
 
-    positions = [row.position if row else 0 for row in batch.rows]
+    positions = torch.tensor([row.position if row else 0 for row in batch.rows])
+    length = int(positions.max()) + 1
     if on_gpu:
-        logits = graph_step(model, batch.tokens, positions, batch.cache, batch.graphs)
+        logits = graph_step(model, batch, positions, length)
     else:
-        where = torch.tensor(positions)
-        logits = decode_step(model, batch.tokens, where, batch.cache, max(positions) + 1)
+        logits = decode_step(model, batch.tokens, positions, batch.cache, length)
     if len(slots) < len(batch.rows):
         logits = logits[slots]
     for slot in slots:
@@ -249,29 +249,29 @@ def decode_step(model, tokens, positions, cache, length):
     return model.language_model.head(h)
 
 
-def graph_step(model, tokens, positions, cache, graphs):
-    """decode_step as a CUDA graph: one launch instead of some hundreds. positions: a list.
+def graph_step(model, batch, positions, length):
+    """decode_step of a Batch as a CUDA graph: one launch instead of some hundreds.
 
-    A graph is captured once per GRAPH_TOKENS of length, for these very tensors, and kept in the
-    dict `graphs`. Not run on a GPU yet.
+    A graph is captured once per GRAPH_TOKENS of length and kept in batch.graphs: it belongs to the
+    tensors of this batch. Not run on a GPU yet.
     """
-    length = GRAPH_TOKENS * math.ceil((max(positions) + 1) / GRAPH_TOKENS)
-    length = min(length, cache.shape[-2])
+    graphs = batch.graphs
+    length = min(GRAPH_TOKENS * math.ceil(length / GRAPH_TOKENS), batch.cache.shape[-2])
     if "positions" not in graphs:
-        graphs["positions"] = torch.zeros_like(tokens)
+        graphs["positions"] = torch.zeros_like(batch.tokens)
         graphs["pool"] = torch.cuda.graph_pool_handle()
-    where = graphs["positions"].copy_(torch.tensor(positions))
+    where = graphs["positions"].copy_(positions)
     if length not in graphs:
-        # Lazy set-up has to happen outside of the graph. The step writes the same into the cache
-        # when it runs again.
+        # Lazy set-up has to happen outside of the graph. The step can run twice: it writes the
+        # same into the cache.
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            decode_step(model, tokens, where, cache, length)
+            decode_step(model, batch.tokens, where, batch.cache, length)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=graphs["pool"]):
-            logits = decode_step(model, tokens, where, cache, length)
+            logits = decode_step(model, batch.tokens, where, batch.cache, length)
         graphs[length] = graph, logits
     graph, logits = graphs[length]
     graph.replay()
@@ -330,10 +330,10 @@ def generate_stream(model, prompt, tiles, max_new_tokens, stop_ids, **settings):
 
 
 class Assistant:
-    """A loaded model folder that answers, with the settings of its Decoding."""
+    """A loaded model folder that answers."""
 
     def __init__(self, folder, device, dtype, max_tiles=0, **settings):
-        """Read the folder and load its weights. ValueError for what is no whole model.
+        """Load a folder's weights; ValueError for what is no whole model.
 
         max_tiles: of a picture, 0 = what the folder says; settings: the fields of Decoding.
         """

@@ -113,21 +113,23 @@ class Block(nn.Module):
         another one, so the last block computes only those that have a label.
         """
         T = len(x)
+        attn = self.self_attn
         y = self.input_layernorm(x)
-        q = self.self_attn.q_proj(y).view(T, -1, self.head_dim)  # (T, H, D)
-        k = self.self_attn.k_proj(y).view(T, -1, self.head_dim)  # (T, K, D)
-        v = self.self_attn.v_proj(y).view(T, -1, self.head_dim)  # (T, K, D)
+        q = attn.q_proj(y).view(T, -1, self.head_dim)  # (T, H, D)
+        k = attn.k_proj(y).view(T, -1, self.head_dim)  # (T, K, D)
+        v = attn.v_proj(y).view(T, -1, self.head_dim)  # (T, K, D)
         q = rotate(q, *rope)
         k = rotate(k, *rope)
         attention_out = attend(q, k, v).flatten(1)  # (T, H*D)
         if rows is not None:
             x = x.index_select(0, rows)
             attention_out = attention_out.index_select(0, rows)
-        x = x + self.self_attn.o_proj(attention_out)
+        x = x + attn.o_proj(attention_out)
 
+        mlp = self.mlp
         y = self.post_attention_layernorm(x)
-        gated = F.silu(self.mlp.gate_proj(y)) * self.mlp.up_proj(y)  # (T, ffn_dim)
-        return x + self.mlp.down_proj(gated)
+        gated = F.silu(mlp.gate_proj(y)) * mlp.up_proj(y)  # (T, ffn_dim)
+        return x + mlp.down_proj(gated)
 
 
 def packed(cu_seqlens):
@@ -328,7 +330,7 @@ def init_weights(module, seed, std=0.02, layer_scale=1.0):
     for name, p in module.named_parameters():
         if name.endswith(("ls1", "ls2")):
             p.fill_(layer_scale)
-        elif p.dim() == 1:
+        elif p.dim() < 2:
             p.fill_(0.0 if name.endswith("bias") else 1.0)
         else:
             scale = std

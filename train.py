@@ -24,6 +24,8 @@ from model import LLMConfig, compile_blocks, train_flops
 from model_config import config_json
 from training import checkpoint, distributed, metrics, optim, run_folder
 from training.dry_run import print_plan
+from training.output import forgive_output
+from training.progress import Progress
 from vision import VisionConfig
 from weights import save_folder, start_model, start_weights
 
@@ -157,7 +159,7 @@ def run_stages(cfg):
     later_steps = sum(stage.steps for _, stage in stages)
     for name, stage in stages:
         later_steps -= stage.steps
-        if run_folder.is_finished(run.out, name):
+        if run_folder.stage_finished(run.out, name):
             distributed.say(run.dist, f"{name}: finished before, in {run.out / name}; "
                                       "remove that folder to train it again")
             continue
@@ -175,6 +177,7 @@ def set_up(cfg, origins, values, stages):
     """Join the other ranks, take the run folder, find the checkpoint to resume from."""
     # First of all: a signal during the slow parts must save as well.
     preemption = run_folder.Preemption()
+    forgive_output()
     dist = distributed.setup_distributed(cfg.device, cfg.timeout_s)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
@@ -213,6 +216,8 @@ def train_stage(run, name, stage, later_steps):
 
     # ---- model and data ----
     folder, first_step = run_folder.where_to_start(run, name)
+    if folder:
+        run_folder.check_model_folder(folder, dist)
     accum, run.planned_world = run_folder.micro_batches(run, name)
     tokenizer_dir = folder or cfg.tokenizer
     tokenizer = Tokenizer(tokenizer_dir)
@@ -243,11 +248,12 @@ def train_stage(run, name, stage, later_steps):
 
     # ---- start, or resume from a checkpoint of this stage ----
     packs_per_step = packs.settings.packs_per_step
-    fresh = checkpoint.Progress(name, packs.fingerprint, packs_per_step, run.planned_world)
+    fresh = Progress(name, packs.fingerprint, packs_per_step, run.planned_world)
     progress = run_folder.resume(run.checkpoint, fresh, steps, model, optimizer)
     run_folder.check_disk(cfg, name, steps - progress.step, model)
     if dist.is_main:
         checkpoint.set_aside(run.out, first_step + progress.step)
+        run_folder.write_finished(run.out, name, False)
         run_folder.write_run_config(run.out, run.values, run.origins, progress.world)
         if progress.step == 0:
             metrics.log_bad(run.out, packs.unreadable())
@@ -358,6 +364,7 @@ def train_stage(run, name, stage, later_steps):
     run.saver.wait()
     run.watchdog.stop()
     bar.close()
+    run.saver.check(run.out / name, checkpoint.tensors_of(model, optimizer), progress)
     weights = distributed.full_state(model)
     if dist.is_main:
         extra = source.config | {"min_dynamic_patch": cfg.min_tiles,
@@ -365,6 +372,7 @@ def train_stage(run, name, stage, later_steps):
                                  "use_thumbnail": cfg.thumbnail}
         config = config_json(vision, llm, template=cfg.template, extra=extra)
         save_folder(weights, config, run.out / name, tokenizer_dir)
+        run_folder.write_finished(run.out, name, True)
     distributed.barrier()
     distributed.say(dist, f"{name}: model folder {run.out / name}")
     return False

@@ -1,48 +1,66 @@
-"""SAIL-VL-8B supervised fine-tuning: a curriculum of three stages in which everything trains.
+"""SAIL-VL-8B supervised fine-tuning: a curriculum of three stages; everything trains.
 
 21M + 12M + 3.5M samples.
 
-    torchrun --nproc_per_node=8 sft.py config/sft_8b.py --init_from=out/pretrain_8b/advance \\
+    torchrun --nproc_per_node=8 sft.py config/sft_8b.py \\
+        --init_from=out/pretrain_8b/advance \\
         --knowledge.data=k.json --instruction.data=i.json --preference.data=p.json
 
-Marks as in config/pretrain_8b.py: [P] SAIL-VL, [S2] SAIL-VL2, [IVL] InternVL2.5, [A] arithmetic,
-[I] our choice.
+Marks as in config/pretrain_8b.py: [P] SAIL-VL, [S2] SAIL-VL2, [IVL] InternVL2.5,
+[A] arithmetic, [I] our choice.
 """
-init_from = ""  # the model folder of the advance stage; "": random weights, for tests
+# The model folder of the advance stage; "": random weights, for tests.
+init_from = ""
 out_dir = "out/sft_8b"
-vision = "internvit-300m"  # [P]
-llm = "qwen2.5-7b"  # [P]
-template = "sailvl-chat"  # [P]
+vision = "internvit-300m"               # [P] InternViT-300M-448px
+llm = "qwen2.5-7b"                      # [P] Qwen2.5-7B-Instruct
+template = "sailvl-chat"                # [P]
 stages = "knowledge,instruction,preference"  # [P] rising complexity
-max_tiles = 12  # [P] max_dynamic_patch of the released config
-min_tiles = 1  # [P] min_dynamic_patch
-thumbnail = True  # [P] use_thumbnail
-tokens_per_pack = 8192  # [S2] packed length 8192
-max_tiles_per_pack = 48  # [IVL] at most 48 tiles in a packed row
-grad_accum_steps = 16  # [A] 8 GPUs x 16 packs x 4 samples of 2048 tokens = [IVL] batch 512
-loss_weight = "sqrt"  # [IVL] "square": 1/sqrt(n) for a sample of n supervised tokens
-beta1 = 0.9  # [IVL]
-beta2 = 0.999  # [IVL]
-eps = 1e-8  # [IVL]
-grad_clip = 1.0  # [IVL]
-dtype = "bfloat16"  # [P]
-parallel = "fsdp"  # the state of 8B is sharded: see --dry_run=True
-# [I] so that a pack full of tiles fits into 80 GB: see --dry_run=True
+max_tiles = 12                          # [P] max_dynamic_patch of the released config
+min_tiles = 1                           # [P] min_dynamic_patch
+thumbnail = True                        # [P] use_thumbnail
+tokens_per_pack = 8192                  # [S2] packed length 8192
+max_tiles_per_pack = 48                 # [IVL] at most 48 tiles in a packed row
+# [A] 8 GPUs x 16 packs x 4 samples of 2048 tokens = [IVL] batch 512
+grad_accum_steps = 16
+# [IVL] "square": a sample of n supervised tokens has the weight 1/sqrt(n).
+loss_weight = "sqrt"
+beta1 = 0.9                             # [IVL]
+beta2 = 0.999                           # [IVL]
+eps = 1e-8                              # [IVL]
+grad_clip = 1.0                         # [IVL]
+dtype = "bfloat16"                      # [P]
+parallel = "fsdp"                       # the state of 8B is sharded: see --dry_run=True
+# [I] A pack full of tiles then fits into 80 GB: see --dry_run=True.
 activation_checkpointing = "selective"
-save_every = 500  # [I]
+save_every = 500                        # [I]
 
-# world knowledge, basic instructions (Infinity-MM stage 2 is the public part [P])
+# World knowledge, basic instructions; the public part is Infinity-MM stage 2 [P].
 knowledge.data = ""
-knowledge.steps = 41015  # [A] 21M samples [P] / 512
-knowledge.lr_vision = knowledge.lr_projector = knowledge.lr_llm = 2e-5  # [I] half of InternVL2.5's
-knowledge.warmup_steps = 1230  # [IVL] 3 % of the steps
-instruction.data = ""  # visual instruction following
-instruction.steps = 23437  # [A] 12M samples [P] / 512
-instruction.lr_vision = instruction.lr_projector = instruction.lr_llm = 2e-5  # [I]
-instruction.warmup_steps = 703  # [IVL] 3 %
-preference.data = ""  # small and complex: reasoning (Infinity-MM stage 4 is the public part [P])
-preference.steps = 6835  # [A] 3.5M samples [P] / 512
-preference.lr_vision = preference.lr_projector = preference.lr_llm = 1e-5  # [I] half, at the end
-preference.warmup_steps = 205  # [IVL] 3 %
-knowledge.weight_decay = instruction.weight_decay = preference.weight_decay = 0.05  # [IVL] 8B
-knowledge.drop_path = instruction.drop_path = preference.drop_path = 0.1  # [IVL]
+knowledge.steps = 41015                 # [A] 21M samples [P] / 512
+knowledge.lr_vision = 2e-5              # [I] half of InternVL2.5's
+knowledge.lr_projector = 2e-5           # [I] half of InternVL2.5's
+knowledge.lr_llm = 2e-5                 # [I] half of InternVL2.5's
+knowledge.warmup_steps = 1230           # [IVL] 3 % of the steps
+knowledge.weight_decay = 0.05           # [IVL] 8B
+knowledge.drop_path = 0.1               # [IVL]
+
+# Visual instruction following.
+instruction.data = ""
+instruction.steps = 23437               # [A] 12M samples [P] / 512
+instruction.lr_vision = 2e-5            # [I]
+instruction.lr_projector = 2e-5         # [I]
+instruction.lr_llm = 2e-5               # [I]
+instruction.warmup_steps = 703          # [IVL] 3 % of the steps
+instruction.weight_decay = 0.05         # [IVL] 8B
+instruction.drop_path = 0.1             # [IVL]
+
+# Small and complex: reasoning; the public part is Infinity-MM stage 4 [P].
+preference.data = ""
+preference.steps = 6835                 # [A] 3.5M samples [P] / 512
+preference.lr_vision = 1e-5             # [I] half, at the end
+preference.lr_projector = 1e-5          # [I] half, at the end
+preference.lr_llm = 1e-5                # [I] half, at the end
+preference.warmup_steps = 205           # [IVL] 3 % of the steps
+preference.weight_decay = 0.05          # [IVL] 8B
+preference.drop_path = 0.1              # [IVL]

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from curation.shards import ShardRecord, find_input_shards, in_blocks, read_records
-from curation.stages import is_finished, run_stage
+from curation.stages import run_stage, shard_is_finished
 from inputs.chat import conversation
 from inputs.images import load_image
 from inputs.records import UNREADABLE
@@ -50,7 +50,7 @@ def load_known_files(cfg, out):
     The files of shards that will be made again are left out, or they would be dropped as copies of
     themselves.
     """
-    to_make = {shard.name for shard in find_input_shards(cfg) if not is_finished(out, shard)}
+    to_make = {shard.name for shard in find_input_shards(cfg) if not shard_is_finished(out, shard)}
     known_files = set()
     for path in (out / ".shards").glob("*.npy"):
         if path.stem not in to_make and (out / f"{path.stem}.tar").exists():

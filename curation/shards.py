@@ -19,9 +19,9 @@ from evals.endpoint import IMAGE_TYPES, reply_key
 from inputs import files
 from inputs.chat import image_names
 from inputs.images import IMAGE_SUFFIXES
-from inputs.records import UNREADABLE, Source
+from inputs.records import UNREADABLE, Source, read_place, read_record, record_pictures, tar_record
 from inputs.sources import expand_paths, open_sources
-from inputs.tars import MAX_BYTES, add_record, open_tar, tar_key
+from inputs.tars import MAX_BYTES, add_record, open_tar, tar_key, tar_members
 from inputs.tokenizer import Tokenizer
 
 # Limit of a record's .json and .txt. Python needs up to 25 times as much memory to read one.
@@ -143,10 +143,9 @@ def read_records(shard, with_pictures=True):
         yield from read_source_rows(shard, with_pictures)
         return
     try:
-        with open_tar(shard.path) as tar:
-            members = (member for member in iter(tar.next, None) if not member.isdir())
-            for name, group in itertools.groupby(members, tar_key):
-                yield read_tar_record(tar, name, group, with_pictures)
+        with open_tar(shard.path) as tar, open(shard.path, "rb") as file:
+            for key, group in itertools.groupby(tar_members(tar), tar_key):
+                yield read_tar_record(file, key, list(group), with_pictures)
     except (ValueError, OSError, EOFError) as e:
         message = str(e)
         if str(shard.path) not in message:
@@ -178,32 +177,36 @@ def read_source_rows(shard, with_pictures):
             yield ShardRecord(row, {}, "no_such_file" if isinstance(e, OSError) else "bad_row")
 
 
-def read_tar_record(tar, name, members, with_pictures):
-    """Read the members of one record in place; nothing is extracted."""
-    row = {"id": os.path.basename(name)}
-    pictures = {}
-    texts = {}
+def read_tar_record(file, key, members, with_pictures):
+    """The record of these members of a tar, read in place as training reads it."""
+    row = {"id": os.path.basename(key)}
+    reason = members_problem(members)
+    if reason:
+        return ShardRecord(row, {}, reason)
+    record = tar_record(members)
+    try:
+        if record.has_text or record.problem:
+            found, _ = read_record(file, record)
+            if record.caption and "caption" in found:
+                row["caption"] = None  # its place in the row, before what the .json holds
+            row |= found
+        pictures = {}
+        for k, (name, place) in enumerate(record_pictures(record, row)):
+            content = read_place(file, *place, "a picture") if with_pictures else b""
+            pictures[f"{k}/{name}"] = content
+    except UNREADABLE:
+        return ShardRecord(row, {}, "ambiguous_record" if record.problem else "bad_row")
+    return ShardRecord(row, pictures, None)
+
+
+def members_problem(members):
+    """Why the members of a record are refused, or None."""
     reason = None
     size = 0
     for member in members:
-        # tarfile keeps every member it has read, which in a large tar fills the memory.
-        tar.members = []
         size += member.size
-        problem = member_problem(member, size)
-        if problem:
-            reason = problem
-        elif member.name.lower().endswith(IMAGE_SUFFIXES):
-            pictures[member.name] = tar.extractfile(member).read() if with_pictures else b""
-        elif member.name.endswith((".json", ".txt")):
-            texts[member.name[-4:]] = tar.extractfile(member).read()
-    try:
-        if ".txt" in texts:
-            row["caption"] = texts[".txt"].decode()
-        if "json" in texts:
-            row |= json.loads(texts["json"])
-    except (ValueError, TypeError, RecursionError):
-        reason = reason or "bad_row"
-    return ShardRecord(row, {} if reason else pictures, reason)
+        reason = member_problem(member, size) or reason
+    return reason
 
 
 def member_problem(member, record_size):
@@ -218,7 +221,7 @@ def member_problem(member, record_size):
         return "unsafe_name"
     if record_size > MAX_BYTES:
         return "too_big"
-    if member.name.endswith((".json", ".txt")) and member.size > MAX_JSON_BYTES:
+    if member.name.lower().endswith((".json", ".txt")) and member.size > MAX_JSON_BYTES:
         return "too_big"
     return None
 

@@ -76,11 +76,11 @@ def make_missing_shards(out, stage, inputs, process):
     n_new = 0
     damaged = {}
     for shard in tqdm(inputs, desc=stage, unit="shard", disable=None):
-        if is_finished(out, shard):
+        if shard_is_finished(out, shard):
             continue
         with try_lock(out / ".shards" / shard.name) as mine:
             # Another process works on it, or has finished it since the check above.
-            if not mine or is_finished(out, shard):
+            if not mine or shard_is_finished(out, shard):
                 continue
             try:
                 shards.write_output_shard(out, shard, process)
@@ -93,7 +93,7 @@ def make_missing_shards(out, stage, inputs, process):
     return n_new, damaged
 
 
-def is_finished(out, shard):
+def shard_is_finished(out, shard):
     """Whether an output shard exists and its input has not changed since."""
     facts = out / ".shards" / f"{shard.name}.json"
     if not (out / f"{shard.name}.tar").exists() or not facts.exists():
@@ -137,7 +137,7 @@ def cost_in_dollars(cfg, usage):
 
 def stage_totals(cfg, out, stage, inputs):
     """Sums over all finished shards: rows in, out, dropped by reason; rates, tokens, dollars."""
-    finished = [shard for shard in inputs if is_finished(out, shard)]
+    finished = [shard for shard in inputs if shard_is_finished(out, shard)]
     counts = collections.Counter()
     for shard in finished:
         facts = files.read_json(out / ".shards" / f"{shard.name}.json", dict)

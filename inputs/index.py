@@ -13,8 +13,8 @@ import json
 import multiprocessing
 import os
 import stat
+import sys
 import threading
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +23,20 @@ from tqdm import tqdm
 from inputs.chat import image_names, row_segments
 from inputs.files import atomic_write, file_hash, json_hash, read_json, write_atomic
 from inputs.images import IMAGE_SUFFIXES, image_size
-from inputs.records import IMAGE, ROW, ROW_READERS, UNREADABLE, Source, map_index, parse_row
-from inputs.tars import MAX_BYTES, check_size, open_tar, tar_key
+from inputs.records import (
+    IMAGE,
+    ROW,
+    ROW_READERS,
+    UNREADABLE,
+    Record,
+    Source,
+    map_index,
+    parse_row,
+    read_record,
+    record_pictures,
+    tar_record,
+)
+from inputs.tars import MAX_BYTES, open_tar, tar_key, tar_members
 
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2", ".zip", ".parquet")
 # Records that one process measures at a time: about a second of work.
@@ -87,8 +99,8 @@ def a_bad_row_is_readable_now(source, tokenizer, template):
     for bad in read_json(source.index / "meta.json")["bad"]:
         with contextlib.suppress(*UNREADABLE):
             offset, size, *_ = source.rows[bad["row"]].item()
-            record = Record(offset, size)
-            measure_record(source, source.read(offset, size), record, tokenizer, template, {})
+            row = parse_row(source.read(offset, size), False)
+            measure_row(source, row, Record(offset, size), tokenizer, template, {})
             map_index.cache_clear()
             return True
     return False
@@ -129,16 +141,6 @@ def build_index(source, tokenizer, template):
 
 # ---- finding records ----------------------------------------------------------------------------
 
-@dataclass(slots=True)
-class Record:
-    """Where a row is; of a tar also {name: (offset, size)} of the pictures beside it."""
-
-    offset: int
-    size: int
-    is_text: bool = False
-    pictures: dict | None = None
-
-
 def find_records(source):
     """Yield the Record of every row of a source, in order."""
     if source.is_tar:
@@ -168,22 +170,9 @@ def tar_records(path):
     """Yield the Record of every group of members that share a key. Nothing is extracted."""
     with open_tar(path) as tar:
         # Links and devices are no data.
-        members = (member for member in tar if member.isreg())
+        members = (member for member in tar_members(tar) if member.isreg())
         for _, group in itertools.groupby(members, tar_key):
-            places = {os.path.basename(m.name): (m.offset_data, m.size) for m in group}
-            pictures = {}
-            text = None
-            for name, place in places.items():
-                if name.lower().endswith(IMAGE_SUFFIXES):
-                    pictures[name] = place
-                elif name.lower().endswith(".json"):
-                    # The first .json counts, and it goes before a .txt.
-                    if text is None or text.is_text:
-                        text = Record(*place, False, pictures)
-                elif name.lower().endswith(".txt") and text is None:
-                    text = Record(*place, True, pictures)
-            # A group without text is a row all the same, and will be listed as unreadable.
-            yield text or Record(0, 0, False, pictures)
+            yield tar_record(group)
 
 
 def folder_rows(folder):
@@ -225,6 +214,7 @@ def measure_all(source, tokenizer, template, stack):
         cores = len(os.sched_getaffinity(0))
     pool = None
     waiting = collections.deque()
+    told = []  # whether a killed process has been told of
     first = 0
     while task := list(itertools.islice(records, RECORDS_PER_TASK)):
         if pool is None and first > 0 and cores > 1:
@@ -235,12 +225,32 @@ def measure_all(source, tokenizer, template, stack):
         if pool is None:
             yield measure_records(source, task, first, tokenizer, template)
         else:
-            waiting.append(pool.submit(measure_task, source, task, first))
+            waiting.append((submit(pool, source, task, first), task, first))
         first += len(task)
         if len(waiting) > 2 * cores:
-            yield waiting.popleft().result()
-    for future in waiting:
-        yield future.result()
+            yield result_of(*waiting.popleft(), source, tokenizer, template, told)
+    for future, task, number in waiting:
+        yield result_of(future, task, number, source, tokenizer, template, told)
+
+
+def submit(pool, source, task, first):
+    """A Future of measure_task, or None if a process of the pool was killed."""
+    try:
+        return pool.submit(measure_task, source, task, first)
+    except concurrent.futures.BrokenExecutor:
+        return None
+
+
+def result_of(future, task, first, source, tokenizer, template, told):
+    """What a Future brings. If its process was killed, this one measures the records itself."""
+    with contextlib.suppress(concurrent.futures.BrokenExecutor):
+        if future:
+            return future.result()
+    if not told:
+        print(f"WARNING: {source.path}: a process that measured records was killed (out of "
+              f"memory?); from record {first} on this one does", file=sys.stderr, flush=True)
+        told.append(True)
+    return measure_records(source, task, first, tokenizer, template)
 
 
 # (tokenizer, template) of this process, if it is one of the pool
@@ -278,39 +288,36 @@ def measure_records(source, records, first, tokenizer, template):
     with open(source.lines, "rb") as file:
         for i, record in enumerate(records, first):
             place = (record.offset, record.size)
+            is_text = record.is_text
             try:
-                raw = os.pread(file.fileno(), check_size(record.size, "a row"), record.offset)
-                tokens, found = measure_record(source, raw, record, tokenizer, template,
-                                               known_sizes)
+                row, is_text = read_record(file, record)
+                tokens, found = measure_row(source, row, record, tokenizer, template, known_sizes)
+                if is_text and record.caption:
+                    place = record.caption
             except UNREADABLE as e:
                 reason = str(e) if type(e) is ValueError else f"{type(e).__name__}: {e}"
                 bad.append({"source": source.name, "row": i, "reason": reason[:300]})
                 place = (record.offset, min(record.size, 2 ** 31 - 1))
                 tokens = -1
                 found = []
-            rows.append((*place, tokens, len(images), len(found), record.is_text))
+            rows.append((*place, tokens, len(images), len(found), is_text))
             images += found
     return np.array(rows, ROW), np.array(images, IMAGE), bad
 
 
-def measure_record(source, raw, record, tokenizer, template, known_sizes):
+def measure_row(source, row, record, tokenizer, template, known_sizes):
     """(tokens apart from visual ones, [(offset, size, width, height) of each image]) of a row.
 
     known_sizes: {name: size} of pictures measured before. Raises one of UNREADABLE.
     """
-    row = parse_row(raw, record.is_text)
-    names = image_names(row)
     images = []
     if record.pictures is None:
-        for name in names:
+        for name in image_names(row):
             if name not in known_sizes:
                 known_sizes[name] = size_of_file(source.root / name, name)
             images.append((0, 0, *known_sizes[name]))
     else:
-        # In the order of the row, if it names pictures of its record; else in that of the tar.
-        names = [os.path.basename(name) for name in names]
-        places = [record.pictures[name] for name in names if name in record.pictures]
-        for place in places or record.pictures.values():
+        for _, place in record_pictures(record, row):
             images.append((*place, *image_size(source.read(*place))))
     parts = row_segments(row, tokenizer, template, [0] * len(images), 0)
     return sum(len(ids) for ids, _ in parts), images

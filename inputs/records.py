@@ -10,6 +10,7 @@ import torch
 
 from inputs.chat import image_names
 from inputs.files import read_json
+from inputs.images import IMAGE_SUFFIXES
 from inputs.tars import MAX_BYTES, check_size
 
 # The two files of an index. A row has its place in the file of rows, its tokens apart from the
@@ -132,3 +133,93 @@ def parse_row(raw, is_text):
 
 def not_json(reason):
     return ValueError(f"not valid JSON ({reason}); write one object {{...}} per row, in UTF-8")
+
+
+# ---- records before there is an index ----------------------------------------------------------
+
+@dataclass(slots=True)
+class Record:
+    """Where a row is. In a tar also where the files beside it are, each as (offset, size)."""
+
+    offset: int
+    size: int
+    is_text: bool = False
+    pictures: dict | None = None  # {name: place}
+    caption: tuple | None = None  # place of the .txt beside a .json
+    problem: str = ""  # why the record is no row
+
+    @property
+    def has_text(self):
+        """False for files of a tar without a .json or .txt."""
+        return self.pictures is None or self.offset > 0
+
+
+def tar_record(members):
+    """The Record of the files of a tar that share a key.
+
+    Of each kind of text there may be one: which of two belongs to the pictures is not known.
+    """
+    pictures = {}
+    texts = {".json": [], ".txt": []}
+    problem = ""
+    for member in members:
+        name = os.path.basename(member.name)
+        suffix = os.path.splitext("name" + name)[1].lower()
+        place = (member.offset_data, member.size)
+        if suffix in IMAGE_SUFFIXES:
+            if name in pictures:
+                problem = f"two files called {name} in one record; rename one"
+            pictures[name] = place
+        elif suffix in texts:
+            texts[suffix].append((name, place))
+    for suffix, found in texts.items():
+        if len(found) > 1:
+            names = ", ".join(name for name, _ in found[:4])
+            problem = (f"{len(found)} {suffix} in one record ({names}), whose name ends at its "
+                       "first dot; rename its files")
+    json_place, text_place = (found[0][1] if found else None for found in texts.values())
+    if json_place:
+        return Record(*json_place, False, pictures, text_place, problem)
+    if text_place:
+        return Record(*text_place, True, pictures, None, problem)
+    # A record without text is a row all the same, and will be listed as unreadable.
+    return Record(0, 0, False, pictures, None, problem)
+
+
+def read_record(file, record):
+    """(row, whether its text is a bare caption) of a record in an open file of rows.
+
+    A .txt beside a .json is the caption if the .json has none. Raises one of UNREADABLE.
+    """
+    if record.problem:
+        raise ValueError(record.problem)
+    if not record.has_text:
+        raise ValueError("no .json or .txt beside the pictures; write one")
+    row = parse_row(read_place(file, record.offset, record.size), record.is_text)
+    if not record.caption or not_blank(row.get("caption")) or not_blank(row.get("text")):
+        return row, record.is_text
+    row["caption"] = parse_row(read_place(file, *record.caption), True)["caption"]
+    return row, "conversations" not in row and "messages" not in row
+
+
+def read_place(file, offset, size, what="a row"):
+    """Bytes of a row or picture in an open file; ValueError if they are too many, or cut off."""
+    content = os.pread(file.fileno(), check_size(size, what), offset)
+    if len(content) < size:
+        raise ValueError(f"{file.name} ends too early; copy it again")
+    return content
+
+
+def not_blank(value):
+    """Whether a field says something: it is there, and no text of spaces alone."""
+    return value is not None and not (isinstance(value, str) and not value.strip())
+
+
+def record_pictures(record, row):
+    """[(name, place)] of the pictures of a tar's record.
+
+    In the order of the row, if it names pictures of its record; else in that of the tar.
+    """
+    names = [os.path.basename(name) for name in image_names(row)]
+    named = [(name, record.pictures[name]) for name in names if name in record.pictures]
+    return named or list(record.pictures.items())

@@ -40,6 +40,15 @@ def open_tar(path):
                          "copy it again or leave it out") from None
 
 
+def tar_members(tar):
+    """Yield all members of an open tar but its folders, in order."""
+    for member in iter(tar.next, None):
+        # tarfile keeps every member it has read, which in a large tar fills the memory.
+        tar.members = []
+        if not member.isdir():
+            yield member
+
+
 def tar_key(member):
     """What the files of one record share: the path up to the first dot, as WebDataset has it."""
     return re.match(r"(?:.*/)?[^./]*", member.name)[0]

@@ -26,9 +26,8 @@ from pathlib import Path
 import numpy as np
 
 from configurator import configure, run_script, subcommand
-from inputs.files import read_json
+from inputs.files import read_json, read_jsonl
 from runs.plan import run_plan
-from training.metrics import read_log
 
 
 @dataclass(slots=True)
@@ -96,7 +95,7 @@ def read_points(cfg):
         results = read_json(path, dict)
         # the last line of a stage has all tokens of that stage
         of_stage = {row["stage"]: row["tokens_seen"]
-                    for row in read_log(point / "pretrain" / "log.jsonl")}
+                    for row in read_jsonl(point / "pretrain" / "log.jsonl")}
         steps.append(int(point.name.split("_")[0]))
         tokens.append(sum(of_stage.values()))
         for name in ("overall", *results["n"]):

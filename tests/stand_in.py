@@ -16,8 +16,8 @@ sys.path.insert(0, str(ROOT))  # when it is run as a script
 
 from train import RunConfig, Stage  # noqa: E402
 from training import checkpoint, distributed, optim, run_folder  # noqa: E402
-from training.checkpoint import Progress  # noqa: E402
 from training.distributed import ALONE  # noqa: E402
+from training.progress import Progress  # noqa: E402
 
 ALL = Stage(steps=4, lr_vision=1e-2, lr_projector=1e-2, lr_llm=1e-2)
 ADVANCE = Stage(steps=4, lr_vision=1e-2, lr_projector=1e-2)

@@ -1,14 +1,17 @@
 """Checkpoints: exact resume on any layout, damage, a save that dies, full disks, pruning."""
 
+import dataclasses
+import json
 import os
+import shutil
 import types
 
 import pytest
 from stand_in import ALL, ALONE, build, largest_difference, save, train
 
 from train import RunConfig
-from training import checkpoint, optim
-from training.checkpoint import Progress
+from training import checkpoint, optim, run_folder
+from training.progress import Progress
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -28,12 +31,12 @@ def test_a_checkpoint_moves_from_one_process_to_ddp_to_fsdp_and_back(two_ranks):
 def test_a_resumed_run_equals_the_undisturbed_one_bit_for_bit(tmp_path):
     model, optimizer = build(ALL)
     train(model, optimizer, ALONE, [0, 1], range(2))
-    save(tmp_path, 2, model, optimizer, Progress(position=[3, 4]))
+    save(tmp_path, 2, model, optimizer, Progress(step=2, position=[3, 4]))
     train(model, optimizer, ALONE, [0, 1], range(2, 4))
     again, again_optimizer = build(ALL, cfg=RunConfig(beta2=0.9))
     path = checkpoint.find_checkpoint(tmp_path)
     checkpoint.load_checkpoint(path, again, again_optimizer)
-    assert checkpoint.read_progress(path) == Progress(position=[3, 4])
+    assert checkpoint.read_progress(path) == Progress(step=2, position=[3, 4])
     # settings come from the configuration
     assert again_optimizer.param_groups[0]["betas"] == (0.9, 0.9)
     for group in again_optimizer.param_groups:
@@ -109,7 +112,7 @@ def test_a_save_beside_the_training_holds_the_moment_it_was_asked_for(tmp_path):
     train(model, optimizer, ALONE, [0, 1], range(2))
     before = {k: v.clone() for k, v in model.state_dict().items()}
     saver = checkpoint.Saver(tmp_path, ALONE)
-    saver.save(2, model, optimizer, Progress())
+    saver.save(2, model, optimizer, Progress(step=2))
     train(model, optimizer, ALONE, [0, 1], range(2, 4))  # while it is being written
     saver.wait()
     again, again_optimizer = build(ALL)
@@ -195,6 +198,54 @@ def test_checkpoints_of_later_steps_than_where_a_run_goes_on_are_set_aside_aloud
     ]
 
 
+STRANGERS = [
+    "step_00000020.keep_this",
+    "step_00000020.bak",
+    "step_00000002_best",
+    "step_2",
+    "step_000000002",
+    "step_",
+    "step_0000000x",
+    "step_\u0660\u0660\u0660\u0660\u0660\u0660\u0660\u0661",
+    "step_00000001 (copy)",
+    ".tmp_notes",
+    ".tmp_step_00000001.keep",
+    "aside_step_00000099",
+]
+
+
+@pytest.mark.parametrize("name", STRANGERS)
+def test_names_that_are_not_our_own_are_neither_deleted_nor_read(tmp_path, name):
+    model, optimizer = build(ALL)
+    for step in (1, 2):
+        save(tmp_path, step, model, optimizer)
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(folder / "step_00000002", folder / name)
+    run_folder.lock_run_folder(tmp_path)
+    assert checkpoint.find_checkpoint(tmp_path).name == "step_00000002"
+    checkpoint.set_aside(tmp_path, 2)
+    for step in (3, 4, 5):
+        save(tmp_path, step, model, optimizer)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"latest", name, "step_00000004", "step_00000005"}
+    assert checkpoint.find_checkpoint(tmp_path).name == "step_00000005"
+
+
+def test_a_file_or_a_link_with_a_name_of_ours_ends_no_run_and_what_it_leads_to_stays(tmp_path):
+    model, optimizer = build(ALL)
+    save(tmp_path / "other", 1, model, optimizer)
+    kept = tmp_path / "other/checkpoints/step_00000001"
+    folder = tmp_path / "run/checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "step_00000001").symlink_to(kept)
+    (folder / "step_00000009").write_text("a note")
+    assert checkpoint.find_checkpoint(tmp_path / "run").name == "step_00000001"
+    for step in (2, 3, 4, 9):
+        save(tmp_path / "run", step, model, optimizer)
+    assert checkpoint.verify_checkpoint(kept) is None and (folder / "step_00000001").is_symlink()
+    assert checkpoint.find_checkpoint(tmp_path / "run").name == "step_00000009"
+
+
 def test_a_run_none_of_whose_checkpoints_is_intact_is_refused_not_started_anew(tmp_path):
     assert checkpoint.find_checkpoint(tmp_path) is None
     model, optimizer = build(ALL)
@@ -211,7 +262,7 @@ def test_a_checkpoint_before_the_first_step_has_all_moments_and_looking_at_them_
 ):
     model, optimizer = build(ALL)
     optimizer.state.clear()
-    with pytest.raises(AssertionError, match="call make_moments first"):
+    with pytest.raises(ValueError, match="call make_moments first"):
         checkpoint.tensors_of(model, optimizer)
     assert not optimizer.state
     optim.make_moments(optimizer)
@@ -220,6 +271,41 @@ def test_a_checkpoint_before_the_first_step_has_all_moments_and_looking_at_them_
     assert set(checkpoint.tensors_of(model, optimizer)) == names
 
 
-def test_a_state_with_other_entries_still_loads(tmp_path):
-    (tmp_path / "state.json").write_text('{"stage": "advance", "step": 5, "of_another_version": 1}')
+def write_state(folder, **changes):
+    """state.json of a fresh Progress with changes; a value of None leaves the entry out."""
+    state = dataclasses.asdict(Progress()) | changes
+    state = {name: value for name, value in state.items() if value is not None}
+    (folder / "state.json").write_text(json.dumps(state))
+
+
+def test_a_state_with_entries_that_are_not_known_still_loads(tmp_path):
+    write_state(tmp_path, stage="advance", step=5, of_tomorrow=1)
     assert checkpoint.read_progress(tmp_path) == Progress(stage="advance", step=5)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"format": None}, "has format 1, this version reads 2; go on with the version"),
+        ({"format": 9}, "has format 9"),
+        ({"format": [2]}, r"has format \[2\]"),
+        *(({name.name: None}, f"has no '{name.name}'") for name in dataclasses.fields(Progress)
+          if name.name != "format"),
+        ({"step": "5"}, "has '5' as 'step'"),
+        ({"step": True}, "has True as 'step'"),
+        ({"position": {}}, "has {} as 'position'"),
+    ],
+)
+def test_a_state_of_another_version_or_with_lacking_entries_is_one_line_with_its_path(
+    tmp_path, changes, words
+):
+    write_state(tmp_path, **changes)
+    with pytest.raises(ValueError, match=f"{tmp_path}/state.json {words}"):
+        checkpoint.read_progress(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", '{"step": ', "[1]", "null"])
+def test_a_torn_state_is_one_line_with_its_path(tmp_path, text):
+    (tmp_path / "state.json").write_text(text)
+    with pytest.raises(ValueError, match=f"{tmp_path}/state.json (is not valid|holds a)"):
+        checkpoint.read_progress(tmp_path)

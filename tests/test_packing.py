@@ -33,7 +33,8 @@ from inputs.fill import WAITING, fill_packs
 from inputs.packing import Packs, PackSettings, permute
 from inputs.records import IMAGE, ROW
 from model import LLMConfig, train_flops
-from training import checkpoint, metrics
+from training import metrics
+from training.progress import Progress
 from vision import VisionConfig
 
 
@@ -334,7 +335,7 @@ def test_60_bad_rows_of_15_kinds_among_2000_are_quarantined_for_their_reason_and
 def test_a_lost_or_doubled_sample_is_noticed_at_the_step_with_its_numbers():
     packs = types.SimpleNamespace(n=10)
     counts = {"used": 7, "too_long": 2, "unreadable": 1}
-    progress = checkpoint.Progress(counts=counts, samples_seen=6, quarantined=1)
+    progress = Progress(counts=counts, samples_seen=6, quarantined=1)
     sums = metrics.account({"used": 3}, progress, packs, False)["epoch"]
     assert sums == dict(
         epochs=1,

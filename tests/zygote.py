@@ -1,20 +1,41 @@
-"""Starts ranks of train.py, sft.py or eval.py in a tenth of a second: a process that has imported everything forks them.
+"""Starts ranks of train.py, sft.py or eval.py in a tenth of a second.
 
-`Zygote().start(script, arguments, ranks, output, code)` runs the script's main() in `ranks` fresh processes, as torchrun
-would, and returns their process ids; `code` is run in each of them first and may change what it likes (RANK is its rank).
-Forked, not spawned: the parent has never computed anything, so it holds no threads that a fork would lose.
+A process that has imported everything forks them.
+
+`Zygote().start(script, arguments, ranks, output, code)` runs the script's main() in `ranks` fresh
+processes, as torchrun would, and returns their process ids. `code` is run in each of them first and
+may change what it likes; it finds all modules that are imported under their names, those of
+training/ and inputs/ without the name of their folder. RANK is its rank.
+
+Forked, not spawned: the parent has never computed anything, so no threads are lost in a fork.
 """
-import importlib, json, os, signal, socket, subprocess, sys, time
+
+import importlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))                                                      # when it is run as a script
+sys.path.insert(0, str(ROOT))  # when it is run as a script
 
 
 class Zygote:
     def __init__(self):
-        self.process = subprocess.Popen([sys.executable, __file__], cwd=ROOT, text=True, stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        self.process = subprocess.Popen(
+            [sys.executable, __file__],
+            cwd=ROOT,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
 
     def ask(self, **question):
         self.process.stdin.write(json.dumps(question) + "\n")
@@ -25,15 +46,21 @@ class Zygote:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        return self.ask(script=script, arguments=[*map(str, arguments)], ranks=ranks, output=str(output), code=code,
-                        port=port)
+        return self.ask(
+            script=script,
+            arguments=[*map(str, arguments)],
+            ranks=ranks,
+            output=str(output),
+            code=code,
+            port=port,
+        )
 
     def wait(self, pids, timeout=120):
-        """Exit codes of the processes, negative for signals; those that are left at the end are killed."""
+        """Exit codes of the processes, negative for signals; what is left at the end is killed."""
         end = time.monotonic() + timeout
         while None in (codes := self.ask(poll=pids)) and time.monotonic() < end:
             time.sleep(0.02)
-        self.kill([pid for pid, code in zip(pids, codes) if code is None])
+        self.kill([pid for pid, code in zip(pids, codes, strict=True) if code is None])
         assert None not in codes, f"still running after {timeout} s: exit codes {codes}"
         return codes
 
@@ -42,7 +69,7 @@ class Zygote:
 
     def kill(self, pids, number=signal.SIGKILL):
         for pid in pids:
-            if self.ask(poll=[pid]) == [None]:                                    # not reaped, so the number is its own
+            if self.ask(poll=[pid]) == [None]:  # not reaped, so the number is its own
                 os.kill(pid, number)
 
     def close(self):
@@ -56,16 +83,33 @@ def child(q, rank):
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
     if q["ranks"] > 1:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(q["ranks"]), MASTER_ADDR="127.0.0.1",
-                          LOCAL_WORLD_SIZE=str(q["ranks"]), MASTER_PORT=str(q["port"]))
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(q["ranks"]),
+            MASTER_ADDR="127.0.0.1",
+            LOCAL_WORLD_SIZE=str(q["ranks"]),
+            MASTER_PORT=str(q["port"]),
+        )
     import configurator
+
     sys.argv = [q["script"] + ".py", *q["arguments"]]
-    exec(q["code"], {"RANK": rank, **sys.modules})
+    modules = dict(sys.modules)
+    for name, module in sys.modules.items():
+        folder, _, short = name.rpartition(".")
+        if folder in ("training", "inputs"):
+            modules[short] = module
+    exec(q["code"], {"RANK": rank, **modules})
     configurator.run_script(importlib.import_module(q["script"]).main)
 
 
 def main():
-    import eval, sft, train, torch, torch.utils.data                              # noqa: F401
+    import torch
+    import torch.utils.data
+
+    for script in ("eval", "sft", "train"):
+        importlib.import_module(script)
+
     torch.set_num_threads(1)
     codes = {}
     for line in sys.stdin:
@@ -86,10 +130,9 @@ def main():
                     except SystemExit as e:
                         code = e.code or 0
                     except BaseException:
-                        import traceback
                         traceback.print_exc()
                     sys.stdout.flush()
-                    import threading                                              # a save under way ends first
+                    # a save under way ends first
                     for thread in threading.enumerate():
                         if not thread.daemon and thread is not threading.main_thread():
                             thread.join()

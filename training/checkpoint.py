@@ -15,7 +15,6 @@ import re
 import shutil
 import sys
 import warnings
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch.distributed as td
@@ -24,45 +23,16 @@ from torch.distributed.tensor import DTensor
 
 from inputs.files import file_hash, write_atomic
 from training.distributed import ALONE, gather, say, unwrap
+from training.metadata import MetadataReader
+from training.progress import read_progress
+from training.state_check import find_fault, layout_of, refuse_fault
 
 # DCP says so when it runs on one process, which is what we ask it to do.
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
 
-@dataclass(slots=True)
-class Progress:
-    """How far a stage has come: all that a resumed run must know beside the tensors."""
-    stage: str = ""
-    fingerprint: str = ""  # of the data, their order and the size of packs
-    packs_per_step: int = 1
-    world: int = 1  # ranks on which the run began; they set the packs of a step
-    position: list = field(default_factory=lambda: [0, 0, 0])  # epoch, window, packs done in it
-    counts: dict = field(default_factory=dict)  # samples by their fate: used, too_long, ...
-    step: int = 0
-    bad_steps: int = 0  # steps in a row whose loss or gradient was not finite
-    quarantined: int = 0  # samples that could not be read
-    tokens_seen: int = 0
-    samples_seen: int = 0
-    spike: float = 0.0  # standard deviations of the last loss above the trend
-    losses: list = field(default_factory=list)  # the last ones, from which the trend is taken
-
-    def advance(self, step, last_batch, totals, finite):
-        """Count a step. last_batch says where the data go on; totals are those of all ranks."""
-        self.step = step
-        self.position = last_batch["position"]
-        self.counts = last_batch["counts"]
-        self.bad_steps = 0 if finite else self.bad_steps + 1
-        self.quarantined += int(totals["bad"])
-        self.tokens_seen += int(totals["tokens"])
-        self.samples_seen += int(totals["samples"])
-
-
-def read_progress(path):
-    """The Progress that was saved with the checkpoint `path`. Unknown entries are ignored."""
-    state = json.loads((Path(path) / "state.json").read_text())
-    names = {f.name for f in dataclasses.fields(Progress)}
-    return Progress(**{name: value for name, value in state.items() if name in names})
-
+OWN_NAME = re.compile("step_[0-9]{8}")
+LEFTOVER = ".tmp_"  # before a name: a folder that is being written or deleted
 
 # ---- save ----------------------------------------------------------------------------------------
 
@@ -79,6 +49,7 @@ class Saver:
         self.keep = keep
         self.background = background
         self.pending = None  # the Future of the last save
+        self.layout = {}  # stage -> names, shapes and dtypes of its last save
 
     def save(self, step, model, optimizer, progress, wait=False):
         """Write checkpoints/step_{step:08d}/ and delete old ones. All ranks call it.
@@ -86,11 +57,12 @@ class Saver:
         With wait=True the checkpoint is on the disk when this returns, and a failure is an
         OSError. Without, training may go on: a copy of the tensors is written in the background,
         and a failure is a warning at the next save or wait(). A full disk must not end a run that
-        can go on, and the next save tries again.
+        can go on, and the next save tries again. ValueError if the tensors cannot be right.
         """
         self.wait()
         final = self.folder / f"step_{step:08d}"
         tensors = tensors_of(model, optimizer)
+        self.check(final, tensors, progress)
         problem = None
         if self.dist.is_main:
             problem = make_temporary(final, tensors)
@@ -106,6 +78,17 @@ class Saver:
         thread.shutdown(wait=not copied)
         if wait:
             self.pending.result()
+
+    def check(self, what, tensors, progress):
+        """ValueError on all ranks unless the tensors are those of the last save, updated since."""
+        layout = layout_of(tensors)
+        fault = find_fault(tensors, progress.updates)
+        last = self.layout.setdefault(progress.stage, layout)
+        changed = sorted(name for name in last | layout if last.get(name) != layout.get(name))
+        if changed and not fault:
+            fault = f"{changed[0]} was {last.get(changed[0])} at the last save"
+            fault += f", now it is {layout.get(changed[0])}"
+        refuse_fault(fault, what, self.dist)
 
     def wait(self):
         """Wait for the last save. If it failed, every rank says so, and training goes on."""
@@ -123,18 +106,34 @@ class Saver:
             raise OSError(problem)
         write_checkpoint(final, tensors, state, self.dist)
         if self.dist.is_main:
-            prune(self.folder, self.keep)
+            prune(self.folder.parent, self.keep)
+
+
+def checkpoints_in(out_dir):
+    """The checkpoints of a run folder by their names, oldest first.
+
+    A folder of any other name is not ours, such as a copy `step_00000020.keep_this`.
+    """
+    paths = Path(out_dir).glob("checkpoints/step_*")
+    return sorted(path for path in paths if OWN_NAME.fullmatch(path.name) and path.is_dir())
+
+
+def leftovers_in(out_dir):
+    """What saves and deletions that were interrupted have left in a run folder."""
+    paths = Path(out_dir).glob(f"checkpoints/{LEFTOVER}*")
+    own = [path for path in paths if OWN_NAME.fullmatch(path.name.removeprefix(LEFTOVER))]
+    return [path for path in own if path.is_dir() and not path.is_symlink()]
 
 
 def temporary(final):
     """The name of a checkpoint folder while it is written, or deleted."""
-    return final.with_name(f".tmp_{final.name}")
+    return final.with_name(f"{LEFTOVER}{final.name}")
 
 
 def make_temporary(final, tensors):
     """Make the folder to write into. Returns what stands in the way, as text, or None."""
     try:
-        for leftover in final.parent.glob(".tmp_*"):
+        for leftover in leftovers_in(final.parent.parent):
             shutil.rmtree(leftover)  # of a save that failed
         temporary(final).mkdir(parents=True)
         check_room(final.parent, sum(t.nbytes for t in tensors.values()), "a checkpoint")
@@ -162,7 +161,9 @@ def tensors_of(model, optimizer):
         tensors[f"model.{name}"] = p.detach()
         if not p.requires_grad:
             continue
-        assert p in optimizer.state, f"{name} has no moments yet: call make_moments first"
+        if p not in optimizer.state:
+            raise ValueError(f"{name} has no moments: call make_moments first, and reshard after "
+                             "a forward pass without a backward pass")
         for key, value in optimizer.state[p].items():
             tensors[f"optimizer.{name}.{key}"] = value
     return tensors
@@ -267,14 +268,19 @@ def write_checkpoint(final, tensors, state, dist):
         manifest = {"step": step, "files": entries}
         write_atomic(tmp / "manifest.json", json.dumps(manifest, indent=1))
         # A checkpoint of this name is a damaged one: the run would have gone on from a good one.
+        if final.is_symlink() or final.is_file():
+            final.unlink()
         shutil.rmtree(final, ignore_errors=True)
         os.rename(tmp, final)
         write_atomic(final.parent / "latest", final.name + "\n")
 
 
-def prune(folder, keep):
-    """Delete the checkpoints that are older than the newest max(2, keep) good ones."""
-    paths = sorted(folder.glob("step_*"))
+def prune(out_dir, keep):
+    """Delete the checkpoints that are older than the newest max(2, keep) good ones.
+
+    A link is left alone: what it leads to may be somebody else's.
+    """
+    paths = [path for path in checkpoints_in(out_dir) if not path.is_symlink()]
     good = [path for path in paths if not verify_checkpoint(path, hashes=False)]
     oldest = good[-max(2, keep):][0]
     for path in paths[:paths.index(oldest)]:
@@ -307,6 +313,8 @@ def verify_checkpoint(path, hashes=True, dist=ALONE):
                 changed = file_hash(path / name) != digest
             if changed:
                 return f"{name} has changed since it was written"
+        if hashes and dist.is_main:
+            MetadataReader(path).read_metadata()
     except Exception as e:
         return f"{type(e).__name__}: {e}"
     return None
@@ -317,8 +325,7 @@ def find_checkpoint(out_dir, dist=ALONE, strict=False):
 
     A damaged one is a warning. ValueError if all are damaged; with strict, if the newest is.
     """
-    paths = sorted(Path(out_dir).glob("checkpoints/step_*"), reverse=True)
-    paths = gather(paths, dist)[0]
+    paths = gather(checkpoints_in(out_dir)[::-1], dist)[0]
     for path in paths:
         reasons = gather(verify_checkpoint(path, dist=dist), dist)
         reasons = [reason for reason in reasons if reason]
@@ -340,10 +347,12 @@ def set_aside(out_dir, step):
     They are damaged, or of stages that are trained again. Pruning would keep them as the newest,
     and the next start would resume from them.
     """
-    for path in sorted(Path(out_dir).glob("checkpoints/step_*")):
+    for path in checkpoints_in(out_dir):
         if int(path.name.removeprefix("step_")) <= step:
             continue
         aside = path.with_name(f"aside_{path.name}")
+        if aside.is_symlink():
+            aside.unlink()
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
         print(f"WARNING: {path} is of a later step than {step}, where this run goes on; "
@@ -353,7 +362,8 @@ def set_aside(out_dir, step):
 def load_checkpoint(path, model, optimizer):
     """Fill model and optimizer in place, on any number of ranks. ValueError: it does not fit."""
     tensors = tensors_of(model, optimizer)
-    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    reader = MetadataReader(path)
+    metadata = reader.read_metadata().state_dict_metadata
     here = {name: tuple(t.shape) for name, t in tensors.items()}
     there = {name: tuple(t.size) for name, t in metadata.items()}
     wrong = []
@@ -366,4 +376,12 @@ def load_checkpoint(path, model, optimizer):
         raise ValueError(f"{path} does not fit this model: {'; '.join(wrong[:3])}{more}. "
                          "Go on with the configuration it was written with, "
                          "or start anew in another --out_dir")
-    dcp.load(tensors, checkpoint_id=path, no_dist=not td.is_initialized())
+    try:
+        dcp.load(tensors, storage_reader=reader, no_dist=not td.is_initialized())
+    except dcp.CheckpointException as e:
+        first_failure, _ = next(iter(e.failures.values()))
+        raise ValueError(f"{path} cannot be read: {first_failure}") from None
+    fault = find_fault(tensors, read_progress(path).updates)
+    if fault:
+        raise ValueError(f"{path} is not fit to go on from: {fault}. Remove it to go on from the "
+                         "one before")

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from inputs.files import naming, read_jsonl
 from training.distributed import all_reduce_sum, reshard, unwrap
 
 # ---- log.jsonl and bad_samples.jsonl -------------------------------------------------------------
@@ -61,13 +62,6 @@ def log_bad(out_dir, records):
         for record in records:
             if json.dumps(record, ensure_ascii=False) not in known:
                 log_line(f, record)
-
-
-def read_log(path):
-    """Yield the rows of a log.jsonl; a line that a crash has torn is left out."""
-    for line in Path(path).read_text().splitlines():
-        with contextlib.suppress(ValueError):
-            yield json.loads(line)
 
 
 def open_tracker(cfg, values):
@@ -193,9 +187,9 @@ def account(counts_before, progress, packs, is_last):
     """
     counts = progress.counts
     bad = progress.quarantined
-    assert counts["used"] == progress.samples_seen + bad, (
-        f"{counts['used']} samples were planned, {progress.samples_seen} used and {bad} "
-        "quarantined; report this")
+    if counts["used"] != progress.samples_seen + bad:
+        raise AssertionError(f"{counts['used']} samples were planned, {progress.samples_seen} "
+                             f"used and {bad} quarantined; report this")
     records = sum(counts.values())
     epochs = records // packs.n
     epochs_before = sum(counts_before.values()) // packs.n
@@ -332,7 +326,7 @@ def plot_loss(log_path, png_path):
         print(f"{png_path} not drawn: pip install matplotlib")
         return
     curves = {}  # stage -> {step: loss}
-    for row in read_log(log_path):
+    for row in read_jsonl(log_path):
         if row.get("loss") is not None:
             curves.setdefault(row["stage"], {})[row["step"]] = row["loss"]
 
@@ -351,4 +345,5 @@ def plot_loss(log_path, png_path):
     ax.set(xlabel="step", ylabel="loss (nats per supervised token)")
     if curves:
         ax.legend(frameon=False)
-    ax.figure.savefig(png_path, dpi=120)
+    with naming(png_path):
+        ax.figure.savefig(png_path, dpi=120)
