@@ -137,6 +137,8 @@ class ChatClient:
                 # No connection, or a reply that is no JSON of the right form.
                 problem = f"{type(e).__name__}: {e}"
             if not may_retry:
+                # An endpoint may send line ends where none belong.
+                problem = " ".join(problem.split())
                 raise ValueError(f"judge {call.full_url}: {problem}; replies so far are kept, "
                                  "run again to go on")
             self._count("retries")
