@@ -170,7 +170,9 @@ def conversation(row):
 
 def bare_caption(row):
     """The caption of a row without turns; ValueError if it is missing or empty."""
-    text = row.get("caption", row.get("text"))
+    text = row.get("caption")
+    if text is None:
+        text = row.get("text")
     if isinstance(text, str) and text.strip():
         return text.strip()
     raise ValueError(row.get("unreadable") or
