@@ -23,6 +23,7 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
+from evals.chat_request import send
 from inputs.files import read_jsonl
 
 # Temperatures that are tried until a reply is valid. VLMEvalKit raises it by 0.5 each time too.
@@ -30,7 +31,6 @@ ATTEMPTS = (0.0, 0.5, 1.0)
 # Of a request that fails; the wait before the second try doubles with each further one.
 TRIES = 6
 WAIT_S = 1.0
-TIMEOUT_S = 120
 # HTTP statuses of an endpoint that is busy or not up yet. It is waited for longer, as long as it
 # says; here in units of WAIT_S: the longest wait that it has not asked for, and all together.
 BUSY = (429, 503, 529)
@@ -155,6 +155,8 @@ class ChatClient:
                 # No connection, or a reply that is no JSON of the right form.
                 problem = f"{type(e).__name__}: {e}"
                 seconds = waits.after()
+            # An endpoint may send line ends where none belong.
+            problem = " ".join(problem.split())
             if seconds is None:
                 raise ValueError(f"judge {call.full_url}: {problem}; replies so far are kept, "
                                  "run again to go on")
@@ -260,6 +262,9 @@ def http_problem(error):
     problem = f"HTTP {error.code} {error.reason}"
     if error.code in (401, 403):
         problem += "; set JUDGE_API_KEY=..."
+    if 300 <= error.code < 400:
+        problem += f" to {error.headers['Location']!r}, which is not followed; give the "
+        problem += "address that answers"
     told = retry_after(error.headers, time.time())
     if told:
         problem += f"; it asks to wait {told:.0f} s"
@@ -278,22 +283,6 @@ def image_part(image):
     kind = IMAGE_TYPES.get(image[:2], "jpeg")
     uri = f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
     return {"type": "image_url", "image_url": {"url": uri}}
-
-
-def send(call):
-    """Make an HTTP request -> {"reply", "finish", "usage"}.
-
-    Raises OSError or HTTPException if there is no answer; ValueError, LookupError, TypeError or
-    AttributeError if it is none of a chat endpoint.
-    """
-    with urllib.request.urlopen(call, timeout=TIMEOUT_S) as answer:
-        whole = json.load(answer)
-    choice = whole["choices"][0]
-    # Adding text refuses what is none.
-    reply = "" + (choice["message"]["content"] or "")
-    usage = whole.get("usage") or {}
-    counts = {name: n for name, n in usage.items() if isinstance(n, int)}
-    return {"reply": reply, "finish": choice.get("finish_reason"), "usage": counts}
 
 
 def connect_judge(url, model, cache):
