@@ -60,7 +60,8 @@ class Slot(typing.NamedTuple):
 def walk(cfg, prefix=""):
     """Yield (dotted name, Slot) of every field; the fields of a nested dataclass follow it."""
     kind = type(cfg).__name__
-    assert not hasattr(cfg, "__dict__"), f"{kind}: use @dataclass(slots=True), or it hides typos"
+    if hasattr(cfg, "__dict__"):
+        raise TypeError(f"{kind}: use @dataclass(slots=True), or it hides typos")
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
         nested = dataclasses.is_dataclass(value)

@@ -25,6 +25,7 @@ from model import LLMConfig, compile_blocks, train_flops
 from model_config import config_json
 from training import checkpoint, distributed, metrics, optim, run_folder
 from training.dry_run import print_plan
+from training.output import forgive_output
 from training.progress import Progress
 from vision import VisionConfig
 from weights import save_folder, start_model, start_weights
@@ -177,6 +178,7 @@ def set_up(cfg, origins, values, stages):
     """Join the other ranks, take the run folder, find the checkpoint to resume from."""
     # First of all: a signal during the slow parts must save as well.
     preemption = run_folder.Preemption()
+    forgive_output()
     dist = distributed.setup_distributed(cfg.device, cfg.timeout_s)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
@@ -215,6 +217,8 @@ def train_stage(run, name, stage, later_steps):
 
     # ---- model and data ----
     folder, first_step = run_folder.where_to_start(run, name)
+    if folder:
+        run_folder.check_model_folder(folder, dist)
     accum, run.planned_world = run_folder.micro_batches(run, name)
     tokenizer_dir = folder or cfg.tokenizer
     tokenizer = Tokenizer(tokenizer_dir)
@@ -250,6 +254,7 @@ def train_stage(run, name, stage, later_steps):
     run_folder.check_disk(cfg, name, steps - progress.step, model)
     if dist.is_main:
         checkpoint.set_aside(run.out, first_step + progress.step)
+        run_folder.write_finished(run.out, name, False)
         run_folder.write_run_config(run.out, run.values, run.origins, progress.world)
         if progress.step == 0:
             metrics.log_bad(run.out, packs.unreadable())
@@ -368,6 +373,7 @@ def train_stage(run, name, stage, later_steps):
                                  "use_thumbnail": cfg.thumbnail}
         config = config_json(vision, llm, template=cfg.template, extra=extra)
         save_folder(weights, config, run.out / name, tokenizer_dir)
+        run_folder.write_finished(run.out, name, True)
     distributed.barrier()
     distributed.say(dist, f"{name}: model folder {run.out / name}")
     return False

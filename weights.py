@@ -8,6 +8,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,12 @@ import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from inputs.files import file_hash, read_json
+from inputs.files import file_hash, naming, read_json
 from inputs.images import MEAN, STD
 from inputs.tokenizer import Tokenizer
 from model import VLM, LanguageModel, LLMConfig, kept_rows
 from model_config import PREFIX, parse_config, read_configs
+from model_files import TOKENIZER_FILES, check_target, write_checksums
 from vision import VisionConfig, ViT
 
 EMBEDDINGS = "language_model.model.embed_tokens.weight"
@@ -33,10 +35,6 @@ DTYPES = {
     "F16": torch.float16,
     "F64": torch.float64,
 }
-TOKENIZER_FILES = (
-    "vocab.json", "merges.txt", "added_tokens.json", "tokenizer_config.json",
-    "special_tokens_map.json", "tokenizer.json", "chat_template.jinja",
-)
 IMG_CONTEXT_ID = 151667  # of <IMG_CONTEXT> in SAIL-VL and InternVL2.5, where there is no tokenizer
 SHARD_BYTES = 5 * 10**9
 
@@ -290,27 +288,24 @@ def write_folder(tensors, config, out_dir, tokenizer_dir=None, files=None):
 
     tensors: {stored name: tensor}. The tokenizer's files are copied from tokenizer_dir. files:
     {name: dict or text}, in their place or as well. An older model folder is replaced; ValueError
-    if out_dir holds anything else. OSError if the disk is full.
+    if out_dir holds anything else, or if a tensor is not finite. OSError if the disk is full.
     """
-    out = Path(out_dir)
-    is_model = (out / "config.json").is_file() and any(out.glob("*.safetensors"))
-    if out.exists() and any(out.iterdir()) and not is_model:  # such as the folder of a run
-        raise ValueError(
-            f"{out} exists and is not a model folder; choose another name or remove it")
+    check_target(out_dir)
+    out = Path(out_dir).resolve()  # where a link leads, so that the link stays
     new = out.with_name(f".{out.name}.tmp-{os.getpid()}")
     old = out.with_name(f".{out.name}.old-{os.getpid()}")
-    for word in ("tmp", "old"):
-        for path in out.parent.glob(f".{glob.escape(out.name)}.{word}-*"):
-            shutil.rmtree(path)  # of a write that was killed
-    new.mkdir(parents=True)
+    remove_leftovers(out)
     try:
-        write_small_files(new, config, tokenizer_dir, files or {})
-        write_shards(new, tensors, getattr(torch, config["torch_dtype"]))
-        for path in (*new.iterdir(), new):
-            path.chmod(0o755 if path is new else 0o644)  # safetensors lets only the owner read
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+        with naming(out_dir):
+            new.mkdir(parents=True)
+            write_small_files(new, config, tokenizer_dir, files or {})
+            write_shards(new, tensors, getattr(torch, config["torch_dtype"]), out_dir)
+            write_checksums(new)
+            for path in (*new.iterdir(), new):
+                path.chmod(0o755 if path is new else 0o644)  # safetensors lets only the owner read
+                descriptor = os.open(path, os.O_RDONLY)
+                os.fsync(descriptor)
+                os.close(descriptor)
         if out.exists():
             out.rename(old)
         new.rename(out)
@@ -319,13 +314,21 @@ def write_folder(tensors, config, out_dir, tokenizer_dir=None, files=None):
         shutil.rmtree(new, ignore_errors=True)
 
 
+def remove_leftovers(out):
+    """Remove what writes of the folder `out` that were killed have left beside it."""
+    own = re.compile(rf"\.{re.escape(out.name)}\.(tmp|old)-\d+")
+    for path in out.parent.glob(f".{glob.escape(out.name)}.*-*"):
+        if own.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+
+
 def write_small_files(folder, config, tokenizer_dir, files):
     """Write all files of a model folder but the weights."""
     if tokenizer_dir:
         for name in TOKENIZER_FILES:
             source = Path(tokenizer_dir) / name
             if source.is_file():
-                shutil.copyfile(source, folder / name)
+                (folder / name).write_bytes(source.read_bytes())
     for name, content in {"config.json": config, **files}.items():
         write_content(folder / name, content)
     added = folder / "added_tokens.json"
@@ -341,8 +344,11 @@ def write_content(path, content):
     path.write_text(content, encoding="utf-8")
 
 
-def write_shards(folder, tensors, dtype):
-    """Write tensors in this dtype: one safetensors file, or several of SHARD_BYTES and an index."""
+def write_shards(folder, tensors, dtype, target):
+    """Write tensors in this dtype: one safetensors file, or several of SHARD_BYTES and an index.
+
+    target: what messages name, as the folder will be renamed. ValueError: not finite in the dtype.
+    """
     shards = []
     room = 0  # bytes left in the last shard
     for name, tensor in tensors.items():
@@ -359,11 +365,15 @@ def write_shards(folder, tensors, dtype):
         if len(shards) > 1:
             file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         shard = {name: tensors[name].detach().to("cpu", dtype).contiguous() for name in names}
+        for name, tensor in shard.items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{target} is not written: {name} is not finite in {dtype}; "
+                                 "start from earlier weights or with a lower learning rate")
         try:
             save_file(shard, folder / file, metadata={"format": "pt"})
         except SafetensorError as e:
             raise OSError(
-                f"{folder / file} could not be written ({e}); is the disk full?") from None
+                f"{target}/{file} could not be written ({e}); is the disk full?") from None
         weight_map |= dict.fromkeys(names, file)
 
     if len(shards) > 1:

@@ -14,20 +14,15 @@ from tqdm import tqdm
 
 import weights
 from curation.local_model import LocalModel, load_assistant
+from curation.rows import SCORE_NAMES, row_caption, row_scores, without_surrogates
 from curation.shards import read_records
 from curation.stages import cost_in_dollars, run_stage
 from evals.endpoint import ChatClient, reply_key
 from inputs.chat import conversation
-from inputs.records import UNREADABLE
 
 REFUSAL = re.compile(
     r"\W*((i['’]?m|i am) (sorry|unable|not able)|sorry|i (can['’]?t|cannot|won['’]?t)\b"
     r"|很?抱歉|对不起)", re.IGNORECASE)
-# What a judge gives points for, by prompt. SAIL-VL2 scores captions by richness and alignment.
-SCORE_NAMES = {
-    "score": ("richness", "alignment"),
-    "sft_quality": ("difficulty", "complexity", "relevance"),
-}
 
 
 class Question(NamedTuple):
@@ -53,6 +48,7 @@ def escape_images(text):
 class CaptionTask:
     """Ask for a caption; annotate also stores the dialogue that a captioner is trained on."""
     needs_picture = True
+    fields = ("id", "alt_text", "by")  # what is read of a row
     score_names = ()
 
     def __init__(self, cfg, stage):
@@ -92,13 +88,20 @@ class ScoreTask:
         self.needs_picture = self.name == "score"
         self.score_names = SCORE_NAMES[self.name]
         self.prompts = prompt_texts(cfg, (self.name,))
+        self.fields = ["id", "scores", "by"]  # what is read of a row
+        if "{caption}" in self.prompts[self.name]:
+            self.fields.append("caption")
+        if self.name == "sft_quality":
+            self.fields.append("dialogue")
 
     def question(self, row):
         dialogue = ""
         if self.name == "sft_quality":
             _, turns = conversation(row)
             dialogue = "\n".join(f"Question: {q}\nAnswer: {a}" for q, a in turns)
-        text = self.prompts[self.name].replace("{caption}", row.get("caption") or "")
+        text = self.prompts[self.name]
+        if "{caption}" in text:
+            text = text.replace("{caption}", row_caption(row))
         text = text.replace("{conversation}", dialogue)
         return Question(self.name, escape_images(text))
 
@@ -107,7 +110,7 @@ class ScoreTask:
 
     def store(self, row, reply, question):
         """Put valid scores into the row, beside those it has."""
-        row["scores"] = {**row.get("scores", {}), **read_scores(reply, self.score_names)}
+        row["scores"] = {**row_scores(row), **read_scores(reply, self.score_names)}
 
 
 def read_scores(text, names):
@@ -173,7 +176,7 @@ class Asker:
 
     def process(self, shard, counts):
         """Yield every record of a shard with its reply, or with the reason why it has none."""
-        records = list(read_records(shard))
+        records = list(read_records(shard, self.task.fields))
         client = self.open_client(shard)
         questions = self.make_questions(records)
         self.ask(client, records, questions, shard.name)
@@ -198,10 +201,9 @@ class Asker:
             if not reason and not record.pictures and self.task.needs_picture:
                 reason = "no_picture"
             if not reason:
-                try:
-                    questions[i] = self.task.question(record.row)
-                except UNREADABLE:  # no dialogue, or a caption that is a number
-                    reason = "bad_row"
+                question = self.task.question(record.row)
+                text = without_surrogates(question.text)
+                questions[i] = question._replace(text=text)
             records[i] = record._replace(reason=reason)
         return questions
 
@@ -248,7 +250,7 @@ class Asker:
         reason = reply_problem(entry)
         if not reason:
             self.task.store(row, entry["reply"], question)
-        row["by"] = {**row.get("by", {}), self.stage: self.model}
+        row["by"] = {**(row.get("by") or {}), self.stage: self.model}
         row["prompt_sha256"] = self.prompt_hashes[question.prompt_name]
         return record._replace(reason=reason)
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 import weights
-from curation.dedup import build_row_table
+from curation.dedup import COMPARED_FIELDS, build_row_table
 from curation.local_model import load_assistant
 from curation.shards import ShardRecord, all_inputs_hash, find_input_shards, in_blocks, read_records
 from curation.stages import run_stage
@@ -28,19 +28,26 @@ def select_balanced(cfg):
         shards = find_input_shards(cfg)
         table, starts = build_row_table(cfg, shards)
         features = vit_features(cfg, shards) if cfg.model else hash_features(table)
-        cluster = kmeans(features, cfg.clusters, cfg.seed)
-        pairs = np.stack([table["source"], cluster])  # (2, n)
-        cells = np.unique(pairs, axis=1, return_inverse=True)[1]
-        return choose_rows(cfg, table["id"], cells), cells, starts
+        # Rows with a reason against them, and pictures that the ViT could not see, take no part.
+        good = np.flatnonzero((table["id"] != b"") & ~np.isnan(features[:, 0]))
+        keep = np.zeros(len(table), bool)
+        cells = np.full(len(table), -1)
+        cluster = kmeans(features[good], cfg.clusters, cfg.seed)
+        pairs = np.stack([table["source"][good], cluster])  # (2, good rows)
+        cells[good] = np.unique(pairs, axis=1, return_inverse=True)[1]
+        keep[good] = choose_rows(cfg, table["id"][good], cells[good])
+        return keep, cells, starts
 
     def process(shard, counts):
         keep, cells, starts = selection()
-        for i, record in enumerate(read_records(shard), starts[shard.name]):
-            reason = record.reason
-            if not reason and not keep[i]:
-                reason = "not_selected"
-            row = {**record.row, "cluster": int(cells[i])}
-            yield ShardRecord(row, record.pictures, reason)
+        for i, record in enumerate(read_records(shard, COMPARED_FIELDS), starts[shard.name]):
+            if record.reason:
+                yield record
+            elif cells[i] < 0:
+                yield record._replace(reason="unreadable_picture")
+            else:
+                row = {**record.row, "cluster": int(cells[i])}
+                yield ShardRecord(row, record.pictures, None if keep[i] else "not_selected")
 
     model = weights.weights_hash(cfg.model)[:16] if cfg.model else "hashes"
     run_stage(cfg, "select", process, alone=True, n=cfg.n, clusters=cfg.clusters, seed=cfg.seed,
@@ -97,24 +104,41 @@ def hash_features(table):
 
 @torch.inference_mode()
 def vit_features(cfg, shards):
-    """The mean patch vector (n, C) float32 of each picture, seen as one tile by --model's ViT."""
+    """The mean patch vector (n, C) float32 of each picture, seen as one tile by --model's ViT.
+
+    NaN where there is no picture, or none that decodes.
+    """
     model = load_assistant(cfg).model
     weight = model.vision_model.embeddings.patch_embedding.weight
-    features = []
+    features = [torch.empty(0, model.vision.dim)]
     for shard in shards:
-        for block in in_blocks(read_records(shard), VIT_BATCH):
-            tiles = []
-            for record in block:
-                image = load_image(next(iter(record.pictures.values())))
-                tiles.append(make_tiles(image, 1, 1, model.vision.image_size))
-            tiles = normalize(torch.cat(tiles).to(weight.device), weight.dtype)
-            patches = model.vision_model(tiles)  # (pictures, P, C)
-            features.append(patches.mean(1).float().cpu())
+        for block in in_blocks(read_records(shard, COMPARED_FIELDS), VIT_BATCH):
+            found = torch.full((len(block), model.vision.dim), torch.nan)
+            tiles = [one_tile(record, model.vision.image_size) for record in block]
+            seen = [k for k, tile in enumerate(tiles) if tile is not None]
+            if seen:
+                tiles = torch.cat([tiles[k] for k in seen])
+                tiles = normalize(tiles.to(weight.device), weight.dtype)
+                patches = model.vision_model(tiles)  # (pictures, P, C)
+                found[seen] = patches.mean(1).float().cpu()
+            features.append(found)
     return torch.cat(features).numpy()
+
+
+def one_tile(record, size):
+    """The first picture of a record as one tile (1, 3, size, size); None if there is none."""
+    for content in record.pictures.values():
+        try:
+            return make_tiles(load_image(content), 1, 1, size)
+        except (ValueError, OSError):
+            return None
+    return None
 
 
 def kmeans(features, k, seed):
     """features (n, C) float32 -> cluster (n,) int64. The centres are fitted on a sample."""
+    if len(features) == 0:
+        return np.zeros(0, np.int64)
     features = torch.from_numpy(features)
     sample = features[shuffled(len(features), seed)[:KMEANS_SAMPLE].sort()[0]]
     centres = sample[shuffled(len(sample), seed)[:k]].clone()  # (k, C)

@@ -1,5 +1,4 @@
 """Stage collect: any source -> shards of pictures that decode, each file once, with alt-text."""
-import contextlib
 import functools
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
@@ -8,13 +7,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from curation.rows import find_alt_text
 from curation.shards import ShardRecord, find_input_shards, in_blocks, read_records
 from curation.stages import run_stage, shard_is_finished
-from inputs.chat import conversation
 from inputs.images import load_image
-from inputs.records import UNREADABLE
 
 BLOCK_RECORDS = 16  # records in memory for each thread that decodes
+# What is read of a source's row; all else may be of any kind.
+SOURCE_FIELDS = ("id", "alt_text", "first_text")
 # Keys of a source's row that a collected row holds in another form, or not at all.
 REPLACED_KEYS = ("id", "alt_text", "caption", "text", "image", "sha256")
 
@@ -61,7 +61,7 @@ def load_known_files(cfg, out):
 def examine_in_threads(cfg, shard):
     """Yield the examined records of a shard, in order."""
     with ThreadPoolExecutor(cfg.workers) as pool:
-        for block in in_blocks(read_records(shard), BLOCK_RECORDS * cfg.workers):
+        for block in in_blocks(read_records(shard, SOURCE_FIELDS), BLOCK_RECORDS * cfg.workers):
             yield from pool.map(functools.partial(examine, cfg, shard), block)
 
 
@@ -109,17 +109,6 @@ def collected_row(shard, row, content, image):
         "tone": tone,
         "origin": rest,
     }
-
-
-def find_alt_text(row):
-    """A row's alt-text, else its caption or the first answer of its dialogue, else ""."""
-    text = row.get("alt_text")
-    if isinstance(text, str) and text:
-        return text
-    with contextlib.suppress(*UNREADABLE):
-        _, turns = conversation(row)
-        return turns[0][1]
-    return ""
 
 
 def perceptual_hash(image):

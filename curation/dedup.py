@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from curation.rows import row_caption
 from curation.shards import ShardRecord, all_inputs_hash, find_input_shards, read_records
 from curation.stages import run_stage
 from curation.text import HASH_MULTIPLIER, caption_words, ngram_keys
@@ -21,7 +22,9 @@ REACH = 256  # rows of equal key that a row is compared with
 MAX_TONE = 12  # levels of 256 by which the mean colours of near-duplicates may differ
 MAX_DISTANCE = 8
 
-# What dedup and select know of a row.
+# What dedup and select read of a row.
+COMPARED_FIELDS = ("dhash", "tone", "sha256", "source", "width", "height", "id", "caption")
+# What they know of it. The id of a row that is dropped with a reason is empty.
 ROW_FEATURES = np.dtype([
     ("id", "S20"),
     ("source", "u4"),
@@ -43,14 +46,16 @@ def drop_near_duplicates(cfg):
         table, starts = build_row_table(cfg, find_input_shards(cfg))
         cluster = np.arange(len(table))
         if cfg.by != "text":
-            cluster = near_duplicates(np.array(table["hash"]), table["tone"], cfg.distance)
+            good = np.flatnonzero(table["id"] != b"")
+            hashes = table["hash"][good]
+            cluster[good] = good[near_duplicates(hashes, table["tone"][good], cfg.distance)]
         if cfg.by != "image":
             near_texts(np.array(table["minhash"]), cfg.jaccard, cluster)
         return table["id"], choose_best(cluster, table), starts
 
     def process(shard, counts):
         ids, best, starts = best_of_clusters()
-        for i, record in enumerate(read_records(shard), starts[shard.name]):
+        for i, record in enumerate(read_records(shard, COMPARED_FIELDS), starts[shard.name]):
             if best[i] == i:
                 yield record
                 continue
@@ -107,20 +112,24 @@ def build_row_table(cfg, shards):
 
 def row_features(cfg, shard):
     """ROW_FEATURES of all rows of a shard. ValueError if collect has not made it."""
-    rows = [record.row for record in read_records(shard, with_pictures=False)]
-    table = np.zeros(len(rows), ROW_FEATURES)
-    for entry, row in zip(table, rows, strict=True):
-        if "dhash" not in row:
-            raise ValueError(f"{shard.path} has no dhash: run `curate.py collect` first")
-        source = hashlib.sha256(row["source"].encode()).hexdigest()
+    records = list(read_records(shard, COMPARED_FIELDS, with_pictures=False))
+    reasons = {record.reason for record in records}
+    if "no_dhash" in reasons and None not in reasons:
+        raise ValueError(f"{shard.path} has no dhash: run `curate.py collect` first")
+    table = np.zeros(len(records), ROW_FEATURES)
+    for entry, record in zip(table, records, strict=True):
+        if record.reason:
+            continue
+        row = record.row
+        source = hashlib.sha256(row["source"].encode("utf-8", "replace")).hexdigest()
         entry["id"] = row["sha256"][:20]
         entry["source"] = int(source[:8], 16)
         entry["hash"] = int(row["dhash"], 16)
         entry["tone"] = np.frombuffer(bytes.fromhex(row["tone"]), np.uint8)
         entry["pixels"] = row["width"] * row["height"]
-        entry["words"] = len(caption_words(row["caption"]))
+        entry["words"] = len(caption_words(row_caption(row)))
         if cfg.by != "image":
-            entry["minhash"] = minhash(row["caption"])
+            entry["minhash"] = minhash(row_caption(row))
     return table
 
 

@@ -4,12 +4,15 @@ import functools
 import numpy as np
 
 from curation.balance import random_rank
+from curation.rows import row_caption, row_scores
 from curation.shards import all_inputs_hash, find_input_shards, read_records
 from curation.stages import run_stage
 from curation.text import caption_words, ngram_keys, repeated_share, script_share
 
 # Counters of 4-grams. Some 4-grams share a counter; where a 4-gram is common, few do.
 NGRAM_COUNTERS = 2**22
+# What is read of a row.
+FILTER_FIELDS = ("id", "caption", "scores")
 # The settings that decide what filter lets through.
 FILTER_SETTINGS = ("min_richness", "min_alignment", "min_words", "max_words", "max_repetition",
                    "script", "min_script", "max_ngram_share", "seed")
@@ -27,7 +30,7 @@ def filter_captions(cfg):
         return ngram_shares(cfg)
 
     def process(shard, counts):
-        for record in read_records(shard):
+        for record in read_records(shard, FILTER_FIELDS):
             reason = record.reason or caption_problem(cfg, record.row)
             if not reason and cfg.max_ngram_share:
                 highest = shares()[ngram_counters(record.row)].max(initial=0)
@@ -44,20 +47,10 @@ def filter_captions(cfg):
               inputs=all_inputs_hash(cfg) if needs_all else None)
 
 
-def caption_and_scores(row):
-    """(caption, scores) of a row from anywhere; "" and {} if they are of another type."""
-    text = row.get("caption")
-    if not isinstance(text, str):
-        text = ""
-    scores = row.get("scores")
-    if not isinstance(scores, dict):
-        scores = {}
-    return text, scores
-
-
 def caption_problem(cfg, row):
-    """The first reason against a caption, or None."""
-    text, scores = caption_and_scores(row)
+    """The first reason against the caption of a checked row, or None."""
+    text = row_caption(row)
+    scores = row_scores(row)
     for name, least in (("richness", cfg.min_richness), ("alignment", cfg.min_alignment)):
         if least and name not in scores:
             return "not_scored"
@@ -77,8 +70,7 @@ def caption_problem(cfg, row):
 
 def ngram_counters(row):
     """The numbers of the counters of a caption's 4-grams, each once."""
-    text, _ = caption_and_scores(row)
-    keys = ngram_keys([caption_words(text)], 4)
+    keys = ngram_keys([caption_words(row_caption(row))], 4)
     return np.unique(keys & np.uint64(NGRAM_COUNTERS - 1))
 
 
@@ -87,7 +79,7 @@ def ngram_shares(cfg):
     counts = np.zeros(NGRAM_COUNTERS, np.int64)
     n_captions = 0
     for shard in find_input_shards(cfg):
-        for record in read_records(shard, with_pictures=False):
+        for record in read_records(shard, FILTER_FIELDS, with_pictures=False):
             if not record.reason and not caption_problem(cfg, record.row):
                 counts[ngram_counters(record.row)] += 1
                 n_captions += 1

@@ -9,11 +9,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from curation import text
-from curation.filter import caption_and_scores
+from curation.rows import is_number, row_caption, row_scores
 from curation.shards import find_input_shards, read_records
 from inputs import files
 from inputs.images import load_image, picture_uri
 
+# What is read of a row.
+REPORT_FIELDS = ("id", "caption", "scores")
 STYLE_FILE = Path(__file__).parent.parent / "evals" / "style.css"
 
 
@@ -22,6 +24,7 @@ class CaptionSets:
     """What the report knows of the sets in --in."""
     captions: dict = field(default_factory=lambda: collections.defaultdict(dict))  # {set: {id: }}
     histograms: dict = field(default_factory=dict)  # {"set, score": {1: rows, ..., 5: rows}}
+    left_out: collections.Counter = field(default_factory=collections.Counter)  # rows, by reason
     pictures: dict = field(default_factory=dict)  # {id: data URI}, some of the first set
 
 
@@ -34,6 +37,8 @@ def report_captions(cfg):
     tag, note = text.load_tagger()
     references = read_references(cfg)
     sets = read_caption_sets(cfg)
+    if sets.left_out:
+        note += f"; rows left out: {dict(sets.left_out)}"
     agreements = agreement_table(sets, references, tag)
     tables = {"Diversity": {}}
     for name, captions in sets.captions.items():
@@ -63,9 +68,9 @@ def read_references(cfg):
         return {}
     references = {}
     for shard in find_input_shards(cfg, cfg.references):
-        for record in read_records(shard, with_pictures=False):
-            caption, _ = caption_and_scores(record.row)
-            references[record.row["id"]] = caption
+        for record in read_records(shard, REPORT_FIELDS, with_pictures=False):
+            if not record.reason:
+                references[record.row["id"]] = row_caption(record.row)
     return references
 
 
@@ -74,15 +79,16 @@ def read_caption_sets(cfg):
     sets = CaptionSets()
     shards = find_input_shards(cfg)
     for shard in tqdm(shards, desc="report", unit="shard", disable=None):
-        for record in read_records(shard):
+        for record in read_records(shard, REPORT_FIELDS):
             if record.reason:
+                sets.left_out[record.reason] += 1
                 continue
             captions = sets.captions[shard.origin]
             key = record.row["id"]
             if key in captions:  # in shards that curate.py has not made
                 key = f"{shard.name}/{key}"
-            captions[key], scores = caption_and_scores(record.row)
-            count_scores(sets.histograms, shard.origin, scores)
+            captions[key] = row_caption(record.row)
+            count_scores(sets.histograms, shard.origin, row_scores(record.row))
             wanted = len(sets.pictures) < cfg.pictures and shard.origin == shards[0].origin
             if wanted and record.pictures:
                 with contextlib.suppress(ValueError):
@@ -94,7 +100,7 @@ def read_caption_sets(cfg):
 def count_scores(histograms, set_name, scores):
     """Count a row's scores of 1 to 5 in {"set, score": {1: rows, ..., 5: rows}}, in place."""
     for name, value in scores.items():
-        if value in range(1, 6):
+        if is_number(value) and value in range(1, 6):
             empty = dict.fromkeys(range(1, 6), 0)
             histograms.setdefault(f"{set_name}, {name}", empty)[value] += 1
 

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from curation.rows import row_problem
 from data import TOY_TOKENIZER
 from evals.endpoint import IMAGE_TYPES, reply_key
 from inputs import files
@@ -133,15 +134,21 @@ def all_inputs_hash(cfg):
 # ---- read ----------------------------------------------------------------------------------------
 
 
-def read_records(shard, with_pictures=True):
+def read_records(shard, fields=("id",), with_pictures=True):
     """Yield every record of an input shard, in order.
 
-    A record that cannot be taken comes with the reason and without pictures. with_pictures=False
-    reads the rows alone. Raises DamagedShard if the file cannot be read to its end.
+    A record that cannot be taken comes with the reason and without pictures; fields: those of the
+    row that the stage reads (see row_problem). with_pictures=False reads the rows alone. Raises
+    DamagedShard if the file cannot be read to its end.
     """
-    if shard.source:
-        yield from read_source_rows(shard, with_pictures)
-        return
+    read_all = read_source_rows if shard.source else read_tar_records
+    for record in read_all(shard, with_pictures):
+        reason = record.reason or row_problem(record.row, fields)
+        yield ShardRecord(record.row, {}, reason) if reason else record
+
+
+def read_tar_records(shard, with_pictures):
+    """The records of a shard that is a tar."""
     try:
         with open_tar(shard.path) as tar, open(shard.path, "rb") as file:
             for key, group in itertools.groupby(tar_members(tar), tar_key):
@@ -168,7 +175,7 @@ def read_source_rows(shard, with_pictures):
     for i in range(shard.start, shard.stop):
         row = {"id": f"{source.name}:{i}"}
         try:
-            row = source.row(i)
+            update_row(row, source.row(i))
             pictures = {}
             for k, name in enumerate(image_names(row) if with_pictures else ()):
                 pictures[f"{k}/{name}"] = source.image(i, k, row)
@@ -189,7 +196,7 @@ def read_tar_record(file, key, members, with_pictures):
             found, _ = read_record(file, record)
             if record.caption and "caption" in found:
                 row["caption"] = None  # its place in the row, before what the .json holds
-            row |= found
+            update_row(row, found)
         pictures = {}
         for k, (name, place) in enumerate(record_pictures(record, row)):
             content = read_place(file, *place, "a picture") if with_pictures else b""
@@ -197,6 +204,13 @@ def read_tar_record(file, key, members, with_pictures):
     except UNREADABLE:
         return ShardRecord(row, {}, "ambiguous_record" if record.problem else "bad_row")
     return ShardRecord(row, pictures, None)
+
+
+def update_row(row, found):
+    """Put what was read into a row, which has an id already; an id of null is none."""
+    if found.get("id") is None:
+        found.pop("id", None)
+    row |= found
 
 
 def members_problem(members):

@@ -1,5 +1,6 @@
 """Read JSON with an error that says what to do, and write files whole or not at all."""
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -45,6 +46,23 @@ def file_hash(path, kind="sha256"):
         return hashlib.file_digest(file, kind).hexdigest()
 
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota used up, file too large
+
+
+@contextlib.contextmanager
+def naming(path):
+    """If there is no room for what the block writes, the OSError names `path`.
+
+    The system names no file when a write fails, and copying names the source.
+    """
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in NO_ROOM:
+            raise
+        raise OSError(e.errno, os.strerror(e.errno), str(path)) from None
+
+
 @contextlib.contextmanager
 def atomic_write(path, mode="w"):
     """Open a file that appears under its name only when all of it is on the disk.
@@ -56,7 +74,7 @@ def atomic_write(path, mode="w"):
     tmp = f"{path}.tmp"
     encoding = None if "b" in mode else "utf-8"
     try:
-        with open(tmp, mode, encoding=encoding) as file:
+        with naming(path), open(tmp, mode, encoding=encoding) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import stat
+import sys
 import threading
 from pathlib import Path
 
@@ -221,6 +222,7 @@ def measure_all(source, tokenizer, template, stack):
         cores = len(os.sched_getaffinity(0))
     pool = None
     waiting = collections.deque()
+    told = []  # whether a killed process has been told of
     first = 0
     while task := list(itertools.islice(records, RECORDS_PER_TASK)):
         if pool is None and first > 0 and cores > 1:
@@ -231,12 +233,32 @@ def measure_all(source, tokenizer, template, stack):
         if pool is None:
             yield measure_records(source, task, first, tokenizer, template)
         else:
-            waiting.append(pool.submit(measure_task, source, task, first))
+            waiting.append((submit(pool, source, task, first), task, first))
         first += len(task)
         if len(waiting) > 2 * cores:
-            yield waiting.popleft().result()
-    for future in waiting:
-        yield future.result()
+            yield result_of(*waiting.popleft(), source, tokenizer, template, told)
+    for future, task, number in waiting:
+        yield result_of(future, task, number, source, tokenizer, template, told)
+
+
+def submit(pool, source, task, first):
+    """A Future of measure_task, or None if a process of the pool was killed."""
+    try:
+        return pool.submit(measure_task, source, task, first)
+    except concurrent.futures.BrokenExecutor:
+        return None
+
+
+def result_of(future, task, first, source, tokenizer, template, told):
+    """What a Future brings. If its process was killed, this one measures the records itself."""
+    with contextlib.suppress(concurrent.futures.BrokenExecutor):
+        if future:
+            return future.result()
+    if not told:
+        print(f"WARNING: {source.path}: a process that measured records was killed (out of "
+              f"memory?); from record {first} on this one does", file=sys.stderr, flush=True)
+        told.append(True)
+    return measure_records(source, task, first, tokenizer, template)
 
 
 # (tokenizer, template) of this process, if it is one of the pool

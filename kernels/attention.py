@@ -34,7 +34,8 @@ def attention(q, k, v, cu_seqlens, max_seqlen, causal):
     """
     H = q.shape[1]
     K = k.shape[1]
-    assert H % K == 0, f"{H} query heads do not divide over {K} key/value heads"
+    if H % K:
+        raise ValueError(f"{H} query heads do not divide over {K} key/value heads")
     against = attention_triton.reason_against(q.shape[2])
     path = os.environ.get("ATTENTION")
     if not path:

@@ -344,7 +344,8 @@ def _aligned(x):
 
 def run_forward(q, k, v, cu_seqlens, causal):
     """q (T, H, D), k and v (T, K, D) -> out (T, H, D), lse (H, T) fp32 in powers of 2."""
-    assert q.dtype == k.dtype == v.dtype, f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}"
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}")
     q = _aligned(q)
     k = _aligned(k)
     v = _aligned(v)

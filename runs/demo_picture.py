@@ -59,9 +59,8 @@ def choose_examples(demo, shards):
             picture = Image.open(io.BytesIO(base64.b64decode(pictures[row["index"]])))
             answer = row["prediction"].strip()
             right = answer.rstrip(".").lower() == row["answer"].strip().lower()
-            # the letter of a choice says nothing without its text
-            if row.get(answer):
-                answer = f"{answer} ({row[answer]})"
+            # the letter of an option says nothing: show its text
+            answer = row.get(answer) or answer
             yield picture, row["question"].split("\n")[0], answer, right
 
 
@@ -112,7 +111,9 @@ def main():
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("a picture needs matplotlib: pip install matplotlib") from None
-    figure = Figure(figsize=(12.5, 4.6), layout="constrained")
+    figure = Figure(figsize=(12.5, 5.2), layout="constrained")
+    # so that an answer does not touch the question below it
+    figure.get_layout_engine().set(h_pad=0.12)
     grid = figure.add_gridspec(2, 7)
     draw_examples(figure, grid, choose_examples(demo, Path(cfg.shards)))
     draw_loss(figure.add_subplot(grid[:, 4:]), demo / "log.jsonl")

@@ -224,3 +224,54 @@ def test_a_stage_whose_last_update_breaks_the_weights_ends_with_an_error_and_no_
     assert f"error: {out}/alignment is not saved: not finite" in text
     assert not (out / "alignment").exists()
     assert json.loads((out / "log.jsonl").read_text().splitlines()[-1])["step"] == 3
+
+
+# ---- stages that are done ------------------------------------------------------------------------
+
+
+def test_a_model_folder_that_was_removed_is_trained_again_and_an_interrupted_retry_goes_on(
+    zygote, shards, tmp_path
+):
+    out = tmp_path / "r"
+    log = out / "log.jsonl"
+    arguments = flags(out, shards, "--save_every=1", steps=3)
+    assert zygote.run("train", arguments, 1, tmp_path / "1") == [0]
+    first = (out / "alignment/model.safetensors").read_bytes()
+    shutil.rmtree(out / "alignment")
+    stop = """
+import os, signal
+from training import checkpoint
+save = checkpoint.Saver.save
+def then_stop(self, step, *args, **kw):
+    save(self, step, *args, **{**kw, "wait": True})
+    if step == 2:
+        os._exit(77)
+checkpoint.Saver.save = then_stop
+"""
+    assert zygote.run("train", arguments, 1, tmp_path / "2", stop) == [77]
+    told = (tmp_path / "2").read_text()
+    assert "alignment: its model folder was removed, so it is trained again" in told
+    assert len(log.read_text().splitlines()) == 3 + 2
+    assert zygote.run("train", arguments, 1, tmp_path / "3") == [0]
+    assert "resumes at step 2" in (tmp_path / "3").read_text()
+    assert len(log.read_text().splitlines()) == 3 + 2 + 1
+    assert (out / "alignment/model.safetensors").read_bytes() == first
+
+
+def test_a_stage_is_not_started_where_its_model_folder_could_not_be_written(
+    zygote, shards, tmp_path
+):
+    (tmp_path / "r/alignment").mkdir(parents=True)
+    (tmp_path / "r/alignment/notes.txt").write_text("mine")
+    assert zygote.run("train", flags(tmp_path / "r", shards), 1, tmp_path / "1") == [2]
+    assert "r/alignment exists and is not a model folder" in (tmp_path / "1").read_text()
+    assert not (tmp_path / "r/log.jsonl").exists()
+
+
+def test_a_full_disk_under_the_printed_output_and_the_notes_costs_no_step(zygote, shards, tmp_path):
+    out = tmp_path / "r"
+    (out / "last_step").mkdir(parents=True)
+    (out / "last_step/rank_0.txt").symlink_to("/dev/full")
+    arguments = flags(out, shards, "--save_every=2", "--print_every=1")
+    assert zygote.run("train", arguments, 1, "/dev/full") == [0]
+    assert (out / "alignment/config.json").exists()

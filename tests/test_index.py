@@ -1,14 +1,18 @@
 """inputs/index.py: built on all cores, read without memory of its own."""
 
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
 
 import pytest
 from rows import (
+    CHAT,
     ROOT,
+    TOY,
     some_rows,
     sources_of,
     talk,
@@ -114,6 +118,34 @@ def test_an_index_built_by_several_processes_is_the_one_of_one_process(tmp_path,
         assert (got.index / name).read_bytes() == (tmp_path / name).read_bytes()
     assert got.meta == want.meta
     assert len(got.meta["bad"]) == 2 and len(got.rows) == 262
+
+
+def killed_at_120(source, records, first):
+    """measure_task in a process that is killed when it comes to a record."""
+    if first == 120:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return index.measure_records(source, records, first, TOY, CHAT)
+
+
+def test_an_index_goes_on_where_a_process_that_helps_is_killed_and_says_so_once(
+    tmp_path, monkeypatch, capfd
+):
+    one = some_rows(tmp_path, 260)
+    want = sources_of(one)[0]
+    rows = (want.index / "rows.bin").read_bytes()
+    (want.index / "meta.json").unlink()
+    records.map_index.cache_clear()
+    monkeypatch.setattr(index, "RECORDS_PER_TASK", 60)
+    monkeypatch.setattr(index.os, "sched_getaffinity", lambda pid: {0, 1})
+    # forked, so that they have what is patched here
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(index.multiprocessing, "get_context", lambda kind: fork)
+    monkeypatch.setattr(index, "start_indexer", lambda *settings: None)
+    monkeypatch.setattr(index, "measure_task", killed_at_120)
+    got = sources_of(one)[0]
+    assert (got.index / "rows.bin").read_bytes() == rows and got.meta == want.meta
+    told = capfd.readouterr().err
+    assert told.count("was killed (out of memory?)") == 1
 
 
 PARENT = """

@@ -42,11 +42,13 @@ data
 vision
 model
 model_config
+model_files
 weights
 generate
 training/distributed
 training/optim
 training/lora
+training/output
 training/progress
 training/state_check
 training/metadata
@@ -195,6 +197,17 @@ def test_style_is_what_ruff_says():
     command = [sys.executable, "-m", "ruff", "check", "--output-format=concise", "."]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_no_check_of_the_program_goes_away_with_python_O():
+    places = []
+    for path in PROGRAM:
+        if path.parent.name == "bench":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Assert) or getattr(node, "id", "") == "__debug__":
+                places.append(f"{name_of(path)}:{node.lineno}")
+    assert not places, f"raise an error instead: {places}"
 
 
 # ---- who imports whom ----------------------------------------------------------------------------

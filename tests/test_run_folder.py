@@ -68,6 +68,61 @@ def test_the_run_record_says_what_ran(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ('{"format": 1, "config"', "is not valid JSON"),
+        ("[]", "holds a list"),
+        ("{}", "format None, this one reads 1"),
+        ('{"format": 7, "config": {}}', "format 7, this one reads 1"),
+        ('{"format": 1}', "has no 'config'"),
+        ('{"format": 1, "config": {}, "origins": {}, "versions": []}', "has no 'versions'"),
+        ('{"format": 1, "config": {}, "origins": {}, "versions": {}}', "has no 'world'"),
+        ('{"architectures": ["InternVLChatModel"]}', "of another program or version"),
+    ],
+)
+def test_a_record_that_is_torn_or_of_another_version_is_one_line_with_its_path(
+    tmp_path, text, words
+):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=f"{tmp_path}/config.json .*{words}"):
+        run_folder.read_run_config(tmp_path)
+    (tmp_path / "finished.json").write_text('{"format": 1, "stages": "all"}')
+    with pytest.raises(ValueError, match=f"{tmp_path}/finished.json has no 'stages'"):
+        run_folder.read_finished(tmp_path)
+
+
+def test_another_torch_or_commit_than_at_the_start_is_told_in_one_line(tmp_path, capsys):
+    run_folder.write_run_config(tmp_path, {}, {}, 1)
+    record = run_folder.read_run_config(tmp_path)
+    run_folder.say_what_changed(record, ALONE)
+    run_folder.say_what_changed({}, ALONE)
+    assert capsys.readouterr().out == ""
+    record["versions"]["torch"] = "2.5.0"
+    record["commit"] = "0123"
+    run_folder.say_what_changed(record, ALONE)
+    told = capsys.readouterr().out
+    assert told.count("\n") == 1 and "commit 0123 -> " in told
+    assert f"torch 2.5.0 -> {torch.__version__}" in told
+
+
+def test_a_note_that_the_disk_has_no_room_for_ends_nothing_and_is_told_once(tmp_path, capsys):
+    (tmp_path / "last_step").symlink_to("/proc/self")  # no file can be made there
+    watchdog = run_folder.Watchdog(tmp_path, ALONE, 60)
+    for step in range(3):
+        watchdog.note(f"step {step}")
+    watchdog.stop()
+    told = capsys.readouterr().err
+    assert told.count("WARNING") == 1 and f"{tmp_path}/last_step/rank_0.txt cannot be" in told
+    (tmp_path / "last_step").unlink()
+    (tmp_path / "last_step").mkdir()
+    (tmp_path / "last_step/rank_0.txt").symlink_to("/dev/full")
+    watchdog = run_folder.Watchdog(tmp_path, ALONE, 60)
+    watchdog.note("step 4")
+    watchdog.stop()
+    assert "No space left on device" in capsys.readouterr().err
+
+
 def test_a_resized_run_keeps_the_packs_of_a_step_by_itself_or_by_hand_in_every_stage(tmp_path):
     state = Progress(stage="alignment", packs_per_step=4, world=2)
     (tmp_path / "state.json").write_text(json.dumps(dataclasses.asdict(state)))

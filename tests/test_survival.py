@@ -189,6 +189,7 @@ def test_a_run_resized_from_2_to_1_to_4_to_2_ranks_sees_the_same_samples_and_end
         <= limit
     )
     shutil.rmtree(parts / "alignment")
+    (parts / "finished.json").unlink()
     assert zygote.run("train", one_stage(parts, shards, *more), 3, tmp_path / "3") == [2, 2, 2]
     assert "cannot share alike; start it on 1, 2, 4 ranks" in (tmp_path / "3").read_text()
 

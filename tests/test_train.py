@@ -321,7 +321,9 @@ def test_a_checkpoint_or_folder_of_another_shape_is_refused(tmp_path, shards, mo
     run(train, argv(tmp_path / "c", shards, "--save_every=2", stages=("alignment",)), monkeypatch)
     import shutil
 
+    # as a run leaves it that is killed before it writes the model folder
     shutil.rmtree(tmp_path / "c" / "alignment")
+    (tmp_path / "c" / "finished.json").unlink()
     with pytest.raises(ValueError, match="does not fit this model"):
         run(
             train,
@@ -340,7 +342,9 @@ def test_other_data_under_a_checkpoint_are_refused(tmp_path, shards, monkeypatch
     run(train, argv(tmp_path / "a", shards, "--save_every=2", stages=("alignment",)), monkeypatch)
     import shutil
 
+    # as a run leaves it that is killed before it writes the model folder
     shutil.rmtree(tmp_path / "a" / "alignment")
+    (tmp_path / "a" / "finished.json").unlink()
     toy.write_parts(toy.Config(out=str(tmp_path), n=50), ["pretrain"])
     with pytest.raises(
         ValueError,

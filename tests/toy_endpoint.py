@@ -165,8 +165,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         endpoint = self.server.endpoint
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         parts = body["messages"][0]["content"]
+        if isinstance(parts, str):  # no picture
+            parts = [{"type": "text", "text": parts}]
         prompt = "".join(part.get("text", "") for part in parts)
-        uri = next(part["image_url"]["url"] for part in parts if part["type"] == "image_url")
+        uri = next((part["image_url"]["url"] for part in parts if "image_url" in part), "")
         sha256 = hashlib.sha256(base64.b64decode(uri.partition(",")[2])).hexdigest()
         time.sleep(endpoint.delay)
         fails = endpoint.count((sha256, prompt, body["temperature"]))

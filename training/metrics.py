@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from inputs.files import read_jsonl
+from inputs.files import naming, read_jsonl
 from training.distributed import all_reduce_sum, reshard, unwrap
 
 # ---- log.jsonl and bad_samples.jsonl -------------------------------------------------------------
@@ -187,9 +187,9 @@ def account(counts_before, progress, packs, is_last):
     """
     counts = progress.counts
     bad = progress.quarantined
-    assert counts["used"] == progress.samples_seen + bad, (
-        f"{counts['used']} samples were planned, {progress.samples_seen} used and {bad} "
-        "quarantined; report this")
+    if counts["used"] != progress.samples_seen + bad:
+        raise AssertionError(f"{counts['used']} samples were planned, {progress.samples_seen} "
+                             f"used and {bad} quarantined; report this")
     records = sum(counts.values())
     epochs = records // packs.n
     epochs_before = sum(counts_before.values()) // packs.n
@@ -345,4 +345,5 @@ def plot_loss(log_path, png_path):
     ax.set(xlabel="step", ylabel="loss (nats per supervised token)")
     if curves:
         ax.legend(frameon=False)
-    ax.figure.savefig(png_path, dpi=120)
+    with naming(png_path):
+        ax.figure.savefig(png_path, dpi=120)

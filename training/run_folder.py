@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 import torch.distributed as td
 
-from inputs.files import write_atomic
+from inputs.files import naming, read_json, write_atomic
+from model_files import check_target, find_change
 from training.checkpoint import (
     check_room,
     checkpoints_in,
@@ -70,6 +71,7 @@ class Watchdog:
         self.path = Path(out_dir) / "last_step" / f"rank_{dist.rank}.txt"
         self.timeout_s = timeout_s
         self.file = None
+        self.warned = False
 
     def note(self, text):
         """Start the time again; text: what comes next."""
@@ -77,10 +79,17 @@ class Watchdog:
         alone = not td.is_initialized()
         if not alone:
             signal.alarm(self.timeout_s + 5)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.path, "wb", buffering=0)  # stays open: the stacks go there
-        self.file.write(f"{text}\n".encode())
-        faulthandler.dump_traceback_later(self.timeout_s, file=self.file, exit=alone)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(self.path, "wb", buffering=0)  # stays open: the stacks go there
+            self.file.write(f"{text}\n".encode())
+        except OSError as e:  # a full disk must not end a run that can go on
+            if not self.warned:
+                print(f"WARNING: {self.path} cannot be written ({e.strerror}); where a step hangs "
+                      "will not be told", file=sys.stderr, flush=True)
+            self.warned = True
+        file = self.file or sys.__stderr__
+        faulthandler.dump_traceback_later(self.timeout_s, file=file, exit=alone)
 
     def stop(self):
         """Nothing is watched until the next note."""
@@ -108,16 +117,51 @@ def lock_run_folder(out_dir):
         holder = os.read(lock, 200).decode() or "another process"
         raise ValueError(f"{out_dir} is in use by {holder}; wait for it, stop it, "
                          "or choose another --out_dir") from None
-    os.ftruncate(lock, 0)
-    os.write(lock, f"process {os.getpid()} on {platform.node()}".encode())
+    with naming(out / "lock"):
+        os.ftruncate(lock, 0)
+        os.write(lock, f"process {os.getpid()} on {platform.node()}".encode())
     for leftover in leftovers_in(out):
         shutil.rmtree(leftover)
 
 
+RUN_FORMAT = 1  # of config.json and finished.json of a run folder
+
+
+def read_run_file(out_dir, name, keys):
+    """A JSON file of a run folder, {} if there is none.
+
+    keys: {entry: its type}. ValueError, with the path, if it is torn, is of another version, or
+    lacks an entry.
+    """
+    path = Path(out_dir) / name
+    if not path.exists():
+        return {}
+    record = read_json(path, dict)
+    found = record.get("format")
+    if found != RUN_FORMAT:
+        raise ValueError(f"{path} is of another program or version (format {found}, this one reads "
+                         f"{RUN_FORMAT}); choose another --out_dir")
+    for key, kind in keys.items():
+        if not isinstance(record.get(key), kind):
+            raise ValueError(f"{path} has no {key!r}; restore it, or remove it to go on without "
+                             "knowing how the run was started")
+    return record
+
+
 def read_run_config(out_dir):
     """What write_run_config has written, {} if nothing."""
-    path = Path(out_dir) / "config.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_run_file(out_dir, "config.json",
+                         {"config": dict, "origins": dict, "versions": dict, "world": int})
+
+
+def current_commit():
+    """COMMIT of this program, or COMMIT-dirty if files were changed since; "" without git."""
+    describe = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    try:
+        return subprocess.run(describe, cwd=Path(__file__).resolve().parent,
+                              capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git
+        return ""
 
 
 def write_run_config(out_dir, values, origins, world):
@@ -126,20 +170,14 @@ def write_run_config(out_dir, values, origins, world):
     values: all settings, as configurator.resolved gives them; origins: where each came from;
     world: ranks on which the run began.
     """
-    # COMMIT, or COMMIT-dirty if files were changed since.
-    describe = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
-    try:
-        commit = subprocess.run(describe, cwd=Path(__file__).resolve().parent,
-                                capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git
-        commit = ""
     packages = {d.name: d.version for d in importlib.metadata.distributions()}
     record = {
+        "format": RUN_FORMAT,
         "config": values,
         "origins": origins,
         "argv": sys.argv,
-        "commit": commit or None,
-        "versions": {"python": platform.python_version(), **packages},
+        "commit": current_commit() or None,
+        "versions": {"python": platform.python_version(), **packages, "torch": torch.__version__},
         "host": platform.node(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "world": world,
@@ -152,6 +190,21 @@ def write_run_config(out_dir, values, origins, world):
 def stage_finished(out_dir, stage_name):
     """Whether the run folder has the model folder of a stage; it is written at the stage's end."""
     return (Path(out_dir) / stage_name / "config.json").exists()
+
+
+def read_finished(out_dir):
+    """The stages that have ended, by finished.json: their model folders were there once."""
+    record = read_run_file(out_dir, "finished.json", {"stages": list})
+    return record.get("stages", [])
+
+
+def write_finished(out_dir, stage_name, finished):
+    """Note in finished.json that a stage has ended, or that it is trained again."""
+    stages = [name for name in read_finished(out_dir) if name != stage_name]
+    if finished:
+        stages.append(stage_name)
+    record = {"format": RUN_FORMAT, "stages": stages}
+    write_atomic(Path(out_dir) / "finished.json", json.dumps(record) + "\n")
 
 
 # ---- start or resume -----------------------------------------------------------------------------
@@ -172,13 +225,15 @@ def check_start(cfg, origins, stages):
         if stage.data and origins["data"] == "command line" and origin != "command line":
             raise ValueError(f"{origin} gives stage {name} data of its own, so --data would be "
                              f"ignored: write --{name}.data=PATH instead")
+        if not stage_finished(cfg.out_dir, name):
+            check_target(Path(cfg.out_dir) / name)  # now, and not after weeks of training
 
 
 def open_run(cfg, stages, values, dist):
     """Take the run folder and find where to go on. All ranks call it.
 
     Returns (the newest good checkpoint or None, the number of ranks on which the run began), and
-    says which of `values` an earlier start had otherwise.
+    says which of `values`, torch's version or the commit was another at the last start.
     """
     problem = None
     if dist.is_main:
@@ -197,6 +252,8 @@ def open_run(cfg, stages, values, dist):
     if changed:
         say(dist, f"settings that changed since this run was started: {'; '.join(changed)}")
 
+    say_what_changed(recorded, dist)
+
     path = find_checkpoint(cfg.out_dir, dist, strict=cfg.resume == "strict")
     finished = any(stage_finished(cfg.out_dir, name) for name, _ in stages)
     if cfg.resume == "never" and (path or finished):
@@ -204,10 +261,37 @@ def open_run(cfg, stages, values, dist):
                          "choose another --out_dir or remove it")
     world = dist.world
     if path:
-        world = read_progress(path).world
+        progress = read_progress(path)
+        world = progress.world
+        stage = progress.stage
+        if stage in read_finished(cfg.out_dir) and not stage_finished(cfg.out_dir, stage):
+            say(dist, f"{stage}: its model folder was removed, so it is trained again")
+            path = None
     elif finished:
         world = recorded.get("world", world)
     return path, world
+
+
+def say_what_changed(recorded, dist):
+    """Tell, in a line, if another torch or commit goes on: the bits may then differ."""
+    if not recorded or not dist.is_main:
+        return
+    versions = {"torch": torch.__version__, "commit": current_commit() or None}
+    old = {"torch": recorded["versions"].get("torch"), "commit": recorded.get("commit")}
+    changed = [f"{name} {old[name]} -> {version}" for name, version in versions.items()
+               if old[name] != version]
+    if changed:
+        say(dist, f"changed since this run was started: {', '.join(changed)}; "
+                  "it goes on, but not bit for bit as it would have")
+
+
+def check_model_folder(folder, dist):
+    """ValueError on all ranks if a file of a model folder is not as it was written."""
+    changes = gather(find_change(folder, dist.rank, dist.world), dist)
+    changes = [change for change in changes if change]
+    if changes:
+        raise ValueError(f"{changes[0]}; copy the folder again, or, if it was changed on purpose, "
+                         "remove its checksums.json")
 
 
 def where_to_start(run, name):
