@@ -199,8 +199,7 @@ def print_tokens(folder, about):
 
 # ---- export --------------------------------------------------------------------------------------
 
-# our name -> the name in the released "-hf" checkpoints, which transformers 4.52 and later read;
-# applied one by one
+# our name -> that of the released "-hf" checkpoints (transformers 4.52 and later), one by one
 RENAMED = {
     "vision_model.": "vision_tower.",
     ".class_embedding": ".cls_token",
@@ -353,6 +352,8 @@ def transformers_tensors(state):
         if not name.startswith("language_model."):
             for ours, theirs in RENAMED.items():
                 name = name.replace(ours, theirs)
+        if name.startswith("mlp1."):
+            raise ValueError(f"{name}: transformers has no such projector; use --layout=internvl")
         if ".qkv." in name:
             for part, rows in zip(("q_proj", "k_proj", "v_proj"), tensor.chunk(3), strict=True):
                 out[name.replace("qkv", part)] = rows

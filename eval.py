@@ -9,6 +9,7 @@ evals/table.py holds the benchmarks and protocols, evals/scorers.py the rules. A
 goes on at the first row that has no prediction yet. Shapes: T tokens of a prompt, N tiles.
 """
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -24,22 +25,17 @@ from tqdm import tqdm
 import configurator
 from configurator import setting
 from evals.endpoint import connect_judge
-from evals.files import find_file, open_picture, read_rows, read_tsv, write_tsv
-from evals.prompts import build_prompt
+from evals.files import RowError, find_file, lock_folder, open_picture, read_rows, write_tsv
+from evals.prompts import build_prompt, placeholder_problem
 from evals.report import print_results, question_cards, report_html
-from evals.score import averages, chance_level, published_scores, score_rows
-from evals.table import (
-    PAPER,
-    PAPER_PROTOCOL,
-    TOY,
-    Benchmark,
-    find_benchmark,
-    parse_benchmarks,
-    protocol_hash,
-)
+from evals.results import build_results, run_protocol_hash, score_all
+from evals.score import never_right_warning
+from evals.score_file import score_file, warn
+from evals.table import PAPER_PROTOCOL, TOY, Benchmark, parse_benchmarks
+from evals.tiling import gray, row_tiles
 from generate import Assistant
-from inputs.files import file_hash, read_jsonl, write_atomic
-from inputs.images import GRAY, Image, make_tiles, picture_uri
+from inputs.files import file_hash, json_hash, read_jsonl, write_atomic
+from inputs.images import Image, picture_uri
 from training.distributed import (
     barrier,
     close_distributed,
@@ -47,11 +43,9 @@ from training.distributed import (
     gather,
     setup_distributed,
 )
-from weights import weights_hash
+from weights import TOKENIZER_FILES, weights_hash
 
 DESCRIBE = "Describe the image."
-# The most tiles of all pictures of a row together.
-MAX_ROW_TILES = 64
 
 
 @dataclasses.dataclass(slots=True)
@@ -59,7 +53,7 @@ class Config:
     model: str = ""  # model folder
     data_dir: str = ""  # folder of the benchmark files, such as VLMEvalKit's LMUData
     benchmarks: str = "toy"  # names joined by commas, or: toy | all (the 18 of the paper)
-    protocol: str = PAPER_PROTOCOL  # sailvl-2024-12 (the paper's) | vlmevalkit-2025-04
+    protocol: str = PAPER_PROTOCOL  # sailvl-2024-12 (the paper's) | vlmevalkit-2026-08
     out_dir: str = "out/eval"  # predictions, results.json and report.html go here
     download: bool = False  # fetch files that are not in data_dir, gigabytes of them
     download_from: str = ""  # web folder that has them all; "" = where VLMEvalKit has each of them
@@ -82,15 +76,6 @@ class Config:
 
 
 @dataclasses.dataclass(slots=True)
-class ScoreConfig:
-    benchmark: str = ""  # name in evals/table.py
-    predictions: str = ""  # .tsv with the benchmark's columns and `prediction`
-    protocol: str = PAPER_PROTOCOL  # as above
-    judge: str = ""  # as above
-    judge_model: str = ""  # as above
-
-
-@dataclasses.dataclass(slots=True)
 class Task:
     """A benchmark of this run."""
     b: Benchmark
@@ -106,14 +91,10 @@ def make_prompt(assistant, b, row, pictures, text, max_tiles=0, blind=False):
     tiles = []
     if pictures:
         images = [open_picture(row, picture, b.jpeg) for picture in pictures]
-        width, height = images[0].size
-        size = (b.upscale * width, b.upscale * height)
-        images[0] = images[0].resize(size, Image.Resampling.BILINEAR)
         side = assistant.model.vision.image_size
-        most = max(1, min(max_tiles or b.tiles, MAX_ROW_TILES // len(images)))
-        tiles = [make_tiles(image, 1, most, side, assistant.thumbnail) for image in images]
+        tiles = row_tiles(images, b, side, assistant.thumbnail, max_tiles)
     if blind:
-        tiles = [GRAY.expand_as(t) for t in tiles]
+        tiles = gray(tiles)
     return assistant.prompt([(text, None)], tiles)
 
 
@@ -136,14 +117,15 @@ def predict(b, pairs, assistant, key, cfg, dist, variant="model"):
 
     Each rank answers its share of the rows that have no answer yet, and adds the answers one by
     one to predictions/<name>.<variant>.rank<r>.jsonl. The next run with the same key finds them
-    there, whatever its number of ranks.
+    there, whatever its number of ranks. Raises RowError, on every rank, if a row cannot be asked.
     """
     folder = Path(cfg.out_dir) / "predictions"
     folder.mkdir(parents=True, exist_ok=True)
+    keys = {row["index"]: row_key(key, pictures) for row, pictures in pairs}
     done = {}
     for path in sorted(folder.glob(f"{b.name}.{variant}.rank*.jsonl")):
         for entry in read_jsonl(path):
-            if entry.get("key") == key:
+            if entry.get("key", "") == keys.get(entry.get("index")):
                 done[entry["index"]] = entry["prediction"]
     # Nobody writes before everybody has read.
     barrier()
@@ -162,19 +144,34 @@ def predict(b, pairs, assistant, key, cfg, dist, variant="model"):
         batch_tokens=cfg.batch_tokens,
     )
     path = folder / f"{b.name}.{variant}.rank{dist.rank}.jsonl"
+    problem = None
     with (open(path, "a", encoding="utf-8") as f,
           tqdm(total=len(mine), desc=path.stem, disable=not dist.is_main) as bar):
-        for number, text in answers:
-            index = mine[number][0]["index"]
-            # csv would take \r for the end of a row.
-            text = text.replace("\r", " ")
-            done[index] = text.removesuffix(".") if b.period else text
-            entry = {"key": key, "index": index, "prediction": done[index]}
-            # The newline comes first: it ends a line that a killed run left torn.
-            f.write("\n" + json.dumps(entry))
-            f.flush()
-            bar.update()
-    return {index: text for part in gather(done, dist) for index, text in part.items()}
+        try:
+            for number, text in answers:
+                index = mine[number][0]["index"]
+                # csv would take \r for the end of a row.
+                text = text.replace("\r", " ")
+                done[index] = text.removesuffix(".") if b.period else text
+                entry = {"key": keys[index], "index": index, "prediction": done[index]}
+                # The newline comes first: it ends a line that a killed run left torn.
+                f.write("\n" + json.dumps(entry))
+                f.flush()
+                bar.update()
+        except RowError as e:
+            problem = e
+    every = {}
+    for part, trouble in gather((done, problem), dist):
+        if trouble:
+            raise RowError(f"{b.name}: {trouble}")
+        every |= part
+    return every
+
+
+def row_key(key, pictures):
+    """The key of a row's answer: that of its benchmark and the content of its picture files."""
+    digests = [file_hash(path) for path in pictures if isinstance(path, Path) and path.is_file()]
+    return json_hash([key, *digests])[:16] if digests else key
 
 
 def variants(cfg):
@@ -189,8 +186,12 @@ def variants(cfg):
     return [*found, ("model", cfg.model)]
 
 
-def answer_all(tasks, weights, cfg, dist, dtype):
-    """-> ({variant: {benchmark: rows with `prediction`}}, the Assistant of the model itself)."""
+def answer_all(tasks, failed, folder_hashes, cfg, dist):
+    """-> ({variant: {benchmark: rows with `prediction`}}, the Assistant of the model itself).
+
+    A benchmark with a row that cannot be asked moves from `tasks` to `failed`, {name: reason}.
+    """
+    dtype = compute_dtype(cfg.dtype, dist.device)
     answered = {}
     assistant = None
     loaded = None
@@ -199,9 +200,14 @@ def answer_all(tasks, weights, cfg, dist, dtype):
             assistant = Assistant(folder, dist.device, dtype)
             loaded = folder
         answered[variant] = {}
-        for task in tasks:
-            key = answer_key(task, assistant, weights[folder], dtype, cfg)
-            said = predict(task.b, task.pairs, assistant, key, cfg, dist, variant)
+        for task in list(tasks):
+            key = answer_key(task, assistant, folder_hashes[folder], dtype, cfg)
+            try:
+                said = predict(task.b, task.pairs, assistant, key, cfg, dist, variant)
+            except RowError as e:
+                failed[task.b.name] = str(e)
+                tasks.remove(task)
+                continue
             rows = [row | {"prediction": said[row["index"]]} for row, _ in task.pairs]
             answered[variant][task.b.name] = rows
             if variant == "model" and dist.is_main:
@@ -209,58 +215,22 @@ def answer_all(tasks, weights, cfg, dist, dtype):
     return answered, assistant
 
 
-def answer_key(task, assistant, weights, dtype, cfg):
+def answer_key(task, assistant, folder_hash, dtype, cfg):
     """A hash of all that decides an answer beside its row: only runs with the same share them."""
     protocol = run_protocol_hash([task.b.name], cfg)
-    facts = [weights, task.md5, protocol, assistant.template, dtype, assistant.thumbnail]
+    facts = [folder_hash, task.md5, protocol, assistant.template, dtype, assistant.thumbnail]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
-def run_protocol_hash(names, cfg):
-    return protocol_hash(names, cfg.max_tiles, cfg.max_new_tokens, cfg.protocol)
+def hash_folder(folder):
+    """All in a model folder that decides its answers: hashes of the weights and of the rest."""
+    names = ("config.json", *TOKENIZER_FILES)
+    paths = [Path(folder) / name for name in names]
+    digests = {path.name: file_hash(path) for path in paths if path.is_file()}
+    return weights_hash(folder), json_hash(digests)
 
 
-# ---- results ------------------------------------------------------------------------------------
-
-def score_all(tasks, answered, judge):
-    """-> ({variant: {benchmark: score}}, {benchmark: details of the model's own score})."""
-    scores = {}
-    details = {}
-    # The model is the last variant, so that its details stay.
-    for variant, rows in answered.items():
-        scores[variant] = {}
-        for task in tasks:
-            name = task.b.name
-            scores[variant][name], details[name] = score_rows(task.b, rows[name], judge)
-    rows = answered["model"]
-    scores["chance"] = {task.b.name: chance_level(task.b, rows[task.b.name]) for task in tasks}
-    return scores, details
-
-
-def build_results(tasks, scores, details, model_hash, cfg):
-    """The scores, their averages and how they came about, as results.json has them."""
-    names = [task.b.name for task in tasks]
-    parts = {variant: {"overall": averages(s)["overall"], **s} for variant, s in scores.items()}
-    model_scores = parts.pop("model")
-    means = averages(scores["model"])
-    asks_paper = any(name in PAPER for name in names)
-    return {
-        **model_scores,
-        **parts,
-        "groups": means["groups"],
-        "left_out": {name: details[name]["reason"] for name in means["left_out"]},
-        "n": {name: details[name]["n"] for name in names},
-        "details": details,
-        "model": cfg.model,
-        "model_sha256": model_hash,
-        "protocol": run_protocol_hash(names, cfg),
-        "protocol_name": cfg.protocol,
-        "judge": cfg.judge_model or None,
-        "files_md5": {task.b.name: task.md5 for task in tasks},
-        "published": published_scores() if asks_paper else {},
-        "limit": cfg.limit,
-    }
-
+# ---- the run ------------------------------------------------------------------------------------
 
 def free_cards(pairs, assistant):
     """Descriptions of the pictures of (row, pictures) pairs, with the tiles that the model saw."""
@@ -277,79 +247,91 @@ def free_cards(pairs, assistant):
     return cards
 
 
-# ---- the run ------------------------------------------------------------------------------------
-
 def read_tasks(cfg):
-    """The benchmarks of a run with their rows."""
+    """-> (benchmarks of a run with their rows, {name of one whose rows cannot be asked: reason}).
+
+    Raises ValueError if no benchmark can be asked.
+    """
     benchmarks = parse_benchmarks(cfg.benchmarks, cfg.protocol)
     paths = {name: find_file(b, cfg.data_dir, cfg.download, cfg.download_from)
              for name, b in benchmarks.items()}
     tasks = []
+    failed = {}
     for name, b in benchmarks.items():
-        pairs = read_rows(paths[name], b, cfg.limit)
+        try:
+            pairs = read_rows(paths[name], b, cfg.limit)
+            for row, pictures in pairs:
+                problem = placeholder_problem(b.prompt, row, len(pictures))
+                if problem:
+                    raise RowError(problem)
+        except RowError as e:
+            failed[name] = f"{name}: {e}"
+            continue
         tasks.append(Task(b, paths[name], pairs, file_hash(paths[name], "md5")))
-    return tasks
-
-
-def score_file(argv):
-    """`eval.py score`: a predictions file -> {"benchmark", "score", "details", "protocol", ...}.
-
-    Where the score is None, "reason" says why.
-    """
-    cfg = ScoreConfig()
-    configurator.configure(cfg, argv)
-    if not (cfg.benchmark and cfg.predictions):
-        raise ValueError("give --benchmark=NAME and --predictions=FILE.tsv")
-    b = find_benchmark(cfg.benchmark, cfg.protocol)
-    rows, _ = read_tsv(cfg.predictions, ("prediction", *b.columns))
-    judge = connect_judge(cfg.judge, cfg.judge_model, f"{cfg.predictions}.judge.jsonl")
-    try:
-        score, details = score_rows(b, rows, judge)
-    except ValueError as e:
-        raise ValueError(f"{cfg.predictions}: {e}") from None
-    result = {"benchmark": b.name, "score": score}
-    if score is None:
-        result["reason"] = details["reason"]
-    return result | {
-        "details": details,
-        "judge": cfg.judge_model or None,
-        "protocol": protocol_hash([b.name], protocol=cfg.protocol),
-        "protocol_name": cfg.protocol,
-    }
+    if not tasks:
+        raise ValueError("; ".join(failed.values()))
+    return tasks, failed
 
 
 def main():
     if sys.argv[1:2] == ["score"]:
         print(json.dumps(score_file(sys.argv[2:]), ensure_ascii=False))
         return
-    start = time.time()
     cfg = Config()
     configurator.configure(cfg)
 
     # What is missing or wrong shows here, before anything is written.
-    out = Path(cfg.out_dir)
-    judge = connect_judge(cfg.judge, cfg.judge_model, out / "judge.jsonl")
-    tasks = read_tasks(cfg)
-    weights = {folder: weights_hash(folder) for _, folder in variants(cfg)}
+    judge = connect_judge(cfg.judge, cfg.judge_model, Path(cfg.out_dir) / "judge.jsonl")
+    tasks, failed = read_tasks(cfg)
+    folder_hashes = {folder: hash_folder(folder) for _, folder in variants(cfg)}
+    for reason in failed.values():
+        warn(f"left out: {reason}")
     for task in tasks:
         if task.b.md5 not in ("", task.md5):
-            print(f"warning: {task.path} has MD5 {task.md5}, the protocol's is {task.b.md5}",
-                  file=sys.stderr)
-
-    # Answers, on all ranks.
+            warn(f"{task.path} has MD5 {task.md5}, the protocol's is {task.b.md5}")
+        text = never_right_warning(task.b, [row for row, _ in task.pairs])
+        if text:
+            warn(text)
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     dist = setup_distributed(cfg.device, cfg.timeout_s)
-    dtype = compute_dtype(cfg.dtype, dist.device)
-    answered, assistant = answer_all(tasks, weights, cfg, dist, dtype)
+    with hold_folder(cfg, dist):
+        evaluate(cfg, tasks, failed, folder_hashes, judge, dist)
+
+
+def hold_folder(cfg, dist):
+    """Keep other evaluations out of the out_dir; every rank raises ValueError if one is there."""
+    lock = contextlib.nullcontext()
+    problem = None
+    try:
+        if dist.is_main:
+            lock = lock_folder(cfg.out_dir)
+    except (ValueError, OSError) as e:
+        problem = e
+    problem = gather(problem, dist)[0]
+    if problem:
+        raise problem
+    return lock
+
+
+def evaluate(cfg, tasks, failed, folder_hashes, judge, dist):
+    """Ask, score, and write what --out_dir has. Raises ValueError if benchmarks failed."""
+    start = time.time()
+    n_failed = len(failed)
+    answered, assistant = answer_all(tasks, failed, folder_hashes, cfg, dist)
     # A judge takes its time: only the first process stays.
     close_distributed()
     if not dist.is_main:
         return
+    if not tasks:
+        raise ValueError("; ".join(failed.values()))
+    for reason in list(failed.values())[n_failed:]:
+        warn(f"left out: {reason}")
 
-    # Scores, report, tables.
+    out = Path(cfg.out_dir)
     scores, details = score_all(tasks, answered, judge)
-    results = build_results(tasks, scores, details, weights[cfg.model], cfg)
-    results["dtype"] = str(dtype).removeprefix("torch.")
+    results = build_results(tasks, failed, scores, details, cfg)
+    results["model_sha256"], _ = folder_hashes[cfg.model]
+    results["dtype"] = str(compute_dtype(cfg.dtype, dist.device)).removeprefix("torch.")
     results["torch"] = torch.__version__
     results["seconds"] = round(time.time() - start, 1)
     cards = []
@@ -364,6 +346,9 @@ def main():
     write_atomic(out / "results.json", text + "\n")
     print_results(results, [variant for variant in scores if variant != "model"])
     print(f"wrote {out / 'results.json'} and {out / 'report.html'}")
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(tasks) + len(failed)} benchmarks could not be "
+                         f"asked: {'; '.join(failed.values())}")
 
 
 if __name__ == "__main__":

@@ -281,7 +281,10 @@ def graph_step(model, batch, positions, length):
 # ---- sampling ------------------------------------------------------------------------------------
 
 def choose_tokens(model, logits, rows, settings):
-    """logits (S, V) of these rows -> their next token ids (S,)."""
+    """logits (S, V) of these rows -> their next token ids (S,). ValueError if any is NaN or inf."""
+    if not logits.sum(dtype=torch.float32).isfinite():  # any NaN or infinity gets into the sum
+        raise ValueError(f"{getattr(model, 'folder', 'the model')}: its logits are not finite; are "
+                         "its weights damaged, or is --dtype too narrow for them?")
     logits[:, model.image_token_id] = float("-inf")  # a placeholder is never an answer
     if settings.temperature == 0:
         return logits.argmax(-1)

@@ -144,7 +144,10 @@ def packed(cu_seqlens):
 
 
 class LanguageModel(nn.Module):
-    """Decoder and head, from embeddings on. ValueError for numbers of heads that do not divide."""
+    """Decoder and head, from embeddings on.
+
+    ValueError unless n_heads is a multiple of n_kv_heads and head_dim is even.
+    """
 
     def __init__(self, cfg):
         super().__init__()

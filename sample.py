@@ -173,13 +173,18 @@ def answer_file(cfg):
     for row in rows:
         if "error" in row:
             note(f"{cfg.image[0]} {row['error']}")
-    with open(cfg.out, "w", encoding="utf-8", errors="backslashreplace") as file:
-        prompts = read_prompts(assistant, rows, base, asked)
-        answers = assistant.answer_each(prompts, batch_size=cfg.batch_size)
-        for number, text in tqdm(answers, desc="answers", total=len(rows), disable=None):
-            asked[number]["answer"] = text
-            file.write(json.dumps(asked[number], ensure_ascii=False) + "\n")
-            file.flush()
+    try:
+        with open(cfg.out, "w", encoding="utf-8", errors="backslashreplace") as file:
+            prompts = read_prompts(assistant, rows, base, asked)
+            answers = assistant.answer_each(prompts, batch_size=cfg.batch_size)
+            for number, text in tqdm(answers, desc="answers", total=len(rows), disable=None):
+                asked[number]["answer"] = text
+                file.write(json.dumps(asked[number], ensure_ascii=False) + "\n")
+                file.flush()
+    finally:
+        # Where nothing was answered, nothing is left behind.
+        if os.path.exists(cfg.out) and os.path.getsize(cfg.out) == 0:
+            os.remove(cfg.out)
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     text = "".join(lines).encode("utf-8", "backslashreplace").decode()
     write_atomic(cfg.out, text)

@@ -2,7 +2,7 @@
 
 The language model stays frozen in both. Fine-tuning (sft.py) runs through the same loop. Examples:
 
-    python train.py config/toy.py                           # CPU, about a minute
+    python train.py config/toy.py               # CPU, a minute; config/toy.py: what to make first
     python train.py config/pretrain_2b.py --dry_run=True    # parameters, memory, FLOPs, days
     torchrun --nproc_per_node=8 train.py config/pretrain_2b.py --init_from=start_2b --data=c.json
 
@@ -277,8 +277,8 @@ def train_stage(run, name, stage, later_steps):
         ids = [i for batch in micro for i in batch["ids"]]
         run.watchdog.note(f"{name} step {done}: samples {', '.join(ids)}")
 
-        # Sums over all micro-batches of all ranks. The loss of a step is one mean over its tokens,
-        # however unevenly they are spread.
+        # Summed over all micro-batches, then over all ranks. The loss of a step is one weighted
+        # mean over its tokens (--loss_weight), however unevenly they are spread.
         totals = metrics.step_totals(micro)
         lengths = [n for batch in micro for n in batch["lengths"]]
         totals["flops"] = train_flops(vision, llm, totals["tiles"], lengths, totals["supervised"],
@@ -358,7 +358,7 @@ def train_stage(run, name, stage, later_steps):
             run.saver.save(first_step + done, model, optimizer, progress, wait=stop)
         if stop:
             distributed.say(dist, f"stopped by a signal after {name} {done}, saved; "
-                                  "the same command goes on")
+                                  "run the same command to continue")
             return True
 
     # ---- the model folder ----

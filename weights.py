@@ -215,6 +215,7 @@ def fill(model, tensors, prefix=""):
 def load_folder(folder, device="cpu", dtype=None):
     """Read a folder's whole model -> (VLM, config.json as a dict); otherwise as open_folder."""
     model, about = open_folder(folder, dtype)
+    model.folder = folder  # error messages name it
     fill(model.to_empty(device=device), about.tensors)
     return model, about.config
 

@@ -19,6 +19,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from evals.chat_request import send
 from inputs.files import read_jsonl
 
 # Temperatures that are tried until a reply is valid. VLMEvalKit raises it by 0.5 each time too.
@@ -26,7 +27,6 @@ ATTEMPTS = (0.0, 0.5, 1.0)
 # Of a request that fails; the wait before the second try doubles with each further one.
 TRIES = 6
 WAIT_S = 1.0
-TIMEOUT_S = 120
 # HTTP statuses: nothing is wrong but this picture or its size.
 REFUSED = (400, 413, 415, 422)
 # HTTP statuses below 500 after which it helps to ask again.
@@ -127,6 +127,9 @@ class ChatClient:
                 problem = f"HTTP {e.code} {e.reason}"
                 if e.code in (401, 403):
                     problem += "; set JUDGE_API_KEY=..."
+                if 300 <= e.code < 400:
+                    problem += f" to {e.headers['Location']!r}, which is not followed; give the "
+                    problem += "address that answers"
                 if e.code < 500 and e.code not in ASK_AGAIN:
                     may_retry = False
             except (OSError, ValueError, LookupError, TypeError, AttributeError,
@@ -134,6 +137,8 @@ class ChatClient:
                 # No connection, or a reply that is no JSON of the right form.
                 problem = f"{type(e).__name__}: {e}"
             if not may_retry:
+                # An endpoint may send line ends where none belong.
+                problem = " ".join(problem.split())
                 raise ValueError(f"judge {call.full_url}: {problem}; replies so far are kept, "
                                  "run again to go on")
             self._count("retries")
@@ -195,22 +200,6 @@ def image_part(image):
     kind = IMAGE_TYPES.get(image[:2], "jpeg")
     uri = f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
     return {"type": "image_url", "image_url": {"url": uri}}
-
-
-def send(call):
-    """Make an HTTP request -> {"reply", "finish", "usage"}.
-
-    Raises OSError or HTTPException if there is no answer; ValueError, LookupError, TypeError or
-    AttributeError if it is none of a chat endpoint.
-    """
-    with urllib.request.urlopen(call, timeout=TIMEOUT_S) as answer:
-        whole = json.load(answer)
-    choice = whole["choices"][0]
-    # Adding text refuses what is none.
-    reply = "" + (choice["message"]["content"] or "")
-    usage = whole.get("usage") or {}
-    counts = {name: n for name, n in usage.items() if isinstance(n, int)}
-    return {"reply": reply, "finish": choice.get("finish_reason"), "usage": counts}
 
 
 def connect_judge(url, model, cache):

@@ -1,14 +1,18 @@
-"""Benchmark files: fetching them, their rows, their pictures.
+"""Benchmark files: fetching them, their rows, their pictures; the folder of an evaluation.
 
 A file is a .tsv of VLMEvalKit's: columns index, question, answer and others, pictures as base64.
 Gigabytes of pictures stay in the file; of each only its place is kept.
 """
 import base64
+import binascii
 import csv
 import dataclasses
+import fcntl
 import http.client
 import io
 import os
+import platform
+import re
 import shutil
 import sys
 import time
@@ -23,6 +27,8 @@ from inputs.images import load_image, open_image
 
 # DATASET_URL of vlmeval/dataset/image_mcq.py and its like.
 ADDRESS = "https://opencompass.openxlab.space/utils"
+# What stands before the base64 in a data URI.
+DATA_URI = re.compile(r"data:[^,]{,99};base64,", re.IGNORECASE)
 # An image cell of at most so many characters names the row that holds the picture.
 REFERENCE_LENGTH = 64
 
@@ -33,6 +39,10 @@ class PictureCell:
     path: Path
     offset: int
     number: int
+
+
+class RowError(ValueError):
+    """A row that cannot be asked: the message names row and column."""
 
 
 # ---- downloads ----------------------------------------------------------------------------------
@@ -212,7 +222,8 @@ def row_pictures(path, row, cells):
     pictures = []
     for name in as_list(row["image"]):
         if name not in cells:
-            raise ValueError(f"{path} row {row['index']}: image {name!r} is no row with a picture")
+            raise RowError(f"{path} row {row['index']}, column 'image': {name!r} is no row with a "
+                           "picture; the path of a picture belongs in a column 'image_path'")
         pictures += cells[name]
     return pictures
 
@@ -229,14 +240,15 @@ def write_tsv(path, rows):
 # ---- pictures -----------------------------------------------------------------------------------
 
 def open_picture(row, place, jpeg=False):
-    """Pillow RGB image of a picture of read_rows. Raises ValueError that names the row.
+    """Pillow RGB image of a picture of read_rows. Raises RowError.
 
     jpeg: as VLMEvalKit reads it, not rotated and alpha dropped (load_image of sail_vl.py). There
     a picture from the .tsv went through JPEG on the disk before (decode_base64_to_image_file of
     vlmeval/smp), unless its row names several files and this one is of another type.
     """
+    is_file = isinstance(place, Path)
     try:
-        if isinstance(place, Path):
+        if is_file:
             return _read_picture(place, jpeg)
         image = _read_picture(cell_bytes(place), jpeg)
         if not jpeg or _stays_as_it_is(row, place.number):
@@ -245,7 +257,8 @@ def open_picture(row, place, jpeg=False):
         image.save(file, "JPEG")
         return _read_picture(file.getvalue(), jpeg)
     except (ValueError, OSError) as e:
-        raise ValueError(f"benchmark row {row['index']}: {e}") from e
+        column = "image_path" if is_file else "image"
+        raise RowError(f"benchmark row {row['index']}, column {column!r}: {e}") from e
 
 
 def cell_bytes(place):
@@ -253,7 +266,18 @@ def cell_bytes(place):
     _, _, header = next(records(place.path))
     _, _, fields = next(records(place.path, place.offset))
     images = as_list(fields[header.index("image")])
-    return base64.b64decode(images[place.number])
+    return decode_base64(images[place.number])
+
+
+def decode_base64(text):
+    """Base64 -> bytes. The signs of URLs (-_), a data URI and absent padding are fine."""
+    text = "".join(DATA_URI.sub("", text.strip(), count=1).split())
+    text = text.translate(str.maketrans("-_", "+/")).rstrip("=")
+    try:
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    except (binascii.Error, ValueError) as e:
+        raise ValueError(f"{text[:20]!r}... is no base64 of a picture ({e}); the path of a picture "
+                         "belongs in a column 'image_path'") from None
 
 
 def _read_picture(source, jpeg):
@@ -270,3 +294,32 @@ def _stays_as_it_is(row, number):
         return False
     name = names[number] if number < len(names) else ""
     return not name.lower().endswith((".jpg", ".jpeg"))
+
+
+# ---- the folder of an evaluation ----------------------------------------------------------------
+
+def lock_folder(folder):
+    """Make the folder and hold it -> the open lock file, which lets go when it is closed.
+
+    Raises ValueError naming who holds it. The system lets go however the process ends.
+    """
+    path = Path(folder) / "eval.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read(200) or "another process"
+        file.close()
+        raise ValueError(f"{folder} is in use by an evaluation, {holder}; wait for it, stop it, or "
+                         "choose another --out_dir") from None
+    except OSError as e:
+        # Some network file systems have no locks.
+        print(f"warning: {path}: {e.strerror}; nothing here keeps a second evaluation out of this "
+              "folder", file=sys.stderr)
+        return file
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file

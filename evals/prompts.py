@@ -58,6 +58,17 @@ def build_prompt(kind, row, n_images=1):
     return "\n".join([*lines, *text, wanted["zh" if is_chinese else "en"]])
 
 
+def placeholder_problem(kind, row, n_images):
+    """What is wrong with the `<image>` that a row writes for its pictures, "" if nothing is."""
+    n = build_prompt(kind, row, n_images).count("<image>")
+    if n in (0, n_images):
+        return ""
+    columns = ", ".join(repr(name) for name, cell in row.items() if "<image>" in cell)
+    n_written = n - n_images if n_images > 1 else n
+    return (f"row {row['index']}, column {columns}: <image> is written {n_written} times, its "
+            f"pictures are {n_images}; remove it, for pictures come first by themselves")
+
+
 def judge_prompt(scorer, row):
     """What a judge is asked about the prediction of a row that `scorer` cannot read."""
     # An open question of MMMU gets the options that its scorer makes of it.

@@ -8,12 +8,22 @@ from evals.table import PAPER, TOY
 from evals.totals import rates
 from inputs.files import read_json
 
+# Cells that VLMEvalKit takes for empty: pandas does when it reads a .tsv or .xlsx.
+EMPTY_CELLS = {
+    "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN",
+    "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"}
+
 
 def read_answer(b, answer, row):
     """(what the scorer of a benchmark reads in an answer, points)."""
     if b.recent:
-        return b.scorer(answer, row, recent=True)
-    return b.scorer(answer, row)
+        read, points = b.scorer(answer, row, recent=True)
+    else:
+        read, points = b.scorer(answer, row)
+    # VLMEvalKit has no reference there, so no answer is right.
+    if b.jpeg and row["answer"] in EMPTY_CELLS:
+        points = 0.0
+    return read, points
 
 
 def read_answers(b, rows, judge=None):
@@ -50,13 +60,17 @@ def score_rows(b, rows, judge=None):
     if not rows:
         raise ValueError(f"no rows of split {b.split!r}; only those count")
     for row in rows:
-        if not "".join(as_list(row["answer"])).strip():
+        counts_as_wrong = b.jpeg and row["answer"] in EMPTY_CELLS
+        if not counts_as_wrong and not "".join(as_list(row["answer"])).strip():
             raise ValueError(f"row {row['index']}: its answer is empty")
     found = read_answers(b, rows, judge)
     reads = [read for read, _ in found]
     points = [p for _, p in found]
     n_unread = reads.count("")
     details = {"n": len(rows), "correct": round(sum(points), 2), "not_readable": n_unread}
+    hopeless = never_right(b, rows)
+    if hopeless:
+        details["never_right"] = [row.get("index") for row in hopeless]
     if b.judge == "required" and n_unread and (not judge or b.scorer is graded):
         why = "need a judge: --judge=URL --judge_model=NAME"
         if judge:
@@ -67,6 +81,30 @@ def score_rows(b, rows, judge=None):
     if b.scorer is yes_no:
         details |= rates(rows, reads)
     return score, details | more
+
+
+def never_right(b, rows):
+    """The rows that count as wrong whatever is answered: no answer matches their reference."""
+    if b.scorer is graded:
+        return []
+    return [row for row in rows if not _can_be_right(b, row)]
+
+
+def _can_be_right(b, row):
+    """Whether the reference itself, or the letter of an option, would be a right answer."""
+    answers = [*as_list(row["answer"]), row.get("answer_option", ""), *options(row), "A"]
+    return any(read_answer(b, answer, row)[1] for answer in answers)
+
+
+def never_right_warning(b, rows):
+    """What to tell a user of such rows, "" if there are none."""
+    rows = never_right(b, rows)
+    if not rows:
+        return ""
+    named = ", ".join(f"row {row['index']} ({row['answer'][:40]!r})" for row in rows[:5])
+    more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
+    return (f"{b.name}: {len(rows)} rows count as wrong whatever is answered, for nothing matches "
+            f"their column 'answer': {named}{more}")
 
 
 def chance_level(b, rows):
@@ -111,9 +149,10 @@ def _average(values):
 def published_scores():
     """{model: {"source": where it stands, benchmark or average: score 0-100}}.
 
-    published.json has MME as its sum / 28 (2244, 2321, 2321 and 2149 in the first source) and
-    OCRBench / 10. Names that a run here does not have (MMBench_DEV_V11, OpenCompass, ...) are not
-    comparable with any of its own.
+    published.json has MME as its sum / 28 (2244, 2321, 2321 and 2149 in the first source, 2.24e3
+    in the second) and OCRBench / 10. Names that a run here does not have (MMBench_DEV_V11,
+    OpenCompass, ...) are not comparable with any of its own. The second source lists
+    HallusionBench without a number.
     """
     found = {}
     for part in read_json(Path(__file__).with_name("published.json"), list):

@@ -1,8 +1,9 @@
 """The rules that read an answer: (prediction, row) -> (what was read, points from 0 to 1).
 
 What was read is "" where no rule can read the prediction. The rules are VLMEvalKit's
-(open-compass/VLMEvalKit, December 2024) and give its scores for the same predictions. Where it
-draws an option at random, nothing is drawn here: the answer counts as not read.
+(open-compass/VLMEvalKit, at the commits that evals/table.py names) and give its scores for the
+same predictions. Where it draws an option at random, nothing is drawn here: the answer counts as
+not read.
 """
 import ast
 import functools
@@ -54,7 +55,7 @@ def as_list(text):
 
     Any other cell -> [text].
     """
-    if not text.startswith("["):
+    if not text.lstrip(" \t").startswith("["):
         return [text]
     try:
         return [str(item) for item in ast.literal_eval(text)]
@@ -82,7 +83,7 @@ def option_letter(prediction, choices, recent=False):
     """The option that a prediction names: its letter, "Z" for a refusal, "" if unclear.
 
     It is the only option letter among the words, else the only option whose text occurs
-    (can_infer of vlmeval/utils/matching_util.py). recent: as VLMEvalKit reads since 2025, only a
+    (can_infer of vlmeval/utils/matching_util.py). recent: as VLMEvalKit reads in 2026, only a
     letter of the last four words or after "answer is" counts, and no text in an answer of more
     than twice the options' length.
     """
@@ -101,18 +102,20 @@ def option_letter(prediction, choices, recent=False):
             stated = re.search(r"answer\s+is\s+\**([ABCD])", prediction, re.IGNORECASE)
             if stated and stated[1].upper() in choices:
                 return stated[1].upper()
-    if recent and len(prediction) > 2 * sum(map(len, choices.values())):
-        return ""
     said = prediction.lower()
+    if recent and len(said) > 2 * sum(map(len, choices.values())):
+        return ""
     found = [letter for letter, text in choices.items() if text.lower() in said]
     return found[0] if len(found) == 1 else ""
 
 
 def multiple_choice(prediction, row, recent=False):
-    """The right letter (eval_vanilla of vlmeval/dataset/utils/multiple_choice.py)."""
-    read = option_letter(prediction.strip(), options(row), recent)
-    answer = row["answer"].strip()
-    return read, answer != "" and read == answer
+    """The right letter (eval_vanilla of vlmeval/dataset/utils/multiple_choice.py).
+
+    As there, what cannot be read counts as the letter Z.
+    """
+    read = option_letter(prediction, options(row), recent)
+    return read, (read or "Z") == row["answer"]
 
 
 def mmmu(prediction, row, recent=False):
@@ -151,11 +154,12 @@ def mathvista(prediction, row, recent=False):
 
 # ---- yes or no, one or several references -------------------------------------------------------
 
-def without_punctuation(text):
+def without_punctuation(text, recent=False):
     """process_punctuation of vlmeval/smp.
 
     A mark beside a space goes, any other becomes a space. All of them go if there is a comma
-    between digits. Then the full stops go that no digit follows, the first 32 of them.
+    between digits. Then the full stops go that no digit follows, the first 32 of them. recent: a
+    full stop after a digit stays too, as in VLMEvalKit since 2025.
     """
     comma_in_number = re.search(r"\d,\d", text)
     out = text
@@ -164,29 +168,30 @@ def without_punctuation(text):
             out = out.replace(mark, "")
         else:
             out = out.replace(mark, " ")
-    return re.sub(r"\.(?!\d)", "", out, count=32)
+    stop = r"(?<!\d)\.(?!\d)" if recent else r"\.(?!\d)"
+    return re.sub(stop, "", out, count=32)
 
 
-def yes_no(prediction, row):
+def yes_no(prediction, row, recent=False):
     """Exactly one of the words yes and no, whatever else is said.
 
     YOrN_Extraction of vlmeval/dataset/utils/yorn.py.
     """
-    words = without_punctuation(prediction.lower()).split()
+    words = without_punctuation(prediction.lower(), recent).split()
     found = [word for word in ("yes", "no") if word in words]
     read = found[0] if len(found) == 1 else ""
     return read, read != "" and read == row["answer"].strip().lower()
 
 
 @functools.lru_cache(65536)
-def vqa_normal(text):
+def vqa_normal(text, recent=False):
     """A text without punctuation and articles, numbers as digits, contractions written out.
 
     process_answer of vlmeval/dataset/utils/vqa_eval.py.
     """
     text = text.replace("\n", " ").replace("\t", " ").strip()
     words = []
-    for word in without_punctuation(text).lower().split():
+    for word in without_punctuation(text, recent).lower().split():
         # Only numbers up to ten, as there.
         if NUMBER_WORDS.get(word, 11) <= 10:
             word = str(NUMBER_WORDS[word])
@@ -195,13 +200,13 @@ def vqa_normal(text):
     return " ".join(words)
 
 
-def vqa_score(prediction, row):
+def vqa_score(prediction, row, recent=False):
     """Mean over the references of min(1, others that say the same / 3).
 
     process_line and vqa_score of vlmeval/dataset/utils/vqa_eval.py.
     """
-    read = vqa_normal(prediction)
-    references = [vqa_normal(text) for text in as_list(row["answer"])]
+    read = vqa_normal(prediction, recent)
+    references = [vqa_normal(text, recent) for text in as_list(row["answer"])]
     same = references.count(read)
     if not same:
         return read, 0.0
@@ -226,17 +231,20 @@ def edit_distance(a, b):
 def anls(prediction, row):
     """Similarity to the nearest reference, 0 below one half.
 
-    anls_compute and hit_calculate of vlmeval/dataset/utils/vqa_eval.py.
+    anls_compute and hit_calculate of vlmeval/dataset/utils/vqa_eval.py. As there, the distance is
+    that of the texts in lower case with single spaces. But it is divided by the length of the
+    longer text as it was written, in upper case.
     """
     read = " ".join(prediction.lower().split())
     best = 0.0
     for text in as_list(row["answer"]):
         reference = " ".join(text.lower().split())
-        shorter = min(len(read), len(reference))
-        longer = max(len(read), len(reference))
-        # A text more than twice as long is never half similar. This keeps long answers fast.
-        if longer <= 2 * shorter:
-            best = max(best, 1 - edit_distance(read, reference) / max(longer, 1))
+        longer = max(len(prediction.upper()), len(text.upper()))
+        # So far apart are the texts at least. This keeps long answers fast.
+        distance = abs(len(read) - len(reference))
+        if read != reference and 2 * distance <= longer:
+            distance = edit_distance(read, reference)
+        best = max(best, 1 - distance / max(longer, 1))
     return read, best if best >= 0.5 else 0.0
 
 
@@ -249,14 +257,23 @@ def relaxed_accuracy(prediction, row):
     return read, any(relaxed_match(read, text) for text in as_list(row["answer"]))
 
 
-def relaxed_match(read, reference):
-    """Whether an answer is near enough to one reference."""
-    number = to_float(read)
-    target = to_float(reference)
-    # A reference of 0 has no relative error and is compared as text.
-    if number is None or not target:
-        return read.lower() == reference.lower()
-    return abs(number - target) / abs(target) <= 0.05
+def swapped_relaxed_accuracy(prediction, row):
+    """As relaxed_accuracy, but within 5 % of the prediction.
+
+    process_line of vqa_eval.py gave the two in this order until September 2025.
+    """
+    read = prediction.strip()
+    return read, any(relaxed_match(text, read) for text in as_list(row["answer"]))
+
+
+def relaxed_match(text, target):
+    """Whether a text is a number within 5 % of the target, or equal to it but for case."""
+    number = to_float(text)
+    wanted = to_float(target)
+    # A target of 0 has no relative error and is compared as text.
+    if number is None or not wanted:
+        return text.lower() == target.lower()
+    return abs(number - wanted) / abs(wanted) <= 0.05
 
 
 def any_reference(prediction, row):

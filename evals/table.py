@@ -1,9 +1,13 @@
 """The 18 benchmarks of the paper and the toy ones, one entry each, and the protocols they make.
 
 A protocol is a table of benchmarks. Its hash stands beside every score, because 10-20 points can
-hide in a prompt. `sailvl-2024-12` is the paper's: VLMEvalKit (open-compass/VLMEvalKit) of December
-2024 with its SAIL-VL adapter, vlmeval/vlm/sail_vl.py. `vlmevalkit-2025-04` has the later tiles,
-answer length and option reading of that adapter.
+hide in a prompt. Each protocol follows one state of VLMEvalKit (open-compass/VLMEvalKit), prompts
+and tiles of its SAIL-VL adapter, vlmeval/vlm/sail_vl.py, and its scorers:
+
+sailvl-2024-12: the paper's, commit 226212fe (22 December 2024), which added the adapter.
+vlmevalkit-2026-08: commit e8e78f05 (August 2026). The adapter asks with more tiles, in two scales,
+    and for shorter answers. A full stop after a digit stays (2025), ChartQA's 5 % are of the
+    reference (September 2025), and fewer options are read (July 2025; "answer is": May 2026).
 """
 import dataclasses
 import hashlib
@@ -23,13 +27,14 @@ from evals.scorers import (
     multiple_choice,
     ocrbench,
     relaxed_accuracy,
+    swapped_relaxed_accuracy,
     vqa_score,
     yes_no,
 )
 from evals.totals import capabilities, circular, hallusion, mean, mme, ocrbench_total, pope
 
 # Version of the scorers' code and of how pictures are read. It goes up when either changes.
-RULES = 4
+RULES = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +64,10 @@ class Benchmark:
     split: str = ""
     # Pictures are stored and read as VLMEvalKit does, rows without one are left out.
     jpeg: bool = True
-    # Option letters are read as VLMEvalKit does since 2025.
+    # The scorer reads as VLMEvalKit's of 2026.
     recent: bool = False
+    # A single picture is cut in two scales (evals/tiling.py).
+    two_scales: bool = False
     # Name of the .tsv, where it is not that of the benchmark, and its MD5.
     file: str = ""
     md5: str = ""
@@ -77,9 +84,16 @@ def by_name(*benchmarks):
 
 
 def later(b):
-    """The benchmark under the protocol of April 2025."""
-    recent = b.scorer in (multiple_choice, mmmu, mathvista)
-    return dataclasses.replace(b, tiles=max(10, b.tiles), max_new_tokens=1024, recent=recent)
+    """A benchmark of the paper under vlmevalkit-2026-08."""
+    scorer = relaxed_accuracy if b.scorer is swapped_relaxed_accuracy else b.scorer
+    return dataclasses.replace(
+        b,
+        scorer=scorer,
+        tiles=max(10, b.tiles),
+        max_new_tokens=1024,
+        recent=scorer in (multiple_choice, mmmu, mathvista, vqa_score, yes_no),
+        two_scales=True,
+    )
 
 
 PAPER = by_name(
@@ -150,7 +164,7 @@ PAPER = by_name(
     ),
     Benchmark(
         name="ChartQA_TEST", group="ocr", prompt="short",
-        scorer=relaxed_accuracy,
+        scorer=swapped_relaxed_accuracy,
         tiles=12, period=True,
         md5="c902e0aa9be5582a7aad6dcf52734b42",
     ),
@@ -227,15 +241,19 @@ TOY = by_name(
 )
 PROTOCOLS = {
     "sailvl-2024-12": PAPER | TOY,
-    "vlmevalkit-2025-04": by_name(*map(later, PAPER.values())) | TOY,
+    "vlmevalkit-2026-08": by_name(*map(later, PAPER.values())) | TOY,
 }
 PAPER_PROTOCOL = "sailvl-2024-12"
+# Name of a protocol that there was -> what became of it.
+FORMER_PROTOCOLS = {
+    "vlmevalkit-2025-04": "it mixed rules of April 2025 and of 2026; use vlmevalkit-2026-08"}
 
 
 def find_benchmark(name, protocol=PAPER_PROTOCOL):
     """A benchmark by its name here or that of its file. ValueError lists what there is."""
     if protocol not in PROTOCOLS:
-        raise ValueError(f"--protocol={protocol}: unknown; there are {', '.join(PROTOCOLS)}")
+        reason = FORMER_PROTOCOLS.get(protocol, "unknown")
+        raise ValueError(f"--protocol={protocol}: {reason}; there are {', '.join(PROTOCOLS)}")
     for b in PROTOCOLS[protocol].values():
         if name in (b.name, b.file or b.name):
             return b
@@ -269,7 +287,7 @@ def protocol_hash(names, max_tiles=0, max_new_tokens=0, protocol=PAPER_PROTOCOL)
         rules[name] = [
             b.md5, b.group, b.prompt, b.scorer.__name__, b.total.__name__, b.judge,
             max_tiles or b.tiles, max_new_tokens or b.max_new_tokens, b.period, b.upscale, b.split,
-            b.jpeg, b.recent, b.file or b.name, ""]
+            b.jpeg, b.recent, b.file or b.name, "", b.two_scales]
     wording = [TAIL, MCQ, OPEN, REFUSALS, list(JUDGE_PROMPTS.values())]
     fixed = ["pixels", "greedy", "thumbnail", RULES]
     text = json.dumps([rules, wording + fixed], sort_keys=True)

@@ -144,11 +144,12 @@ def _candidates(min_tiles, max_tiles):
 
 
 @functools.lru_cache(65536)
-def tile_grid(width, height, min_tiles=1, max_tiles=12, tile_size=448):
+def tile_grid(width, height, min_tiles=1, max_tiles=12, tile_size=448, beside=None):
     """The grid (columns, rows) whose aspect ratio is nearest to the picture's.
 
     On an exact tie a later, larger grid wins if the picture has more than half of its pixels
-    (find_closest_aspect_ratio in InternVL).
+    (find_closest_aspect_ratio in InternVL). beside: a grid; none whose lines are all among its
+    lines is taken.
     """
     if not 1 <= min_tiles <= max_tiles:
         raise ValueError(f"min_tiles={min_tiles} and max_tiles={max_tiles}: "
@@ -157,6 +158,8 @@ def tile_grid(width, height, min_tiles=1, max_tiles=12, tile_size=448):
     best = (1, 1)
     best_gap = math.inf
     for columns, rows in _candidates(min_tiles, max_tiles):
+        if beside and beside[0] % columns == 0 and beside[1] % rows == 0:
+            continue
         gap = abs(aspect - columns / rows)
         large = width * height > 0.5 * tile_size ** 2 * columns * rows
         if gap < best_gap or (gap == best_gap and large):

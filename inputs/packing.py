@@ -51,7 +51,7 @@ class Pack:
     cost: float = 0.0       # relative FLOPs
     position: tuple = ()    # where to resume after it: (epoch, window, packs of it consumed)
     counts: dict = None     # samples used and dropped so far, those of this pack included
-    # Set by make_loader.
+    # Set by data.rank_packs.
     number: int = 0         # among the packs of a loader: says where a worker puts its tiles
     together: tuple = ()    # (position, counts, costs) after the micro-batch of all ranks
 
@@ -217,7 +217,7 @@ class Packs:
     def plan_window(self, epoch, w, taken=0):
         """(packs, {reason: samples dropped}) of window w of an epoch.
 
-        taken: packs that the step which is open when the window begins has already.
+        taken: packs already in the step that the window before left open.
         """
         s = self.settings
         positions = np.arange(w * s.window, min((w + 1) * s.window, self.n))

@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import io
 import os
+import random
 import threading
 import tracemalloc
 from types import SimpleNamespace
@@ -142,7 +143,7 @@ def test_rows_without_a_picture_are_left_out_as_in_vlmevalkit_and_counted(tmp_pa
         ("index\tquestion\tanswer\n1\tq\n", "line 2: not 3 columns"),
         ("index\tquestion\tanswer\n1\tq\ta\tb\n", "line 2: not 3 columns"),
         ("index\tquestion\tanswer\n1\tq\ta\n1\tq\ta\n", "line 3: index '1' stands twice"),
-        ("index\timage\tquestion\tanswer\n1\t77\tq\ta\n", "'77' is no row with a picture"),
+        ("index\timage\tquestion\tanswer\n1\t77\tq\ta\n", "'image': '77' is no row with a pic"),
         (b"index\tquestion\tanswer\n1\t\xff\xff\ta\n", "not a UTF-8"),
         ("index\tquestion\tanswer\tanswer\n1\tq\ta\tb\n", "more than 1 column 'answer'"),
         ('index\tquestion\tanswer\n1\tq\t"a\n2\tq\ta\n', "has no partner"),
@@ -180,6 +181,53 @@ def test_missing_file_and_bad_picture(tmp_path):
     ]
     ((row, (place,)),) = files.read_rows(write_tsv(tmp_path / "t.tsv", rows), TOY_OCR)
     with pytest.raises(ValueError, match="benchmark row 5"):
+        files.open_picture(row, place)
+
+
+def test_base64_of_urls_and_data_uris_are_pictures(tmp_path):
+    rng = random.Random(0)
+    image = Image.new("RGB", (30, 30))
+    image.putdata([tuple(rng.randbytes(3)) for _ in range(900)])
+    image.save(file := io.BytesIO(), "PNG")
+    plain = base64.b64encode(file.getvalue()).decode()
+    url_safe = base64.urlsafe_b64encode(file.getvalue()).decode()
+    assert "-" in url_safe and "_" in url_safe
+    cells = [
+        plain,
+        url_safe,
+        url_safe.rstrip("="),
+        f"data:image/png;base64,{plain}",
+        f"DATA:image/png;charset=utf-8;base64,{url_safe}",
+        f"  {plain[:60]}\n{plain[60:]} ",
+        repr([f"data:image/png;base64,{url_safe}"]),
+    ]
+    rows = [{"index": i, "image": c, "question": "q", "answer": "x"} for i, c in enumerate(cells)]
+    for row, (place,) in files.read_rows(write_tsv(tmp_path / "t.tsv", rows), TOY_OCR):
+        assert files.open_picture(row, place).tobytes() == image.tobytes(), row
+
+
+@pytest.mark.parametrize(
+    "cell, message",
+    [
+        ("/data/pictures/of/a/benchmark/" + "very/" * 9 + "long.jpg", "'/data/pictures/of/a/'..."),
+        ("data:image/png,%89PNG%0D%0A" + "%00" * 40, "is no base64 of a picture"),
+        ("http://example.org/" + "a" * 60 + ".png", "is no base64 of a picture"),
+        (base64.b64encode(b"no picture at all" * 9).decode(), "153 bytes"),
+        ("A" * 65, "is no base64 of a picture"),
+    ],
+)
+def test_an_image_cell_that_is_no_picture_is_named_by_row_and_column(tmp_path, cell, message):
+    rows = [{"index": "5", "image": cell, "question": "q", "answer": "x"}]
+    ((row, (place,)),) = files.read_rows(write_tsv(tmp_path / "t.tsv", rows), TOY_OCR)
+    with pytest.raises(files.RowError, match="benchmark row 5, column 'image': ") as e:
+        files.open_picture(row, place)
+    assert message in str(e.value)
+
+
+def test_a_picture_file_that_is_not_there_is_named_by_row_and_column(tmp_path):
+    rows = [{"index": "5", "image_path": "not/there.png", "question": "q", "answer": "x"}]
+    ((row, (place,)),) = files.read_rows(write_tsv(tmp_path / "t.tsv", rows), TOY_OCR)
+    with pytest.raises(files.RowError, match="row 5, column 'image_path': .*there.png"):
         files.open_picture(row, place)
 
 

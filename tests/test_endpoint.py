@@ -1,12 +1,17 @@
 """The client of chat endpoints: cache, retries, refusals, resuming; never a guess."""
 
+import contextlib
 import http.server
 import json
+import socketserver
 import threading
+import time
+import tracemalloc
 from types import SimpleNamespace
 
 import pytest
 
+from evals import chat_request
 from evals import endpoint as J
 from evals.endpoint import ChatClient
 
@@ -143,3 +148,145 @@ def test_a_refusal_and_an_absent_endpoint_end_in_one_line_and_what_was_answered_
     for url, model in (("", "m"), ("127.0.0.1", "m"), (endpoint.url, "")):
         with pytest.raises(ValueError, match="--judge_model=NAME"):
             ChatClient(url, model, tmp_path / "j.jsonl")
+
+
+# ---- doors: redirects, drips, floods, odd JSON ---------------------------------------------------
+
+
+@pytest.fixture
+def raw(monkeypatch):
+    """A server of bytes: `serve` (a function of the socket) answers; `asked` are its requests."""
+    monkeypatch.setattr(J, "WAIT_S", 0.01)
+    monkeypatch.setattr(J, "TRIES", 2)
+    state = SimpleNamespace(serve=None, asked=[])
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self):
+            self.request.settimeout(10)
+            state.asked.append(self.request.recv(65536))
+            with contextlib.suppress(OSError):
+                state.serve(self.request)
+
+    class Server(socketserver.ThreadingTCPServer):
+        daemon_threads = True
+
+    server = Server(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    state.address = f"127.0.0.1:{server.server_address[1]}"
+    yield state
+    server.shutdown()
+
+
+def ask_raw(raw, tmp_path):
+    """The one line that asking this server ends in."""
+    client = ChatClient(f"http://{raw.address}/v1", "m", tmp_path / "j.jsonl", threads=1)
+    with pytest.raises(ValueError) as e:
+        client.ask(["q"], [always])
+    assert len(str(e.value).splitlines()) == 1 and raw.address in str(e.value)
+    assert not (tmp_path / "j.jsonl").exists()
+    return str(e.value)
+
+
+def reply_of(body, head="HTTP/1.1 200 OK"):
+    return f"{head}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_the_key_follows_no_redirect(raw, endpoint, tmp_path, monkeypatch, status):
+    monkeypatch.setenv("JUDGE_API_KEY", "secret")
+    head = f"HTTP/1.1 {status} Moved\r\nLocation: {endpoint.url}/chat/completions"
+    raw.serve = lambda socket: socket.sendall(reply_of(b"", head))
+    line = ask_raw(raw, tmp_path)
+    told = f"HTTP {status} Moved to '{endpoint.url}/chat/completions', which is not followed"
+    assert told in line
+    assert endpoint.asked == [] and endpoint.keys == [] and len(raw.asked) == 1
+    assert b"secret" in raw.asked[0] and "secret" not in line
+
+
+def drip(data, seconds=0.02):
+    """Send these bytes one by one."""
+
+    def serve(socket):
+        for i in range(len(data)):
+            socket.sendall(data[i : i + 1])
+            time.sleep(seconds)
+
+    return serve
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        reply_of(b" " * 1000),
+        b"HTTP/1.1 200 OK\r\nX-Slow: " + b"x" * 1000,
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 300,
+        b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n",
+    ],
+    ids=["body", "headers", "chunks", "nothing"],
+)
+def test_a_reply_that_drips_ends_after_the_time_limit(raw, tmp_path, monkeypatch, data):
+    monkeypatch.setattr(chat_request, "TIMEOUT_S", 0.5)
+    raw.serve = lambda socket: (drip(data)(socket), time.sleep(5))
+    start = time.monotonic()
+    line = ask_raw(raw, tmp_path)
+    assert "timed out" in line or "was not there after 0.5 s" in line
+    assert time.monotonic() - start < 4 and len(raw.asked) == 2  # asked again once
+
+
+def test_a_reply_of_hundreds_of_megabytes_is_cut_off(raw, tmp_path):
+    sent = []
+
+    def serve(socket):
+        socket.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 300000000\r\n\r\n")
+        for _ in range(300):
+            socket.sendall(b" " * 10**6)
+            sent.append(1)
+
+    raw.serve = serve
+    tracemalloc.start()
+    line = ask_raw(raw, tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "a reply of more than 4 MiB" in line
+    assert peak < 40e6 and len(sent) < 60, (peak, len(sent))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "[" * 100_000,
+        '{"choices": ' + "[" * 50_000 + "]" * 50_000 + "}",
+        '{"a":' * 100_000,
+        "[]",
+        "{}",
+        "null",
+        "7",
+        '"text"',
+        '{"choices": {}}',
+        '{"choices": []}',
+        '{"choices": [null]}',
+        '{"choices": [{"message": "hello"}]}',
+        '{"choices": [{"message": {"content": {"a": 1}}}]}',
+        '{"choices": [{"message": {"content": 7}}]}',
+        '{"choices": [{"message": {"content": "A"}}], "usage": [1]}',
+        '{"choices": [{"message": {"content": "A"}}], "usage": "many"}',
+        '{"choices": [{"message": {"content": "A"}, "finish_reason": ' + "9" * 5000 + "}]}",
+        "\udcff\udcfe",
+        "",
+    ],
+)
+def test_odd_json_is_one_line(raw, tmp_path, body):
+    data = body.encode("utf-8", "surrogateescape")
+    raw.serve = lambda socket: socket.sendall(reply_of(data))
+    assert "replies so far are kept" in ask_raw(raw, tmp_path)
+
+
+def test_what_is_no_http_is_one_line(raw, tmp_path):
+    many_headers = b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 500
+    two_lines = b"HTTP/1.1 404 Not\x0bFound\r\n\r\n"
+    for said in (b"\x16\x03\x01", b"HTTP/9.9 abc\r\n\r\n", many_headers, two_lines):
+        raw.serve = lambda socket, said=said: socket.sendall(said)
+        assert "replies so far are kept" in ask_raw(raw, tmp_path)
+    client = ChatClient(f"https://{raw.address}/v1", "m", tmp_path / "j.jsonl", threads=1)
+    with pytest.raises(ValueError, match="https://.*SSL.*replies so far are kept"):
+        client.ask(["q"], [always])

@@ -1,8 +1,12 @@
 """The run on one and several processes, kills, controls, the score command."""
 
+import base64
 import dataclasses
+import errno
 import hashlib
 import json
+import os
+import shutil
 import signal
 import sys
 import time
@@ -12,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from benchmark_rows import picture, write_tsv
+from safetensors.torch import load_file, save_file
 from zygote import Zygote
 
 import configurator
@@ -285,6 +290,150 @@ eval.prompts_ahead = prompts_ahead"""
     assert len(scores) == 1
 
 
+def questions(**odd):
+    """Three rows with pictures; the second one has other cells."""
+    row = {"image": picture(), "image_path": "", "question": "What?", "answer": "1"}
+    return [{"index": "1", **row}, {"index": "2", **row, **odd}, {"index": "3", **row}]
+
+
+@pytest.mark.parametrize(
+    "odd, message",
+    [
+        ({"question": "<image> or <image>?"}, "row 2, column 'question': <image> is written 2"),
+        ({"image": "/a/" + "long/" * 20 + "path.png"}, "row 2, column 'image': '/a/long/"),
+        ({"image": "short/path.png"}, "row 2, column 'image': 'short/path.png' is no row with"),
+        ({"image": "", "question": "<image>?"}, "row 2, column 'question': <image> is written 1"),
+        ({"image": "", "image_path": "no.png"}, "row 2, column 'image_path': "),
+        ({"image": picture()[:200]}, "row 2, column 'image': "),
+    ],
+)
+def test_a_row_that_cannot_be_asked_leaves_its_benchmark_out_and_the_others_go_on(
+    world, tmp_path, capsys, odd, message
+):
+    write_tsv(tmp_path / "toy_ocr.tsv", questions(**odd))
+    write_tsv(tmp_path / "toy_chart.tsv", questions())
+    out = tmp_path / "out"
+    data = (world[0], tmp_path)
+    code, text, errors = command(flags(data, out, "--benchmarks=toy_ocr,toy_chart"), capsys)
+    assert code == 2 and "Traceback" not in errors
+    (error,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert error.startswith("error: 1 of 2 benchmarks could not be asked: toy_ocr: ")
+    assert message in error
+    results = json.loads((out / "results.json").read_text())
+    assert results["toy_chart"] is not None and results["n"] == {"toy_chart": 3}
+    assert results["toy_ocr"] is None and message in results["left_out"]["toy_ocr"]
+    assert message in text and (out / "toy_chart.tsv").exists()
+    # Alone it ends the run, with the same line.
+    code, text, errors = command(flags(data, tmp_path / "2", "--benchmarks=toy_ocr"), capsys)
+    (error,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert code == 2 and error.startswith("error: toy_ocr: ") and message in error
+    assert not (tmp_path / "2" / "results.json").exists()
+
+
+def test_one_rank_with_a_bad_row_stops_no_other(world, tmp_path, zygote):
+    write_tsv(tmp_path / "toy_ocr.tsv", questions(image=picture()[:200]))
+    write_tsv(tmp_path / "toy_chart.tsv", questions())
+    arguments = flags((world[0], tmp_path), tmp_path / "out", "--benchmarks=toy_ocr,toy_chart")
+    pids = zygote.start("eval", arguments, 2, tmp_path / "said.txt")
+    assert sorted(zygote.wait(pids)) == [0, 2]
+    said = (tmp_path / "said.txt").read_text()
+    assert "error: 1 of 2 benchmarks could not be asked: toy_ocr: benchmark row 2, column" in said
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["n"] == {"toy_chart": 3}
+
+
+def test_answers_are_asked_again_when_what_they_depend_on_changed(world, tmp_path, capsys):
+    """Its pictures, the configuration of the model and the tokenizer, not only its weights."""
+    model = tmp_path / "model"
+    shutil.copytree(world[0], model)
+    (tmp_path / "a.png").write_bytes(base64.b64decode(picture((250, 0, 0))))
+    rows = questions(image="", image_path="a.png")
+    write_tsv(tmp_path / "toy_ocr.tsv", rows)
+
+    def asked():
+        """Indices of the rows that a run asks."""
+        path = tmp_path / "out" / "predictions" / "toy_ocr.model.rank0.jsonl"
+        before = len(path.read_text().splitlines()) if path.exists() else 1
+        argv = flags((model, tmp_path), tmp_path / "out", "--benchmarks=toy_ocr")
+        assert command(argv, capsys)[0] == 0
+        return [json.loads(line)["index"] for line in path.read_text().splitlines()[before:]]
+
+    def change(name, old, new):
+        text = (model / name).read_text()
+        assert old in text
+        (model / name).write_text(text.replace(old, new))
+
+    every = ["1", "2", "3"]
+    assert sorted(asked()) == every and asked() == []
+    # Same length and same time: the content counts.
+    stat = (tmp_path / "a.png").stat()
+    other = base64.b64decode(picture((0, 250, 0)))
+    (tmp_path / "a.png").write_bytes(other.ljust(stat.st_size, b"\0"))
+    os.utime(tmp_path / "a.png", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert asked() == ["2"] and asked() == []
+    config = json.loads((model / "config.json").read_text())
+    config["llm_config"]["rms_norm_eps"] = 1e-3
+    (model / "config.json").write_text(json.dumps(config))
+    assert sorted(asked()) == every and asked() == []
+    text = (model / "tokenizer_config.json").read_text()
+    (model / "tokenizer_config.json").write_text(text + " ")
+    assert sorted(asked()) == every and asked() == []
+
+
+def test_a_second_evaluation_in_a_folder_is_refused(world, tmp_path, capsys):
+    out = tmp_path / "out"
+    with files.lock_folder(out):
+        code, text, errors = command(flags(world, out, "--benchmarks=toy_ocr"), capsys)
+        assert code == 2 and "error: " in errors and text == ""
+        assert f"{out} is in use by an evaluation, process {os.getpid()} on " in errors
+        assert [path.name for path in out.iterdir()] == ["eval.lock"]
+    assert command(flags(world, out, "--benchmarks=toy_ocr"), capsys)[0] == 0
+    # The folder of a finished evaluation is free again.
+    assert command(flags(world, out, "--benchmarks=toy_ocr"), capsys)[0] == 0
+
+
+def test_a_file_system_without_locks_is_told_with_the_path(tmp_path, capsys, monkeypatch):
+    def no_locks(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    files.lock_folder(tmp_path).close()
+    assert f"warning: {tmp_path / 'eval.lock'}: No locks available" in capsys.readouterr().err
+
+
+def test_a_model_whose_logits_are_not_finite_is_an_error_that_names_its_folder(
+    world, tmp_path, capsys
+):
+    model = tmp_path / "model"
+    shutil.copytree(world[0], model)
+    path = model / "model.safetensors"
+    tensors = load_file(path)
+    tensors["mlp1.1.bias"][3] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+    out = tmp_path / "out"
+    argv = flags((model, world[1]), out, "--benchmarks=toy_ocr,toy_chart")
+    code, text, errors = command(argv, capsys)
+    (error,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert code == 2 and error.startswith(f"error: {model}: its logits are not finite")
+    assert not (out / "results.json").exists() and not (out / "toy_ocr.tsv").exists()
+
+
+def test_references_that_nothing_matches_are_told_before_the_model_is_asked(
+    world, tmp_path, capsys
+):
+    write_tsv(tmp_path / "toy_count.tsv", questions(answer="many"))
+    argv = flags((world[0], tmp_path), tmp_path / "out", "--benchmarks=toy_count")
+    code, text, errors = command(argv, capsys)
+    warning = "warning: toy_count: 1 rows count as wrong whatever is answered, "
+    assert code == 0 and warning in errors and "row 2 ('many')" in errors
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["details"]["toy_count"]["never_right"] == ["2"]
+    path = tmp_path / "out" / "toy_count.tsv"
+    argv = ["score", "--benchmark=toy_count", f"--predictions={path}"]
+    code, text, errors = command(argv, capsys)
+    assert code == 0 and warning in errors and json.loads(text)["details"]["never_right"] == ["2"]
+
+
 def test_prompts_come_in_order_and_only_a_few_ahead():
     made = []
     prompts = evaluation.prompts_ahead(
@@ -358,7 +507,7 @@ def test_blind_tiles_are_gray_and_as_many(world, tmp_path):
             "MME.tsv: no such file; --download=True fetches it, "
             "or put it there (MD5 b36b43c3f09801f5d36",
         ),
-        ("--protocol=today", "sailvl-2024-12, vlmevalkit-2025-04"),
+        ("--protocol=today", "sailvl-2024-12, vlmevalkit-2026-08"),
         ("--judge=http://127.0.0.1:9/v1", "--judge_model=NAME"),
         ("--limits=3", "did you mean 'limit'"),
     ],

@@ -128,3 +128,33 @@ def test_a_prompt_with_placeholders_but_without_tiles_is_refused():
     tokens = pack((9, 30), (1, 3))[0]
     with pytest.raises(ValueError, match="16 <IMG_CONTEXT> tokens, but its 0 tiles give 0"):
         generate(tiny(), [tokens.tolist()], [None], 4, set())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_an_error_in_prefill_and_in_each_step(value, temperature):
+    prompts, tiles = prompts_and_tiles(3)
+    whole = tiny().eval()
+    fine = generate(whole, prompts, tiles, 8, set(), temperature=temperature, seed=1)
+    assert all(len(answer) == 8 for answer in fine)
+
+    # One value of the projector: only rows with a picture would show it.
+    vlm = tiny().eval()
+    vlm.folder = "a/model"
+    with torch.no_grad():
+        vlm.mlp1[1].bias[2] = value
+    with pytest.raises(ValueError, match="a/model: its logits are not finite"):
+        generate(vlm, prompts, tiles, 8, set(), temperature=temperature, seed=1)
+
+    # One row of the embeddings, that of a token which the first prompt's answer holds.
+    vlm = tiny().eval()
+    token = fine[0][3]
+    with torch.no_grad():
+        vlm.language_model.model.embed_tokens.weight[token] = value
+    said = []
+    with pytest.raises(ValueError, match="the model: its logits are not finite"):
+        for one in generate_stream(
+            vlm, prompts[0], tiles[0], 8, set(), temperature=temperature, seed=1
+        ):
+            said.append(one)
+    assert said == fine[0][: len(said)] and token not in fine[0][: len(said) - 1]

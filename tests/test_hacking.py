@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import convert
 import model
 import vision
 from evals import table
@@ -72,3 +73,9 @@ def test_the_readmes_format_is_read_as_training_data(blocks, monkeypatch, tmp_pa
     assert not source.meta["bad"] and len(source.rows) == 1
     assert source.row(0)["conversations"][1]["value"] == "A board."
     assert source.image(0, 0, source.row(0))[:2] == b"\xff\xd8"
+
+
+def test_another_projector_is_refused_by_the_export_that_does_not_know_it():
+    state = {"mlp1.layers.0.norm1.weight": torch.zeros(2)}
+    with pytest.raises(ValueError, match="no such projector; use --layout=internvl"):
+        convert.transformers_tensors(state)

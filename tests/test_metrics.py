@@ -103,7 +103,7 @@ def test_the_step_line_shows_all_that_was_promised():
     }
     assert metrics.format_step(row) == (
         "advance 12/400 | loss 2.3457 | lr vision 1.0e-05 | 12,346 tok/s 7.5 tiles/s | "
-        "mfu n/a | data wait 3% | mem 1.2 GB | dropped 2 quarantined 3 | eta 1:02:05 of "
+        "mfu n/a | data wait 3% | mem 1.2 GB | dropped 2 quarantined 3 | left: stage 1:02:05, run "
         "2:00:00"
     )
     assert "mfu 41.2%" in metrics.format_step(row | {"mfu": 0.412})

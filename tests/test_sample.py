@@ -2,12 +2,14 @@
 
 import io
 import json
+import shutil
 import sys
 
 import command_line
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from test_eval import make_model_folder
 
 import generate
@@ -244,3 +246,20 @@ def test_answers_are_written_as_they_come(world, tmp_path, monkeypatch):
                                           "--device=cpu", f"--image={source}", f"--out={out}"])
         sample.main()
     assert json.loads(out.read_text())["answer"] == "First."
+
+
+def test_a_model_of_nan_prints_no_answer_and_names_its_folder(world, tmp_path):
+    shutil.copytree(world / "model", tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["mlp1.1.bias"][0] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+    photo = f"--image={world / 'photos' / 'a.png'}"
+    told = f"error: {tmp_path / 'model'}: its logits are not finite"
+    code, text, errors = run(tmp_path, photo, "--prompt=What is it?")
+    assert code == 2 and text == "" and errors.startswith(told), errors
+    out = tmp_path / "answers.jsonl"
+    code, text, errors = run(
+        tmp_path, f"--image={world / 'photos'}", "--prompt=What is it?", f"--out={out}"
+    )
+    assert code == 2 and errors.splitlines()[-1].startswith(told) and not out.exists()

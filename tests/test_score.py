@@ -73,6 +73,67 @@ def test_files_that_lack_a_column_a_rotation_or_an_answer_are_refused():
         score_of("DocVQA_VAL", [{"index": "7", "answer": "[]", "prediction": "x"}])
 
 
+def test_a_reference_that_vlmevalkit_holds_empty_counts_as_wrong():
+    for empty in ("", "None", "N/A", "nan"):
+        rows = [
+            {"index": "1", "answer": "100", "prediction": "100"},
+            {"index": "2", "answer": empty, "prediction": "None"},
+            {"index": "3", "answer": empty, "prediction": empty},
+        ]
+        for name in ("ChartQA_TEST", "OCRVQA_TESTCORE", "DocVQA_VAL"):
+            for protocol in table.PROTOCOLS:
+                value, d = score_of(name, rows, protocol=protocol)
+                assert value == 33.33 and d["never_right"] == ["2", "3"], (name, protocol)
+    # The toy files are ours: there the word is a word, and nothing is a fault.
+    assert score_of("toy_ocr", [rows[0] | {"answer": "None", "prediction": "None"}])[0] == 100.0
+    with pytest.raises(ValueError, match="row 2: its answer is empty"):
+        score_of("toy_ocr", [rows[1] | {"answer": ""}])
+
+
+@pytest.mark.parametrize(
+    "name, row",
+    [
+        ("MMStar", {**OPTIONS, "answer": "E"}),
+        ("MMStar", {**OPTIONS, "answer": "D"}),  # an empty option
+        ("MMStar", {**OPTIONS, "answer": "b"}),
+        ("MMStar", {**OPTIONS, "answer": "blue circle"}),
+        ("MMMU_VAL", {**OPTIONS, "answer": "E"}),
+        ("MME", {"answer": "true", "category": "OCR", "image_path": "x"}),
+        ("ChartQA_TEST", {"answer": "nan"}),
+        ("ChartQA_TEST", {"answer": "inf"}),
+        ("TextVQA_VAL", {"answer": "['cat']"}),  # it takes two that say the same
+        ("MathVista_MINI", {**FREE, "answer_type": "integer", "answer": "14.5"}),
+        ("MathVista_MINI", {**FREE, "answer_type": "list", "answer": "[1, 2]"}),
+        ("toy_count", {"answer": "3 or 4"}),
+        ("toy_general", {**OPTIONS, "answer": "(A)"}),
+    ],
+)
+def test_a_reference_that_no_answer_matches_is_named_by_row(name, row):
+    row = {"index": "7", "answer_option": "", "prediction": "A", **row}
+    b = table.find_benchmark(name)
+    assert score_of(name, [row])[1]["never_right"] == ["7"]
+    warning = score.never_right_warning(b, [row] * 7)
+    assert warning.startswith(f"{name}: 7 rows count as wrong whatever is answered")
+    assert warning.count("row 7 (") == 5 and warning.endswith(" and 2 more")
+
+
+def test_references_that_can_be_matched_are_not_warned_of():
+    rows = {
+        "MMStar": {**OPTIONS, "answer": "C"},
+        "MMMU_VAL": {"A": "", "B": "", "answer": "Other Answers"},
+        "MME": {"answer": "No", "category": "OCR", "image_path": "x"},
+        "ChartQA_TEST": {"answer": "0"},
+        "TextVQA_VAL": {"answer": "['cat', 'dog', 'cat']"},
+        "OCRBench": {"answer": "['x']", "category": "x"},
+        "MMVet": {"answer": "x", "category": "ocr"},
+        "toy_count": {"answer": "3"},
+    }
+    for name, row in rows.items():
+        row = {"index": "1", "prediction": "", **row}
+        for protocol in table.PROTOCOLS:
+            assert score.never_right_warning(table.find_benchmark(name, protocol), [row]) == ""
+
+
 def test_judge_required_without_a_judge_has_no_score_but_a_reason():
     rows = [{"question": "q", "answer": "x", "prediction": "1.0", "category": "ocr,math"}]
     value, d = score_of("MMVet", rows)

@@ -92,7 +92,7 @@ def test_multiple_choice(prediction, read):
         ("a red one", "C"),
         ("x" * 37 + "blue circle", "B"),
         ("x" * 38 + "blue circle", ""),
-        ("  blue circle" + " " * 60, "B"),
+        ("  blue circle" + " " * 60, ""),  # 73 characters; VLMEvalKit counts outer spaces too
         ("The answer isB", ""),
         ("", ""),
         ("b", ""),
@@ -106,6 +106,25 @@ def test_multiple_choice_of_today(prediction, read):
         read,
         read == "B",
     )
+
+
+def test_multiple_choice_reads_texts_as_they_stand_with_their_outer_spaces():
+    row = {"A": "The leftmost C atom lies in it. ", "B": "Both C atoms lie in it.", "answer": "A"}
+    for recent in (False, True):
+        # the closing space is a part of the option, so only the first answer has its text
+        said = [f"A or B: {row['A']}", f"A or B: {row['A'].strip()}"]
+        assert [scorers.multiple_choice(x, row, recent)[0] for x in said] == ["A", ""]
+    # What nothing is read in is the letter Z, which is the answer of a question on letters.
+    assert scorers.mmmu("nothing", {"A": "", "B": "", "answer": "Z"}) == ("", True)
+
+
+def test_a_full_stop_after_a_digit_stays_since_2025():
+    assert scorers.vqa_normal("3.") == "3" and scorers.vqa_normal("3.", True) == "3."
+    assert scorers.vqa_normal("end. .5 U.S.", True) == "end .5 us"
+    assert scorers.vqa_score("3.", {"answer": "['3', '3', '3', '3']"})[1] == 1
+    assert scorers.vqa_score("3.", {"answer": "['3', '3', '3', '3']"}, True)[1] == 0
+    assert scorers.yes_no("1.yes", {"answer": "Yes"}) == ("", False)
+    assert scorers.yes_no("Yes. 1.", {"answer": "Yes"}, True) == ("yes", True)
 
 
 def test_multiple_choice_options_with_one_letter_texts():
@@ -358,6 +377,51 @@ def test_edit_distance_equals_the_textbook_table():
 )
 def test_anls(prediction, answer, points):
     assert scorers.anls(prediction, {"answer": answer})[1] == pytest.approx(points)
+
+
+@pytest.mark.parametrize(
+    "prediction, answer, points",
+    [  # the distance is that of the folded texts, the length that of the texts as written
+        ("12 May", "['12  May']", 1),
+        ("13 May", "['12  May']", 1 - 1 / 7),
+        (" 13 May ", "['12 May']", 1 - 1 / 8),
+        ("a" + " " * 9 + "c", "['a b']", 1 - 1 / 11),
+        ("abc" + " " * 7, "['x']", 1 - 3 / 10),
+        ("abcdefgh" + "\n" * 8, "['a']", 1 - 7 / 16),
+        ("abcdefghij" + "\n" * 7, "['a']", 0),
+        ("strasse", "['straße']", 1 - 2 / 7),
+        ("STRASSE", "['straße']", 1 - 2 / 7),
+        ("\u0130", "['i']", 0),  # two characters in lower case, one in upper case
+    ],
+)
+def test_anls_divides_by_the_lengths_of_the_texts_as_they_were_written(prediction, answer, points):
+    assert scorers.anls(prediction, {"answer": answer})[1] == pytest.approx(points)
+
+
+@pytest.mark.parametrize(
+    "prediction, answer, right",
+    [  # VLMEvalKit's own verdicts of December 2024
+        ("1895.2380952380952", "['1990']", False),
+        ("53.33333333333333", "['56.0']", False),
+        ("2731.5", "2595", True),
+        ("0.9452348", "['0.898']", True),
+        ("210542209.86%", "2000211", True),
+        (" 5283632 ", "5032030", True),
+        (" 1447 ", "1523", False),
+        ("-950.00%", "-10", False),
+        ("105.26315789473684", "100", True),
+        ("17.1_0", "18", False),
+        ("0", "0", True),
+        ("0", "0.0", False),
+        ("0.0", "100", False),
+        ("inf", "100", False),
+        ("100", "inf", False),
+        ("Red", "red", True),
+        ("12", "twelve", False),
+    ],
+)
+def test_until_september_2025_the_5_percent_were_of_the_prediction(prediction, answer, right):
+    assert scorers.swapped_relaxed_accuracy(prediction, {"answer": answer})[1] is right
 
 
 @pytest.mark.parametrize(

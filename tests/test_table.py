@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from evals import table
+from evals import scorers, table
 
 PAPER_PROTOCOL = "sailvl-2024-12"
 
@@ -26,12 +26,22 @@ def test_the_table_is_the_papers():
     assert needs_judge == ["MMVet", "MathVista_MINI"]
     drops_period = [name for name, b in table.PAPER.items() if b.period]
     assert drops_period == ["ChartQA_TEST", "OCRVQA_TESTCORE"]
-    later = table.PROTOCOLS["vlmevalkit-2025-04"]
+    later = table.PROTOCOLS["vlmevalkit-2026-08"]
     assert later["MMStar"].tiles == 10
     assert later["OCRBench"].tiles == 24
     assert later["MME"].max_new_tokens == 1024
-    assert later["MMStar"].recent and not later["MME"].recent
+    # its yes and no are read with the full stops of 2025, so that MME is recent too
+    assert later["MMStar"].recent and later["MME"].recent and not later["DocVQA_VAL"].recent
+    assert table.PAPER["ChartQA_TEST"].scorer is scorers.swapped_relaxed_accuracy
+    assert later["ChartQA_TEST"].scorer is scorers.relaxed_accuracy
+    assert {b.two_scales for b in table.PAPER.values()} == {False}
+    assert {b.two_scales for name, b in later.items() if name in table.PAPER} == {True}
     assert later["toy_ocr"] == table.TOY["toy_ocr"]
+
+
+def test_the_protocol_that_was_no_version_of_vlmevalkit_is_refused_with_the_new_name():
+    with pytest.raises(ValueError, match="2025-04: it mixed rules .*; use vlmevalkit-2026-08"):
+        table.parse_benchmarks("toy", "vlmevalkit-2025-04")
 
 
 def test_addresses_are_where_vlmevalkit_has_the_files_and_decide_no_score(monkeypatch):
@@ -62,7 +72,7 @@ def test_names_of_benchmarks_and_of_their_files():
     for bad in ("toy_orc", "", " , "):
         with pytest.raises(ValueError, match="there are: toy, all"):
             names(bad)
-    with pytest.raises(ValueError, match="vlmevalkit-2025-04"):
+    with pytest.raises(ValueError, match="vlmevalkit-2026-08"):
         table.parse_benchmarks("toy", "sailvl")
 
 
@@ -75,14 +85,17 @@ def test_protocol_hash_follows_the_rules():
         table.protocol_hash(["toy_ocr"], max_tiles=9),
         table.protocol_hash(["toy_ocr"], max_new_tokens=1),
         table.protocol_hash(["MME"]),
-        table.protocol_hash(["MME"], protocol="vlmevalkit-2025-04"),
+        table.protocol_hash(["MME"], protocol="vlmevalkit-2026-08"),
     }
     assert len(others | {base}) == 6
 
 
 def test_protocol_hash_is_that_of_results_written_before():
-    """Results of earlier versions stay comparable: the hash changes with the rules alone."""
+    """Results of earlier versions stay comparable: the hash changes with the rules alone.
+
+    They are at version 5: ANLS, ChartQA, options and empty references as VLMEvalKit has them.
+    """
     toy = table.protocol_hash(table.TOY)
-    assert toy == "353d478cf720b08c51a0ea622bceec4bb2f9a70c0752edc1c73165cb5434109d"
+    assert toy == "0ceac8da4e96df508a999c921e2173d2447d1c34290fb9a9eccda24c6d6c0782"
     paper = table.protocol_hash(table.PAPER)
-    assert paper == "5b9ba11ee8e9015c4724c1f3f45ae6053ce103e344161abfea9b14a23a1532f8"
+    assert paper == "95f54ec29b5f5621666bfced9d2983e134b3e1007f7f88f6abb8a028e2217ba1"

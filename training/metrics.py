@@ -262,7 +262,7 @@ def format_step(row):
         f"data wait {100 * row['data_wait']:.0f}%",
         f"mem {row['memory_gb']:.1f} GB",
         f"dropped {row['dropped']} quarantined {row['quarantined']}",
-        f"eta {eta} of {run_eta}",
+        f"left: stage {eta}, run {run_eta}",
     ]
     if row["spike"] > SPIKE:
         fields.append(f"SPIKE {row['spike']:.0f} sigma")

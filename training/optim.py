@@ -87,7 +87,8 @@ def make_optimizer(model, stage, cfg):
     """AdamW over what trains; the loop sets lr = base_lr * lr_scale(...) of each group.
 
     Each module has a group with weight decay, its matrices, and one without: norms, biases,
-    embeddings, layer scales. Groups are named MODULE/decay and MODULE/no_decay.
+    embeddings, layer scales. Groups are named MODULE/decay and MODULE/no_decay. For an optimizer
+    with other moments, change state_check.MOMENTS too: a save looks for them.
     """
     groups = []
     for name, module in modules_of(model).items():
