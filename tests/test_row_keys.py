@@ -1,7 +1,10 @@
 """inputs/row_keys.py: what a row means is used or refused by name, never ignored."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 import tarfile
 
 import pytest
@@ -11,6 +14,7 @@ import data
 from inputs import row_keys
 from inputs.chat import IGNORE, image_names, render
 from inputs.tars import add_member
+from training import metrics
 
 BOARD = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A board."}]
 
@@ -228,3 +232,22 @@ def test_a_record_of_a_tar_that_lost_a_picture_or_has_two_texts_is_named(tmp_pat
     words = {1: "without a picture", 2: "scan.tif", 3: "without a picture", 4: "c.png", 5: "2 .txt"}
     assert found.keys() == words.keys()
     assert all(words[row] in found[row] for row in words), found
+
+
+def test_a_lone_surrogate_in_an_id_or_name_is_escaped_and_ends_nothing(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "a\udcff.png").write_bytes(picture())
+    (folder / "a\udcff.txt").write_text(" ")
+    check = [sys.executable, "data.py", "check", str(folder)]
+    done = subprocess.run(check, cwd=ROOT, capture_output=True, env=os.environ | {"LC_ALL": "C"})
+    assert done.returncode == 2 and b"a\\udcff.png" in done.stdout, done.stderr
+    for _ in range(2):
+        metrics.log_bad(tmp_path, [{"source": "s", "id": "\ud800", "reason": "r"}])
+    (line,) = (tmp_path / "bad_samples.jsonl").read_text().splitlines()
+    assert json.loads(line)["id"] == "\ud800"
+
+
+def test_an_unset_variable_is_no_source():
+    with pytest.raises(ValueError, match="no path behind the ="):
+        sources_of("web=")
