@@ -359,6 +359,10 @@ def run_script(main):
     RuntimeError of PyTorch, raised wherever the program is). Exit code 130: Ctrl-C.
     `--debug=True` shows the traceback. Other exceptions are bugs and pass through.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # A name of a stranger may hold what has no UTF-8, and a message ends no run.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except (ValueError, OSError, ModuleNotFoundError, RuntimeError, KeyboardInterrupt) as e:

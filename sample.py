@@ -12,6 +12,7 @@
     # a chat
     python sample.py --model=DIR
 """
+import collections
 import contextlib
 import json
 import os
@@ -24,8 +25,18 @@ from tqdm import tqdm
 
 from configurator import configure, error_line, run_script, setting
 from generate import Assistant
-from inputs.files import atomic_write
+from inputs.chat import check_text, image_names
+from inputs.files import write_atomic
 from inputs.images import IMAGE_SUFFIXES
+from inputs.records import UNREADABLE, parse_row
+from inputs.row_keys import (
+    DIALOGUE_KEYS,
+    TURNS_KEYS,
+    check_no_picture_is_lost,
+    is_empty,
+    short,
+    unknown_keys,
+)
 from training.distributed import compute_dtype, setup_distributed
 
 HELP = ("/image PATH adds a picture, /tiles N limits later ones (0: as at first), "
@@ -47,6 +58,10 @@ class Config:
     batch_size: int = setting(16, at_least=1)  # questions answered together, with --out
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU, else float32
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda where there is one
+
+
+# Other keys that hold a question.
+QUESTION_KEYS = {*DIALOGUE_KEYS, *TURNS_KEYS, "text"} - {"prompt", "answer", "response"}
 
 
 def note(text):
@@ -72,7 +87,7 @@ def read_questions(cfg):
     """The rows {"image": path, list of paths or absent, "prompt"} of --image -> (rows, folder).
 
     --image is a folder of pictures, or a .jsonl. Its paths start at the folder that is returned.
-    ValueError with the number of the line for a row that cannot be asked.
+    A line that cannot be asked becomes a row with an "error".
     """
     source = Path(cfg.image[0] if len(cfg.image) == 1 else "none")
     if source.is_dir():
@@ -90,19 +105,34 @@ def read_questions(cfg):
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        row = {}
         try:
-            row = {**json.loads(line)}
-        except (ValueError, TypeError) as e:
-            raise ValueError(f"{source} line {number}: not a JSON object: {e}") from e
-        row["prompt"] = row.get("prompt") or cfg.prompt
-        if not row["prompt"]:
-            raise ValueError(f"{source} line {number} has no prompt; "
-                             "give one for all with --prompt=...")
+            row = parse_row(line, is_text=False)
+            row["prompt"] = question_of(row, cfg.prompt)
+        except UNREADABLE as e:
+            row["error"] = f"line {number}: {error_line(e)}"
         rows.append(row)
+    if rows and all("error" in row for row in rows):
+        raise ValueError(f"{source}: no row can be asked; {rows[0]['error']}")
     if not rows:
         suffixes = ", ".join(IMAGE_SUFFIXES)
         raise ValueError(f"{source}: nothing to ask; it needs pictures ({suffixes}) or rows")
     return rows, base
+
+
+def question_of(row, default):
+    """The question of a row, else the one for all; ValueError if there is none."""
+    # Their words would be lost behind the question for all.
+    others = [key for key in row if key in QUESTION_KEYS]
+    if others and is_empty(row.get("prompt")):
+        raise ValueError(f"{others[0]} is not read; call it prompt")
+    prompt = default if is_empty(row.get("prompt")) else row["prompt"]
+    if is_empty(prompt):
+        raise ValueError("no prompt; give one for all with --prompt=...")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError("a prompt that is no text; write a question")
+    check_text(prompt, "user", "prompt")
+    return prompt
 
 
 def read_prompts(assistant, rows, base, asked):
@@ -112,15 +142,17 @@ def read_prompts(assistant, rows, base, asked):
     has room, so pictures are not read before that.
     """
     for row in rows:
-        images = row.get("image") or []
-        if isinstance(images, str):
-            images = [images]
+        if "error" in row:
+            continue
         try:
-            tiles = [assistant.tiles(base / path) for path in images]
+            names = image_names(row)
+            if not names:
+                check_no_picture_is_lost(row)
+            tiles = [assistant.tiles(base / name) for name in names]
             prompt = assistant.prompt([(row["prompt"], None)], tiles)
-        except (ValueError, OSError) as e:
+        except UNREADABLE as e:
             row["error"] = error_line(e)
-            note(f"{row.get('image')}: {row['error']}")
+            note(f"{short(json.dumps(row.get('image')))}: {row['error']}")
             continue
         asked.append(row)
         yield prompt
@@ -129,18 +161,33 @@ def read_prompts(assistant, rows, base, asked):
 def answer_file(cfg):
     """Answer every question of a folder or .jsonl.
 
-    The rows of --out are the questions with an "answer", or with an "error".
+    The rows of --out are the questions with an "answer", or with an "error". They are written as
+    they come, so that a run that is killed leaves them, and in their order at the end.
     """
     rows, base = read_questions(cfg)
     assistant = load(cfg)
     asked = []
-    with atomic_write(cfg.out) as file:  # opened first: a path that cannot be written fails now
-        prompts = read_prompts(assistant, rows, base, asked)
-        answers = assistant.answer_each(prompts, batch_size=cfg.batch_size)
-        for number, text in tqdm(answers, desc="answers", total=len(rows), disable=None):
-            asked[number]["answer"] = text
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    unknown = collections.Counter(key for row in rows for key in unknown_keys(row))
+    for key in unknown.keys() - {"prompt", "error", *QUESTION_KEYS}:
+        note(f"{key}: this key of {unknown[key]} rows is not read")
+    for row in rows:
+        if "error" in row:
+            note(f"{cfg.image[0]} {row['error']}")
+    try:
+        with open(cfg.out, "w", encoding="utf-8", errors="backslashreplace") as file:
+            prompts = read_prompts(assistant, rows, base, asked)
+            answers = assistant.answer_each(prompts, batch_size=cfg.batch_size)
+            for number, text in tqdm(answers, desc="answers", total=len(rows), disable=None):
+                asked[number]["answer"] = text
+                file.write(json.dumps(asked[number], ensure_ascii=False) + "\n")
+                file.flush()
+    finally:
+        # Where nothing was answered, nothing is left behind.
+        if os.path.exists(cfg.out) and os.path.getsize(cfg.out) == 0:
+            os.remove(cfg.out)
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    text = "".join(lines).encode("utf-8", "backslashreplace").decode()
+    write_atomic(cfg.out, text)
     note(f"wrote {len(asked)} answers to {cfg.out}, {len(rows) - len(asked)} failed")
 
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from configurator import configure, resolved, run_script, setting
 from data import held_out, make_loader, model_inputs, stage_dataset
+from inputs.sources import source_notes
 from inputs.tokenizer import Tokenizer
 from model import LLMConfig, compile_blocks, train_flops
 from model_config import config_json
@@ -379,7 +380,9 @@ def train_stage(run, name, stage, later_steps):
 
 
 def print_data(packs, progress):
-    """Say how many samples there are and at which step the stage starts."""
+    """Say what of the data is not read, how many samples there are, and where the stage starts."""
+    for line in source_notes(packs.sources):
+        print(line, flush=True)
     n = len(packs.sources)
     sources = "1 source" if n == 1 else f"{n} sources"
     start = "resumes at" if progress.step else "starts at"

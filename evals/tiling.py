@@ -19,10 +19,11 @@ def row_tiles(images, b, side, thumbnail, max_tiles=0):
     first = images[0].resize(size, Image.Resampling.BILINEAR)
     if b.two_scales and len(images) == 1:
         return [two_scales(first, most, side, thumbnail)]
-    found = []
+    tiles = []
     for image in [first, *images[1:]]:
-        found.append(make_tiles(image, 1, most, side, thumbnail))
-    return found
+        found = make_tiles(image, 1, most, side, thumbnail)
+        tiles.append(found)
+    return tiles
 
 
 def two_scales(image, max_tiles, side, thumbnail):
@@ -42,7 +43,9 @@ def two_scales(image, max_tiles, side, thumbnail):
 def cut(image, grid, side):
     """Pillow RGB image -> uint8 tiles (columns * rows, 3, s, s) of a grid, row by row."""
     columns, rows = grid
-    pixels = resize(image, side * columns, side * rows)
+    width = side * columns
+    height = side * rows
+    pixels = resize(image, width, height)
     pixels = pixels.view(3, rows, side, columns, side)
     # (rows, columns, 3, side, side)
     pixels = pixels.permute(1, 3, 0, 2, 4)

@@ -7,6 +7,18 @@ import json
 
 import numpy as np
 
+from inputs.row_keys import (
+    CAPTION_KEYS,
+    LOSS_KEYS,
+    PICTURE_KEYS,
+    TURNS_KEYS,
+    check_caption_keys,
+    check_tags,
+    check_turn_keys,
+    is_empty,
+    short,
+)
+
 # Facts of the released models' conversation files: the system message, and what follows the
 # <|im_end|> that closes the system turn and each answer.
 TEMPLATES = {
@@ -45,9 +57,10 @@ def render(row, tokenizer, template, n_tiles, tokens_per_tile):
 
 def row_segments(row, tokenizer, template, n_tiles, tokens_per_tile):
     """The segments of a row, see `segments`; n_tiles: tiles of each of its images."""
-    system, turns = conversation(row)
+    system, turns, supervised = read_dialogue(row)
     images = image_ids(tokenizer, n_tiles, tokens_per_tile)
-    return segments(tokenizer, template, place_images(turns, len(images)), images, system)
+    turns = place_images(turns, len(images))
+    return segments(tokenizer, template, turns, images, system, supervised)
 
 
 def chat_ids(tokenizer, template, turns, n_tiles, tokens_per_tile):
@@ -99,11 +112,11 @@ def fixed_ids(tokenizer, template):
     }
 
 
-def segments(tokenizer, template, turns, images, system=None):
+def segments(tokenizer, template, turns, images, system=None, supervised=None):
     """Yield (ids, whether they are supervised) of a conversation, in order.
 
     images: the ids between <img> and </img> of each `<image>` in the turns; system: a message in
-    place of the template's.
+    place of the template's; supervised: for each answer whether it is (None: all are).
     """
     fixed = fixed_ids(tokenizer, template)
     encode = tokenizer.encode
@@ -112,14 +125,14 @@ def segments(tokenizer, template, turns, images, system=None):
         yield fixed["start"] + encode("system\n" + system) + fixed["end"], False
     else:
         yield fixed["system"], False
-    for user, assistant in turns:
+    for k, (user, assistant) in enumerate(turns):
         before, *after = ("user\n" + user).split("<image>")
         yield fixed["ask"] + encode(before), False
         for text in after:
             yield fixed["img"] + next(images) + fixed["img_end"] + encode(text), False
         yield fixed["answer"], False
         if assistant is not None:
-            yield encode(assistant) + fixed["end"], True
+            yield encode(assistant) + fixed["end"], supervised is None or supervised[k]
 
 
 def join_segments(segments):
@@ -143,55 +156,121 @@ def conversation(row):
 
     A row has `conversations` (InternVL, LLaVA), `messages` (OpenAI) or a bare `caption` or `text`.
     """
-    if "conversations" in row:
-        field = "conversations"
-    elif "messages" in row:
-        field = "messages"
+    system, turns, _ = read_dialogue(row)
+    return system, turns
+
+
+def read_dialogue(row):
+    """What `conversation` gives, and for each answer whether it is supervised."""
+    system = row.get("system")
+    if is_empty(system):
+        system = None
+    elif not isinstance(system, str):
+        raise ValueError(f"system: {shown(system)} instead of text; write text")
     else:
-        return None, [(CAPTION_PROMPT, bare_caption(row))]
-    turns = row[field]
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError(f'{field}: not a list of turns; '
-                         'write [{"from": "human", "value": "..."}, ...]')
+        check_text(system, "system", "system")
+    field, turns = row_turns(row)
+    if not field:
+        return system, [(CAPTION_PROMPT, bare_caption(row))], [True]
     roles = []
     texts = []
+    supervised = []
     for k, turn in enumerate(turns):
-        role = turn.get("from", turn.get("role"))
-        texts.append(turn_text(turn, role, f"{field}[{k}]"))
+        where = f"{field}[{k}]"
+        check_turn_keys(turn, where)
+        role = either(turn, ("from", "role"), where)
         roles.append(ROLES.get(str(role), role))
-    system = None
+        texts.append(turn_text(turn, role, roles[-1], where))
+        supervised.append(is_supervised(turn, roles[-1], where))
     if roles[:1] == ["system"]:
-        system = texts.pop(0)
+        first = texts.pop(0)
+        supervised.pop(0)
+        if system not in (None, first):
+            raise ValueError(f"two system messages, one in system and one in {field}; keep one")
+        system = first
     if not texts or roles[-len(texts):] != ["user", "assistant"] * (len(texts) // 2):
         raise ValueError(f"{field}: turns must alternate human/user, gpt/assistant and end with "
                          f"the latter, not {roles}")
-    return system, list(zip(texts[::2], texts[1::2], strict=True))
+    if not any(supervised[1::2]):
+        raise ValueError(f"{field}: no answer is supervised; remove the row")
+    return system, list(zip(texts[::2], texts[1::2], strict=True)), supervised[1::2]
+
+
+def row_turns(row):
+    """(name of the key, list of turns) of a row; ("", []) if it is a bare caption."""
+    fields = [field for field in TURNS_KEYS if row.get(field) is not None]
+    if not fields:
+        return "", []
+    if len(fields) > 1:
+        raise ValueError(f"{' and '.join(fields)} in one row; keep one")
+    turns = row[fields[0]]
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError(f'{fields[0]}: not a list of turns; '
+                         'write [{"from": "human", "value": "..."}, ...]')
+    return fields[0], turns
 
 
 def bare_caption(row):
     """The caption of a row without turns; ValueError if it is missing or empty."""
-    text = row.get("caption")
-    if text is None:
-        text = row.get("text")
-    if isinstance(text, str) and text.strip():
-        return text.strip()
+    check_caption_keys(row)
+    texts = [row[key] for key in CAPTION_KEYS if isinstance(row.get(key), str)]
+    texts = [text.strip() for text in texts if text.strip()]
+    if len(set(texts)) > 1:
+        raise ValueError("caption and text differ; keep one")
+    if texts:
+        check_text(texts[0], "assistant", "caption")
+        return texts[0]
     raise ValueError(row.get("unreadable") or
                      "no conversations, messages, caption or text in this row, or an empty one; "
                      "write it")
 
 
-def turn_text(turn, role, where):
-    """The text of a turn, with `<image>` in place of images; `where` names it in errors."""
-    text = turn.get("value", turn.get("content"))
+def either(turn, keys, where):
+    """The value of the key that a turn has of two; ValueError if they disagree."""
+    first, second = (turn.get(key) for key in keys)
+    if first is None or second is None or first == second:
+        return second if first is None else first
+    raise ValueError(f"{where}: {keys[0]} and {keys[1]} differ; keep one")
+
+
+def turn_text(turn, role, speaker, where):
+    """The text of a turn, with `<image>` in place of images; `where` names it in errors.
+
+    speaker: the role as "user", "assistant" or "system".
+    """
+    text = either(turn, ("value", "content"), where)
     # OpenAI's message parts have text and images in place.
     if isinstance(text, list):
         text = "".join(part_text(part, where) for part in text)
     if isinstance(text, str) and text.strip():
+        check_text(text, speaker, where)
         return text
     problem = "empty"
     if not isinstance(text, str):
-        problem = f"{json.dumps(text)[:40]} instead of text in the"
+        problem = f"{shown(text)} instead of text in the"
     raise ValueError(f"{where}: {problem} {role} turn; write its text or remove the turn")
+
+
+def check_text(text, speaker, where):
+    """ValueError if a text has a picture where there can be none, or a tag that is not read."""
+    check_tags(text, where)
+    if "<image>" in text and speaker in ("assistant", "system"):
+        raise ValueError(f"{where}: an <image> in a turn of the {speaker}; pictures stand in the "
+                         "questions only, move it or write it in other words")
+
+
+def is_supervised(turn, speaker, where):
+    """Whether a turn is an answer that is learned, and not marked with loss or weight 0."""
+    flags = [turn[key] for key in LOSS_KEYS if turn.get(key) is not None]
+    if any(flag not in (0, 1) for flag in flags) or len(set(flags)) > 1:
+        raise ValueError(f"{where}: loss or weight is neither 0 nor 1, or they differ; a turn is "
+                         "learned or not, write true or false")
+    if speaker != "assistant":
+        if flags[:1] == [1]:
+            raise ValueError(f"{where}: loss or weight on a turn of the {speaker}; only answers "
+                             "are learned, remove it")
+        return False
+    return flags[:1] != [0]
 
 
 def part_text(part, where):
@@ -199,28 +278,79 @@ def part_text(part, where):
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     if kind not in PART_TYPES:
         raise ValueError(f"{where}: a part of type {kind!r}; there are text, image and image_url")
-    return part["text"] if kind == "text" else "<image>\n"
+    lost = [key for key in ("text", "image", "path", "image_url", "url")
+            if key not in PART_KEYS[kind] and not is_empty(part.get(key))]
+    if lost:
+        raise ValueError(f"{where}: {lost[0]} in a part of type {kind!r} is not read; "
+                         "write it as a part of its own")
+    if kind != "text":
+        return "<image>\n"
+    if not isinstance(part.get("text"), str):
+        raise ValueError(f"{where}: {shown(part.get('text'))} instead of text; write text")
+    return part["text"]
+
+
+# ---- names of pictures --------------------------------------------------------------------------
+
+# What is read of a part of each type.
+PART_KEYS = {"text": ("text",), "image": ("image", "path"), "image_url": ("image_url",)}
 
 
 def image_names(row):
-    """Names of the row's images, in order."""
-    if "video" in row:
-        raise ValueError("a video; there are only images here")
-    names = row.get("image", row.get("images", []))
-    if isinstance(names, list):
-        names = list(names)
-    else:
-        names = [names] if names else []
-    for turn in row.get("messages") or []:
-        if isinstance(turn, dict) and isinstance(turn.get("content"), list):
-            names += [part_image(p) for p in turn["content"] if p.get("type") in PART_TYPES[1:]]
-    if not all(isinstance(name, str) for name in names):
-        raise ValueError(f"image: {names} are no names of pictures; write one, or a list of them")
-    return names
+    """Names of the row's images, in order.
+
+    They stand in one of PICTURE_KEYS or in the parts of messages. ValueError if a value is no name,
+    or if two places name different pictures.
+    """
+    found = {}
+    for key in PICTURE_KEYS:
+        value = row.get(key)
+        if not is_empty(value):
+            found[key] = value if isinstance(value, list) else [value]
+    field, turns = row_turns(row)
+    in_parts = [name for turn in turns for name in turn_images(turn) if name is not None]
+    if in_parts:
+        found[field] = in_parts
+    for key, names in found.items():
+        for name in names:
+            check_image_name(name, key)
+    names, *others = found.values() or [[]]
+    if any(other != names for other in others):
+        raise ValueError(f"{' and '.join(found)} name different pictures; keep one of them")
+    return list(names)
+
+
+def turn_images(turn):
+    """The name of each image among the parts of a turn; None if it stands elsewhere in the row."""
+    parts = turn.get("value") if turn.get("content") is None else turn["content"]
+    for part in parts if isinstance(parts, list) else ():
+        if isinstance(part, dict) and part.get("type") in PART_TYPES[1:]:
+            yield part_image(part)
 
 
 def part_image(part):
     """The name of the image of one part of an OpenAI message."""
-    if part["type"] == "image_url":
-        return part["image_url"]["url"].removeprefix("file://")
-    return part.get("image", part.get("path"))
+    if part["type"] == "image":
+        return part.get("path") if part.get("image") is None else part["image"]
+    place = part.get("image_url")
+    if isinstance(place, dict):
+        place = place.get("url")
+    return place.removeprefix("file://") if isinstance(place, str) else place
+
+
+def check_image_name(name, key):
+    """ValueError if a value is no name of a file."""
+    problem = ""
+    if not isinstance(name, str) or not name or "\0" in name:
+        problem = f"{shown(name)} is no name of a picture; write one, or a list of them"
+    elif name.startswith(("http://", "https://")):
+        problem = f"{short(name)} is a web address; download the picture and write its path"
+    elif name.startswith("data:") or len(name) > 4096:
+        problem = f"{shown(name)} is a picture itself; write it as a file and name that"
+    if problem:
+        raise ValueError(f"{key}: {problem}")
+
+
+def shown(value):
+    """The beginning of a value, for a message."""
+    return short(json.dumps(value))[:40]

@@ -9,6 +9,7 @@ from tqdm import tqdm
 from inputs.chat import image_names
 from inputs.images import load_image
 from inputs.records import UNREADABLE
+from inputs.sources import source_notes
 
 
 def check_sources(sources):
@@ -26,6 +27,8 @@ def check_sources(sources):
             print(f"{source.path}: {where}: {reasons[i]}")
         n_rows += len(source.rows)
         n_bad += len(bad)
+    for line in source_notes(sources):
+        print(line)
     print(f"{n_rows or 'no'} rows, {n_rows - n_bad} good, {n_bad} bad")
     if n_rows == 0:
         return 1

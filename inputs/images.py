@@ -16,6 +16,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+# Pictures, videos and sounds that are not read. A row beside one is refused, not trained without.
+MEDIA_SUFFIXES = (".tif", ".tiff", ".avif", ".heic", ".heif", ".jfif", ".jpe", ".jp2", ".jxl",
+                  ".svg", ".ppm", ".mp4", ".webm", ".avi", ".mov", ".mkv", ".wav", ".mp3",
+                  ".flac", ".ogg")
 # Nothing else is even tried. Pillow opens MPO as JPEG.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 # A larger picture is refused before it is decoded. Pillow's own limit is looser and only warns.

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from inputs.chat import image_names, row_segments
+from inputs.chat import bare_caption, image_names, row_segments, row_turns
 from inputs.files import atomic_write, file_hash, json_hash, read_json, write_atomic
 from inputs.images import IMAGE_SUFFIXES, image_size
 from inputs.records import (
@@ -36,9 +36,14 @@ from inputs.records import (
     record_pictures,
     tar_record,
 )
+from inputs.row_keys import check_no_picture_is_lost, unknown_keys
 from inputs.tars import MAX_BYTES, open_tar, tar_key, tar_members
 
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2", ".zip", ".parquet")
+# Rises when rows are read in another way, so that older indexes are not believed.
+READING_RULES = 3
+# So many unknown keys of a source are named.
+UNKNOWN_KEYS = 20
 # Records that one process measures at a time: about a second of work.
 RECORDS_PER_TASK = 20_000
 
@@ -86,7 +91,7 @@ def index_folder(path, root, tokenizer, template, sha256):
                 about.append([str(file), known.st_size, known.st_mtime_ns])
     # Data may lie where nobody may write.
     beside = path.parent if os.access(path.parent, os.W_OK) else Path("shards/index")
-    return beside / f".{path.name}.index-{json_hash([*about, ROW.descr, 2])[:12]}"
+    return beside / f".{path.name}.index-{json_hash([*about, ROW.descr, READING_RULES])[:12]}"
 
 
 def a_bad_row_is_readable_now(source, tokenizer, template):
@@ -118,6 +123,7 @@ def build_index(source, tokenizer, template):
                              f"{source.sha256}; copy it again")
     n_images = 0
     bad = []
+    unknown = collections.Counter()
     row_hash = hashlib.sha256()
     image_hash = hashlib.sha256()
     with contextlib.ExitStack() as stack:
@@ -126,17 +132,19 @@ def build_index(source, tokenizer, template):
         image_file = stack.enter_context(atomic_write(source.index / "images.bin", "wb"))
         bar = stack.enter_context(
             tqdm(desc=f"index {source.path.name}", unit=" rows", leave=False))
-        for rows, images, unreadable in measure_all(source, tokenizer, template, stack):
+        for rows, images, unreadable, keys in measure_all(source, tokenizer, template, stack):
             rows["first_image"] += n_images
             n_images += len(images)
             bad += unreadable
+            unknown += keys
             row_file.write(rows.tobytes())
             row_hash.update(rows.tobytes())
             image_file.write(images.tobytes())
             image_hash.update(images.tobytes())
             bar.update(len(rows))
     digest = json_hash([row_hash.hexdigest(), image_hash.hexdigest()])
-    write_atomic(source.index / "meta.json", json.dumps({"bad": bad, "digest": digest}))
+    meta = {"bad": bad, "digest": digest, "unknown": dict(unknown.most_common(UNKNOWN_KEYS))}
+    write_atomic(source.index / "meta.json", json.dumps(meta))
 
 
 # ---- finding records ----------------------------------------------------------------------------
@@ -203,7 +211,7 @@ def read_description(path):
 # ---- measuring them -----------------------------------------------------------------------------
 
 def measure_all(source, tokenizer, template, stack):
-    """Yield (rows, images, bad) of measure_records for all records of a source, in order.
+    """Yield (rows, images, bad, unknown) of measure_records for all records of a source, in order.
 
     The first RECORDS_PER_TASK are measured in this process. If there are more, a pool of processes
     takes them; `stack` ends it.
@@ -277,13 +285,15 @@ def measure_task(source, records, first):
 
 
 def measure_records(source, records, first, tokenizer, template):
-    """(rows, images, bad) of some records in order: arrays of ROW and IMAGE, list of dicts.
+    """(rows, images, bad, unknown) of some records in order.
 
+    They are arrays of ROW and IMAGE, a list of dicts, and a Counter of keys that are not known.
     first: the number of the first of them. A row's `first_image` counts from there.
     """
     rows = []
     images = []
     bad = []
+    unknown = collections.Counter()
     known_sizes = {}
     with open(source.lines, "rb") as file:
         for i, record in enumerate(records, first):
@@ -291,6 +301,7 @@ def measure_records(source, records, first, tokenizer, template):
             is_text = record.is_text
             try:
                 row, is_text = read_record(file, record)
+                unknown.update(unknown_keys(row))
                 tokens, found = measure_row(source, row, record, tokenizer, template, known_sizes)
                 if is_text and record.caption:
                     place = record.caption
@@ -302,7 +313,7 @@ def measure_records(source, records, first, tokenizer, template):
                 found = []
             rows.append((*place, tokens, len(images), len(found), is_text))
             images += found
-    return np.array(rows, ROW), np.array(images, IMAGE), bad
+    return np.array(rows, ROW), np.array(images, IMAGE), bad, unknown
 
 
 def measure_row(source, row, record, tokenizer, template, known_sizes):
@@ -319,6 +330,11 @@ def measure_row(source, row, record, tokenizer, template, known_sizes):
     else:
         for _, place in record_pictures(record, row):
             images.append((*place, *image_size(source.read(*place))))
+    if not images:
+        check_no_picture_is_lost(row)
+        if not row_turns(row)[0]:
+            bare_caption(row)
+            raise ValueError("a caption without a picture; add the picture or remove the row")
     parts = row_segments(row, tokenizer, template, [0] * len(images), 0)
     return sum(len(ids) for ids, _ in parts), images
 

@@ -10,7 +10,8 @@ import torch
 
 from inputs.chat import image_names
 from inputs.files import read_json
-from inputs.images import IMAGE_SUFFIXES
+from inputs.images import IMAGE_SUFFIXES, MEDIA_SUFFIXES
+from inputs.row_keys import TURNS_KEYS, check_row_keys, is_empty, short
 from inputs.tars import MAX_BYTES, check_size
 
 # The two files of an index. A row has its place in the file of rows, its tokens apart from the
@@ -128,6 +129,7 @@ def parse_row(raw, is_text):
         raise not_json(e) from None
     if not isinstance(row, dict):
         raise ValueError(f"a {type(row).__name__}, where a row is one JSON object; write {{...}}")
+    check_row_keys(row)
     return row
 
 
@@ -172,6 +174,8 @@ def tar_record(members):
             pictures[name] = place
         elif suffix in texts:
             texts[suffix].append((name, place))
+        elif suffix in MEDIA_SUFFIXES:
+            problem = f"{short(name)}: suffix {suffix} is not read; convert it or remove the record"
     for suffix, found in texts.items():
         if len(found) > 1:
             names = ", ".join(name for name, _ in found[:4])
@@ -199,7 +203,11 @@ def read_record(file, record):
     if not record.caption or not_blank(row.get("caption")) or not_blank(row.get("text")):
         return row, record.is_text
     row["caption"] = parse_row(read_place(file, *record.caption), True)["caption"]
-    return row, "conversations" not in row and "messages" not in row
+    is_text = all(row.get(key) is None for key in TURNS_KEYS)
+    if is_text and not is_empty(row.get("system")):
+        raise ValueError("a system message in the .json and the caption in a .txt; write both "
+                         "into the .json")
+    return row, is_text
 
 
 def read_place(file, offset, size, what="a row"):
@@ -218,8 +226,13 @@ def not_blank(value):
 def record_pictures(record, row):
     """[(name, place)] of the pictures of a tar's record.
 
-    In the order of the row, if it names pictures of its record; else in that of the tar.
+    In the order of the row if it names them, else in that of the tar. ValueError if the row names a
+    picture that is not in its record.
     """
     names = [os.path.basename(name) for name in image_names(row)]
-    named = [(name, record.pictures[name]) for name in names if name in record.pictures]
-    return named or list(record.pictures.items())
+    for name in names:
+        if name not in record.pictures:
+            beside = ", ".join(record.pictures) or "none"
+            raise ValueError(f"image {short(name)} is not in this record of the tar, whose "
+                             f"pictures are: {short(beside)}; add it or remove the row")
+    return [(name, record.pictures[name]) for name in names] or list(record.pictures.items())

@@ -8,6 +8,7 @@ from pathlib import Path
 from inputs.chat import TEMPLATES
 from inputs.files import read_json
 from inputs.index import open_source
+from inputs.row_keys import TURNS_KEYS, short
 
 # Keys of an entry of InternVL's meta file, as its documentation has them, and two of ours: weight,
 # the source's share of the samples, and sha256 of the annotation file.
@@ -34,13 +35,35 @@ def open_sources(spec, tokenizer, template):
     sources = []
     for name, path in expand_paths(spec):
         if is_meta_file(path):
-            for key, entry in read_json(path).items():
+            entries = read_json(path)
+            if any(key in entries for key in TURNS_KEYS):
+                raise ValueError(f"{path} holds one row, where a .json is an array of rows or a "
+                                 "meta file; write [...] around it, or call it .jsonl")
+            for key, entry in entries.items():
                 sources.append(open_meta_entry(path, key, entry, tokenizer, template))
         else:
             sources.append(open_source(path, tokenizer, template, name))
     if not sources:
         raise ValueError("no data: give --data=PATH (.jsonl, .json, .tar, a folder, or a pattern)")
     return sources
+
+
+def source_notes(sources):
+    """A line for each source with keys that are not known, or with rows without a picture."""
+    lines = []
+    for source in sources:
+        notes = []
+        rows = source.rows
+        n_blind = int(((rows["n_images"] == 0) & (rows["tokens"] >= 0)).sum())
+        if n_blind:
+            notes.append(f"{n_blind:,} of {len(rows):,} rows without a picture")
+        unknown = source.meta.get("unknown")
+        if unknown:
+            keys = ", ".join(f"{key} ({n:,})" for key, n in unknown.items())
+            notes.append(f"keys that are not read, and their rows: {keys}")
+        if notes:
+            lines.append(f"{short(source.name)}: {'; '.join(notes)}")
+    return lines
 
 
 # ---- paths --------------------------------------------------------------------------------------
@@ -58,6 +81,8 @@ def expand_paths(spec):
         paths = expand_pattern(entry)
         if "=" in entry and not any(os.path.exists(path) for path in paths):
             name, pattern = entry.split("=", 1)
+            if not pattern.strip():
+                raise ValueError(f"--data={entry}: no path behind the =; is a variable unset?")
             paths = expand_pattern(pattern)
         for path in paths:
             yield name, Path(path)
@@ -116,7 +141,7 @@ def check_meta_entry(path, key, entry):
     wrong = key
     if isinstance(entry, dict):
         wrong_keys = [name for name, value in entry.items() if not is_meta_value(name, value)]
-        if "annotation" not in entry:
+        if not entry.get("annotation"):
             wrong_keys.append("annotation")
         wrong = wrong_keys[0] if wrong_keys else None
     if wrong:

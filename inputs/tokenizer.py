@@ -1,4 +1,5 @@
 """Qwen2.5's byte-level BPE with the special tokens of SAIL-VL."""
+import re
 import unicodedata
 from pathlib import Path
 
@@ -14,6 +15,12 @@ SPECIAL_TOKENS = """
     <|image_pad|> <|video_pad|> <tool_call> </tool_call> <|fim_prefix|> <|fim_middle|>
     <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|> <img> </img> <IMG_CONTEXT> <quad> </quad>
     <ref> </ref> <box> </box>""".split()
+
+# Those of them that a text may hold: marks of places and calls, which an answer shows. The others
+# steer a conversation, so that nobody may type them.
+MARKUP = """
+    <tool_call> </tool_call> <quad> </quad> <ref> </ref> <box> </box>""".split()
+MARKUP_PATTERN = re.compile("(" + "|".join(map(re.escape, MARKUP)) + ")")
 
 # Qwen2's pre-tokenizer: where a text is split before BPE merges the bytes of each piece.
 SPLIT = (
@@ -47,8 +54,8 @@ CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
 class Tokenizer:
     """Byte-level BPE of a Qwen folder with the 31 special tokens of SAIL-VL.
 
-    Reads `vocab.json`, else `tokenizer.json`. `encode` treats its text as plain text: a special
-    token that a user typed stays a row of ordinary pieces.
+    Reads `vocab.json`, else `tokenizer.json`. In a text only MARKUP becomes special tokens. Another
+    special token that a user typed stays a row of ordinary pieces.
     Raises FileNotFoundError without either file, ValueError if they are damaged.
     """
 
@@ -57,14 +64,26 @@ class Tokenizer:
         self.bpe = tiktoken.Encoding("qwen", pat_str=SPLIT, mergeable_ranks=ranks,
                                      special_tokens=self.special)
         self.special_ids = set(self.special.values())
+        self.hidden_ids = self.special_ids - {self.special[token] for token in MARKUP}
         self.n_vocab = max(self.special_ids) + 1
         self.eos_id = self.special["<|im_end|>"]
         self.image_id = self.special["<IMG_CONTEXT>"]
 
     def encode(self, text):
         """Token ids of a text in NFC; ValueError if it cannot be split."""
+        ids = []
+        # As Hugging Face's tokenizer has it, NFC comes after the split.
+        for part in MARKUP_PATTERN.split(text):
+            if part in MARKUP:
+                ids.append(self.special[part])
+            elif part:
+                ids += self.encode_plain(unicodedata.normalize("NFC", part))
+        return ids
+
+    def encode_plain(self, text):
+        """Token ids of a text without special tokens."""
         try:
-            return self.bpe.encode_ordinary(unicodedata.normalize("NFC", text))
+            return self.bpe.encode_ordinary(text)
         except BaseException as e:
             # At a million blanks tiktoken's regular expression panics in Rust. That panic is no
             # Exception in Python, and its class can only be recognized by name.
@@ -74,10 +93,13 @@ class Tokenizer:
                              "shorten it") from None
 
     def decode(self, ids, skip_special=True):
-        """The text of token ids; ids beyond the vocabulary are left out."""
+        """The text of token ids; ids beyond the vocabulary are left out.
+
+        skip_special: special tokens are left out too, all but MARKUP.
+        """
         kept = []
         for token_id in ids:
-            if token_id < self.n_vocab and not (skip_special and token_id in self.special_ids):
+            if token_id < self.n_vocab and not (skip_special and token_id in self.hidden_ids):
                 kept.append(token_id)
         return self.bpe.decode(kept, errors="replace")
 

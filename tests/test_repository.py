@@ -28,6 +28,7 @@ kernels/*
 inputs/files
 inputs/images
 inputs/tokenizer
+inputs/row_keys
 inputs/chat
 inputs/tars
 inputs/records

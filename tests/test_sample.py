@@ -208,6 +208,46 @@ def test_refusals(world, tmp_path, monkeypatch, flags, message):
     assert not any(tmp_path.iterdir())
 
 
+def test_one_odd_row_of_a_batch_costs_that_row_only(world, tmp_path):
+    rows = [
+        {"images": ["photos/a.png"], "prompt": "What?", "extra": 1},
+        {"image_path": "photos/a.png", "prompt": "What?"},
+        {"image": 5},
+        {"image": [None], "prompt": "What?"},
+        {"image": "photos/a.png", "prompt": 5},
+        {"image": "photos/a.png", "question": "What?"},
+        {"img": "photos/a.png", "prompt": "What?"},
+        {"prompt": "A lone \ud800 surrogate?"},
+    ]
+    source = world / "odd.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows) + "[1]\n{torn\n")
+    out = tmp_path / "a.jsonl"
+    code, _, errors = run(world, f"--image={source}", "--prompt=Else?", f"--out={out}")
+    answers = [json.loads(line) for line in out.read_text().splitlines()]
+    assert code == 0 and "Traceback" not in errors and "extra: this key of 1 rows" in errors
+    assert [k for k, row in enumerate(answers) if "answer" in row] == [0, 1, 7]
+    assert all(row["error"] for k, row in enumerate(answers) if k not in (0, 1, 7))
+    assert "call it prompt" in answers[5]["error"]
+
+
+def test_answers_are_written_as_they_come(world, tmp_path, monkeypatch):
+    source = world / "two.jsonl"
+    source.write_text('{"prompt": "One?"}\n{"prompt": "Two?"}\n')
+
+    def killed(self, prompts, **settings):
+        next(prompts)
+        yield 0, "First."
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate.Assistant, "answer_each", killed)
+    out = tmp_path / "a.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        monkeypatch.setattr(sys, "argv", ["sample.py", f"--model={world / 'model'}",
+                                          "--device=cpu", f"--image={source}", f"--out={out}"])
+        sample.main()
+    assert json.loads(out.read_text())["answer"] == "First."
+
+
 def test_a_model_of_nan_prints_no_answer_and_names_its_folder(world, tmp_path):
     shutil.copytree(world / "model", tmp_path / "model")
     path = tmp_path / "model" / "model.safetensors"

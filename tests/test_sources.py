@@ -41,7 +41,7 @@ def test_every_source_format_gives_the_same_documents(tmp_path):
     write_rows(tmp_path / "messages", messages)
     (tmp_path / "folder" / "p.json").write_text(json.dumps(talk("<image>\nWhat?", "Red.")))
     with tarfile.open(tmp_path / "tar" / "s.tar", "w") as tar:
-        for name, content in (("a.json", json.dumps(llava[0]).encode()), ("a.png", picture_file)):
+        for name, content in (("p.json", json.dumps(llava[0]).encode()), ("p.png", picture_file)):
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))

@@ -20,7 +20,7 @@ from test_convert import run, save
 
 from inputs.chat import IGNORE, TEMPLATES, chat_ids, render
 from inputs.images import STD, make_tiles, normalize
-from inputs.tokenizer import SPECIAL_TOKENS, Tokenizer
+from inputs.tokenizer import MARKUP, SPECIAL_TOKENS, Tokenizer
 
 TOY = ROOT / "toy" / "tokenizer"
 # A folder with Qwen's vocab.json and merges.txt, which are not ours.
@@ -79,10 +79,11 @@ def theirs(folder):
     backend = t.Qwen2Tokenizer(
         vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt")
     ).backend_tokenizer
-    backend.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for _, token, _ in RELEASED]
-    )
-    backend.encode_special_tokens = True  # what looks special is text
+    for _, token, _ in RELEASED:
+        special = token not in MARKUP
+        add = backend.add_special_tokens if special else backend.add_tokens
+        add([AddedToken(token, special=special, normalized=False)])
+    backend.encode_special_tokens = True  # what looks special is text, all but markup
     return backend
 
 
@@ -134,8 +135,9 @@ def test_the_tokenizer_equals_hugging_faces_on_10000_random_strings(mine, theirs
     for text, other in zip(texts, encoded, strict=True):
         ids = mine.encode(text)
         assert ids == other.ids, repr(text)
-        assert mine.decode(ids) == unicodedata.normalize("NFC", text)
-        assert not set(ids) & mine.special_ids
+        decoded = unicodedata.normalize("NFC", mine.decode(ids))
+        assert decoded == unicodedata.normalize("NFC", text)
+        assert not set(ids) & mine.hidden_ids
 
 
 def test_the_tokenizer_equals_hugging_faces_on_every_text_file_of_this_repository(mine, theirs):
@@ -168,7 +170,8 @@ def test_the_tokenizer_has_the_31_released_tokens_with_their_ids(mine, released)
     assert mine.eos_id == first + 2 and mine.image_id == first + 24
     assert mine.special == {token: i for i, token, _ in released}
     for i, token, _ in released:
-        assert mine.decode([i], skip_special=False) == token and mine.decode([i]) == ""
+        assert mine.decode([i], skip_special=False) == token
+        assert mine.decode([i]) == (token if token in MARKUP else "")
 
 
 def test_tokenizer_json_alone_gives_the_same_tokenizer(mine, theirs, tmp_path):
@@ -228,7 +231,8 @@ def test_labels_are_the_answers_in_500_conversations_and_what_users_type_is_neve
         assert labels[-1] == IGNORE
         used = [i for i in ids.tolist() if i in mine.special_ids]
         assert used.count(mine.image_id) == 12 * len(n_tiles)
-        assert set(used) <= specials | {mine.image_id}
+        markup = {mine.special[token] for token in MARKUP}
+        assert set(used) <= specials | markup | {mine.image_id}
         # the system's, and one for each question and answer
         assert used.count(mine.eos_id) == 1 + 2 * len(turns)
 
@@ -280,6 +284,8 @@ def test_an_assembled_folder_gives_hugging_face_the_same_tokenizer_and_prompts(
         want = chat_ids(mine, "sailvl-chat", turns, [1], 5)
         text = text.replace(image, "<img>" + "<IMG_CONTEXT>" * 5 + "</img>")
         assert words(text)["input_ids"] == want
+        marked = "Where is <ref>the cat</ref>? <box>[[1, 2, 3, 4]]</box><tool_call>"
+        assert words(marked)["input_ids"] == mine.encode(marked)
     # transformers' own tiling of the same picture: at most 1 of 255 away, see images.resize
     image = Image.effect_noise((500, 300), 90).convert("RGB")
     processor = t.AutoImageProcessor.from_pretrained(tmp_path / "transformers")
@@ -295,8 +301,19 @@ def test_any_text_survives_the_tokenizer(text):
     assert TOY_TOKENIZER.decode(TOY_TOKENIZER.encode(text)) == unicodedata.normalize("NFC", text)
 
 
-@pytest.mark.parametrize("token", SPECIAL_TOKENS)
-def test_a_special_token_typed_by_a_user_is_plain_text(token):
+@pytest.mark.parametrize("token", MARKUP)
+def test_marks_of_places_and_calls_are_tokens_of_their_own_and_stay_in_answers(token):
+    ids = TOY_TOKENIZER.encode(f"look {token} here")
+    assert ids.count(TOY_TOKENIZER.special[token]) == 1
+    assert TOY_TOKENIZER.decode(ids) == f"look {token} here"
+    # As Hugging Face's tokenizer, which composes characters only between the marks.
+    assert TOY_TOKENIZER.encode(token + "\u0338")[0] == TOY_TOKENIZER.special[token]
+
+
+@pytest.mark.parametrize("token", sorted(set(SPECIAL_TOKENS) - set(MARKUP)))
+def test_a_control_token_typed_by_a_user_is_plain_text(token):
+    between = TOY_TOKENIZER.encode(f"<ref>{token}</ref>")
+    assert len(set(between) & TOY_TOKENIZER.special_ids) == 2
     ids = TOY_TOKENIZER.encode(f"look {token} here")
     assert not set(ids) & TOY_TOKENIZER.special_ids
     assert TOY_TOKENIZER.decode(ids) == f"look {token} here"

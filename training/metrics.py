@@ -38,7 +38,8 @@ def log_line(f, row, track=None):
         if isinstance(value, float) and not math.isfinite(value):
             value = None
         finite[name] = value
-    line = (json.dumps(finite, ensure_ascii=False) + "\n").encode()
+    # A lone surrogate has no UTF-8; as \udc80 it is JSON.
+    line = (json.dumps(finite, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
     end = f.seek(0, os.SEEK_END)
     written = 0
     with contextlib.suppress(OSError):
@@ -58,9 +59,10 @@ def log_bad(out_dir, records):
         return
     with open(Path(out_dir) / "bad_samples.jsonl", "ab+", buffering=0) as f:
         f.seek(0)
-        known = set(f.read().decode().splitlines())
+        known = set(f.read().decode(errors="replace").splitlines())
         for record in records:
-            if json.dumps(record, ensure_ascii=False) not in known:
+            line = json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace").decode()
+            if line not in known:
                 log_line(f, record)
 
 

@@ -1,0 +1,253 @@
+"""inputs/row_keys.py: what a row means is used or refused by name, never ignored."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+
+import pytest
+from rows import CHAT, ROOT, TOY, picture, sources_of, talk, write_rows
+
+import data
+from inputs import row_keys
+from inputs.chat import IGNORE, image_names, render
+from inputs.tars import add_member
+from training import metrics
+
+BOARD = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A board."}]
+
+
+def problems(folder, *rows):
+    """What is wrong with each row, "" for a good one; a.png and b.png lie beside them."""
+    folder.mkdir(exist_ok=True)
+    for name in ("a.png", "b.png"):
+        (folder / name).write_bytes(picture())
+    (source,) = sources_of(write_rows(folder, rows))
+    reasons = dict.fromkeys(range(len(rows)), "")
+    reasons |= {bad["row"]: bad["reason"] for bad in source.meta["bad"]}
+    return list(reasons.values())
+
+
+def tar_problems(path, **files):
+    """What is wrong with each record of a tar; `a_b_txt` is the file a.b.txt."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            add_member(tar, name.replace("_", "."), content)
+    (source,) = sources_of(path)
+    return {bad["row"]: bad["reason"] for bad in source.meta["bad"]}
+
+
+def supervised_text(row):
+    _, labels = render(row, TOY, CHAT, [], 9)
+    return TOY.decode([int(i) for i in labels if i != IGNORE], skip_special=False)
+
+
+def test_the_table_of_keys_in_the_documentation_is_the_code():
+    documented = {}
+    table = re.findall(
+        r"^\| (row|turn) \| (.*?) \| (\w+) \|", (ROOT / "docs/data.md").read_text(), re.M
+    )
+    for level, keys, what in table:
+        for key in re.findall("`(.*?)`", keys):
+            assert (level, key) not in documented
+            documented[level, key] = what
+    kinds = [
+        ("row", "used", row_keys.ROW_USED),
+        ("row", "ignored", row_keys.ROW_IGNORED),
+        ("row", "refused", row_keys.ROW_REFUSED),
+        ("row", "refused", row_keys.DIALOGUE_KEYS),
+        ("turn", "used", row_keys.TURN_USED),
+        ("turn", "ignored", row_keys.TURN_IGNORED),
+        ("turn", "refused", row_keys.TURN_REFUSED),
+    ]
+    assert documented == {(level, key): what for level, what, keys in kinds for key in keys}
+
+
+@pytest.mark.parametrize("key", row_keys.ROW_REFUSED)
+def test_a_key_that_would_be_lost_refuses_its_row_and_an_empty_one_does_not(tmp_path, key):
+    full, other_case, empty = problems(
+        tmp_path, talk(**{key: ["x"]}), talk(**{key.title(): "x"}), talk(**{key: None})
+    )
+    assert full.startswith(f"{key}: ") and other_case.startswith(f"{key.title()}: ")
+    assert empty == ""
+
+
+@pytest.mark.parametrize("key", [*row_keys.TURN_REFUSED, "image", "images", "videos", "Content"])
+def test_a_key_of_a_turn_that_would_be_lost_refuses_its_row(tmp_path, key):
+    row = {"conversations": [BOARD[0], BOARD[1] | {key: ["x"]}]}
+    (reason,) = problems(tmp_path, row)
+    assert reason.startswith(f"conversations[1]: {key}: ")
+
+
+def test_pictures_are_read_from_each_of_their_keys_and_null_hides_nothing(tmp_path):
+    for key in row_keys.PICTURE_KEYS:
+        assert image_names({"image": None, "images": None, key: "a.png"}) == ["a.png"]
+        assert image_names(talk(**{key: ["a.png", "b.png"]})) == ["a.png", "b.png"]
+    assert image_names({"image": "a.png", "images": ["a.png"]}) == ["a.png"]
+    with pytest.raises(ValueError, match="image and images name different"):
+        image_names({"image": "a.png", "images": ["b.png"]})
+
+
+def test_a_picture_under_another_name_is_never_trained_blind(tmp_path):
+    rows = [talk(**{key: "a.png"}) for key in ("Images", "img", "img_path", "picture", "image2")]
+    rows += [talk(**{key: "a.png"}) for key in ("media", "filepath", "screenshot", "url")]
+    rows += [talk(pixels=["x.tif"]), talk(image_url="http://host/1"), talk(data="data:image/png,")]
+    assert all("picture" in reason for reason in problems(tmp_path, *rows))
+    beside = talk(image="a.png", url="http://host/a.jpg", image_url="http://host/a.jpg")
+    assert problems(tmp_path, beside) == [""]
+
+
+def test_what_is_no_name_of_a_picture_is_one_short_line(tmp_path):
+    values = [
+        5,
+        [None],
+        [""],
+        {"path": "a.png"},
+        "http://host/a.png",
+        "data:image/png," + "A" * 900,
+    ]
+    for reason in problems(tmp_path, *(talk(image=value) for value in values)):
+        assert reason.startswith("image: ") and len(reason) < 150
+    assert "web address" in problems(tmp_path, talk(image="https://host/a.png"))[0]
+
+
+def test_a_caption_without_a_picture_is_a_bad_row_and_a_dialogue_without_one_is_counted(
+    tmp_path, capsys
+):
+    rows = [{"caption": "A dog."}, {"text": "A cat."}, talk(extra=1), talk(image="a.png", extra=2)]
+    reasons = problems(tmp_path, *rows)
+    assert ["without a picture" in reason for reason in reasons] == [True, True, False, False]
+    assert data.check_files([f"{tmp_path}/rows.jsonl"]) == 2
+    out = capsys.readouterr().out
+    assert (
+        "rows: 1 of 4 rows without a picture; keys that are not read, and their rows: extra (2)"
+        in out
+    )
+
+
+def test_a_system_key_is_the_system_turn(tmp_path):
+    ids, _ = render(talk(system="Be brief."), TOY, CHAT, [], 9)
+    text = TOY.decode(ids, skip_special=False)
+    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>")
+    both = {"system": "One.", "messages": [{"role": "system", "content": "Two."}]}
+    both["messages"] += talk()["conversations"]
+    reasons = problems(tmp_path, both, talk(system=5), talk(system="See <image>", image="a.png"))
+    assert "two system messages" in reasons[0] and "instead of text" in reasons[1]
+    assert "pictures stand in the questions only" in reasons[2]
+
+
+@pytest.mark.parametrize("flag", [{"loss": False}, {"weight": 0}, {"loss": 0.0, "weight": 0}])
+def test_an_answer_marked_as_not_learned_is_not_supervised(tmp_path, flag):
+    wrong = {"from": "gpt", "value": "WRONG"} | flag
+    row = {"conversations": [BOARD[0], wrong, *BOARD]}
+    assert supervised_text(row) == "A board.<|im_end|>"
+    none, half, asked = problems(
+        tmp_path,
+        {"conversations": [BOARD[0], wrong]},
+        {"conversations": [BOARD[0], BOARD[1] | {"weight": 0.5}]},
+        {"conversations": [BOARD[0] | {"loss": True}, BOARD[1]]},
+    )
+    assert "no answer is supervised" in none and "neither 0 nor 1" in half
+    assert "only answers are learned" in asked
+    assert "weight: 0" in problems(tmp_path, talk(weight=0))[0]
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        "<Image>",
+        "<IMAGE>",
+        "<image1>",
+        "<image_1>",
+        "<image 2>",
+        "<ImageHere>",
+        "< image>",
+        "<|image_1|>",
+        "<image/>",
+        "<img>a.jpg</img>",
+    ],
+)
+def test_other_spellings_of_a_picture_are_refused_with_what_to_write(tmp_path, tag):
+    for row in (talk(f"{tag} What?", image="a.png"), talk(answer=f"See {tag}", image="a.png")):
+        (reason,) = problems(tmp_path, row)
+        assert "write <image> where the picture stands" in reason
+
+
+def test_pictures_stand_in_questions_only(tmp_path):
+    part = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "This."}]
+    rows = [
+        talk("What?", "See <image>.", image="a.png"),
+        {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": part}]},
+        {"image": "a.png", "caption": "An <image>"},
+    ]
+    for reason in problems(tmp_path, *rows):
+        assert "pictures stand in the questions only" in reason
+
+
+def test_parts_of_a_message_are_read_in_every_published_form(tmp_path):
+    def asked(part, **more):
+        question = {"role": "user", "content": [part, {"type": "text", "text": "What?"}]}
+        return {"messages": [question, {"role": "assistant", "content": "A."}], **more}
+
+    good = [
+        asked({"type": "image"}, images=["a.png"]),
+        asked({"type": "image_url", "image_url": "a.png"}),
+        asked({"type": "image", "path": "a.png"}, video=None),
+    ]
+    assert problems(tmp_path, *good) == ["", "", ""]
+    assert [image_names(row) for row in good] == [["a.png"]] * 3
+    bad = [
+        asked({"type": "image", "image": "b.png"}, images=["a.png"]),
+        asked({"type": "text", "text": "See", "image": "a.png"}),
+        asked({"type": "image"}),
+        asked({"type": "text", "text": None}),
+    ]
+    words = (
+        "name different pictures",
+        "a part of its own",
+        "1 <image> placeholders for 0",
+        "instead of text",
+    )
+    for reason, word in zip(problems(tmp_path, *bad), words, strict=True):
+        assert word in reason
+
+
+def test_a_record_of_a_tar_that_lost_a_picture_or_has_two_texts_is_named(tmp_path):
+    good = {"a_png": picture(), "a_txt": b"A."}
+    found = tar_problems(
+        tmp_path / "t.tar",
+        **good,
+        lost_txt=b"Lost.",
+        scan_tif=b"...",
+        scan_json=json.dumps(talk()).encode(),
+        fail_json=b'{"caption": "No download.", "status": "failed"}',
+        b_png=picture(),
+        b_json=b'{"caption": "B.", "image": ["b.png", "c.png"]}',
+        two_1_txt=b"One.",
+        two_2_txt=b"Two.",
+        two_png=picture(),
+    )
+    words = {1: "without a picture", 2: "scan.tif", 3: "without a picture", 4: "c.png", 5: "2 .txt"}
+    assert found.keys() == words.keys()
+    assert all(words[row] in found[row] for row in words), found
+
+
+def test_a_lone_surrogate_in_an_id_or_name_is_escaped_and_ends_nothing(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "a\udcff.png").write_bytes(picture())
+    (folder / "a\udcff.txt").write_text(" ")
+    check = [sys.executable, "data.py", "check", str(folder)]
+    done = subprocess.run(check, cwd=ROOT, capture_output=True, env=os.environ | {"LC_ALL": "C"})
+    assert done.returncode == 2 and b"a\\udcff.png" in done.stdout, done.stderr
+    for _ in range(2):
+        metrics.log_bad(tmp_path, [{"source": "s", "id": "\ud800", "reason": "r"}])
+    (line,) = (tmp_path / "bad_samples.jsonl").read_text().splitlines()
+    assert json.loads(line)["id"] == "\ud800"
+
+
+def test_an_unset_variable_is_no_source():
+    with pytest.raises(ValueError, match="no path behind the ="):
+        sources_of("web=")
