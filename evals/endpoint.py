@@ -57,6 +57,8 @@ class Replies:
         self.forgotten = []  # entries that were paid for and are not used
         self.lock = threading.Lock()
         for entry in read_jsonl(self.path):
+            if not isinstance(entry, dict):
+                continue
             if "key" in entry and "reply" in entry:
                 self.known[entry["key"]] = {"finish": None, "usage": {}, **entry}
             elif entry.get("forget") in self.known:

@@ -86,7 +86,7 @@ def test_an_endpoint_that_breaks_in_the_middle_is_noticed_and_what_it_answered_i
              f"--endpoint={server.url}", "--threads=2"]
 
     def reply(sha256, prompt, temperature):
-        return ("sorry" if server.n_requests > 150 else CAPTION), "stop"
+        return ("sorry" if server.n_requests > 130 else CAPTION), "stop"
 
     server.reply = reply
     code, text = run(*flags)
@@ -98,7 +98,7 @@ def test_an_endpoint_that_breaks_in_the_middle_is_noticed_and_what_it_answered_i
     # The good replies were kept, and what was useless was asked again.
     times_asked = collections.Counter(server.asked)
     assert len(times_asked) == 400
-    assert all(times_asked[call] == 1 for call in server.asked[:140])
+    assert all(times_asked[call] == 1 for call in server.asked[:120])
 
 
 def test_pictures_that_are_refused_among_others_are_dropped_for_good(tmp_path, server):
