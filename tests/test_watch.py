@@ -68,7 +68,7 @@ def test_an_endpoint_that_refuses_everything_drops_nothing_and_is_asked_again(
     line = text.splitlines()[-1]
     assert reason in line and "none of these rows is dropped" in line and server.url in line
     assert dropped_rows(tmp_path / "out") == []
-    assert server.n_requests <= 3 * (watch.USELESS_IN_A_ROW + 8)
+    assert server.n_requests <= 5 * watch.USELESS_IN_A_ROW
 
     answer_all(server)
     report = run_well(*flags)
