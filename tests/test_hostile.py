@@ -158,8 +158,10 @@ def attacks(folder):
             lambda name=name: packs_of(f"{folder}/rows/{name}"),
             "no usable sample",
         )
+    turns = [{"from": "human", "value": "Well?"}, {"from": "gpt", "value": "Fine."}]
+    fine = {"conversations": turns}
     (folder / "rows" / "deep.jsonl").write_text(
-        "[" * 100_000 + "]" * 100_000 + "\n" + json.dumps({"text": "fine"}) + "\n"
+        "[" * 100_000 + "]" * 100_000 + "\n" + json.dumps(fine) + "\n"
     )
     (folder / "rows" / "deep.json").write_text("[" * 100_000 + "]" * 100_000)
     yield (
