@@ -20,6 +20,8 @@ import traceback
 import types
 import typing
 
+from inputs.files import printable
+
 
 class ConfigError(ValueError):
     """A command line or config file that does not fit; the message is one line for the user."""
@@ -344,7 +346,7 @@ def error_line(error):
     file = getattr(error, "filename", None)
     if file:
         text = f"{file}: {error.strerror}"
-    text = " ".join(text.split())
+    text = printable(" ".join(text.split()))
     if isinstance(error, ModuleNotFoundError):
         text += f": pip install {error.name}"
     if text.startswith(WORKER_KILLED):

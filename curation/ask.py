@@ -20,6 +20,7 @@ from curation.stages import cost_in_dollars, run_stage
 from curation.watch import ReplyWatch, UselessReplies
 from evals.endpoint import ATTEMPTS, ChatClient, reply_key
 from inputs.chat import conversation
+from inputs.files import printable
 
 REFUSAL = re.compile(
     r"\W*((i['’]?m|i am) (sorry|unable|not able)|sorry|i (can['’]?t|cannot|won['’]?t)\b"
@@ -226,7 +227,7 @@ class Asker:
             jobs.append((questions[first].text, self.task.is_valid, pictures))
 
         spent = 0.0
-        with tqdm(total=len(questions), desc=title, leave=False, disable=None) as bar:
+        with tqdm(total=len(questions), desc=printable(title), leave=False, disable=None) as bar:
             for k, entry in client.each(jobs):
                 if entry:
                     spent += cost_in_dollars(self.cfg, entry["usage"])

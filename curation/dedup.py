@@ -91,7 +91,7 @@ def build_row_table(cfg, shards):
     folder = Path(cfg.out) / ".shards"
     for shard in tqdm(shards, desc="index", unit="shard", disable=None):
         path = folder / f"{shard.name}.rows.npy"
-        if not path.exists():
+        if not is_whole_array(path):
             np.save(folder / "new.npy", row_features(cfg, shard))
             os.replace(folder / "new.npy", path)
 
@@ -108,6 +108,15 @@ def build_row_table(cfg, shards):
         table[start : start + size] = load_rows(shard)
         start += size
     return table, starts
+
+
+def is_whole_array(path):
+    """Whether a .npy is there and not cut off."""
+    try:
+        np.load(path, mmap_mode="r")
+    except (ValueError, EOFError, OSError):
+        return False
+    return True
 
 
 def row_features(cfg, shard):

@@ -56,7 +56,8 @@ def report_captions(cfg):
 
     for title, rows in tables.items():
         for name, row in rows.items():
-            print(f"{title} {name}: " + ", ".join(f"{k} {v}" for k, v in row.items()))
+            line = ", ".join(f"{k} {v}" for k, v in row.items())
+            print(f"{title} {files.printable(name)}: {line}")
     if references and not agreements:
         note += "; no caption has an id of the references"
     print(f"{note}\nwrote {out / 'report.html'} and {out / 'report.json'}")

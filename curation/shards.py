@@ -276,10 +276,11 @@ def write_output_shard(out, shard, process):
         flush_to_disk(file)
         flush_to_disk(dropped)
 
+    facts = {**counts, "seconds": time.time() - start, "input": input_state(shard)}
+    facts["output"] = [new_shard.stat().st_size, new_dropped.stat().st_size]
     # An older shard was made of an input that has changed since.
     (out / f"{shard.name}.tar").unlink(missing_ok=True)
     os.replace(new_dropped, out / "dropped" / f"{shard.name}.jsonl")
-    facts = {**counts, "seconds": time.time() - start, "input": input_state(shard)}
     files.write_atomic(out / ".shards" / f"{shard.name}.json", json.dumps(facts))
     os.replace(new_shard, out / f"{shard.name}.tar")
 

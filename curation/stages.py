@@ -3,6 +3,7 @@ import collections
 import contextlib
 import fcntl
 import json
+import sys
 from pathlib import Path
 
 from tqdm import tqdm
@@ -99,16 +100,40 @@ def make_shard(out, shard, process):
         # Another process may have finished it since the check above.
         if not mine or shard_is_finished(out, shard):
             return False
+        tell_of_damage(out, shard)
         shards.write_output_shard(out, shard, process)
     return True
 
 
 def shard_is_finished(out, shard):
-    """Whether an output shard exists and its input has not changed since."""
+    """Whether an output shard exists in full and its input has not changed since."""
     facts = out / ".shards" / f"{shard.name}.json"
     if not (out / f"{shard.name}.tar").exists() or not facts.exists():
         return False
-    return files.read_json(facts, dict)["input"] == shards.input_state(shard)
+    if files.read_json(facts, dict).get("input") != shards.input_state(shard):
+        return False
+    return not damaged_outputs(out, shard)
+
+
+def damaged_outputs(out, shard):
+    """Sentences about the files of a finished shard that have another size than when written."""
+    facts = files.read_json(out / ".shards" / f"{shard.name}.json", dict)
+    paths = (out / f"{shard.name}.tar", out / "dropped" / f"{shard.name}.jsonl")
+    found = []
+    # Folders of older versions do not say the sizes.
+    for path, size in zip(paths, facts.get("output", ()), strict=False):
+        have = path.stat().st_size if path.exists() else 0
+        if have != size:
+            found.append(f"{path} has {have} bytes of {size}")
+    return found
+
+
+def tell_of_damage(out, shard):
+    """Say it if a shard is made again because its files are damaged."""
+    shard_path = out / f"{shard.name}.tar"
+    if shard_path.exists() and (out / ".shards" / f"{shard.name}.json").exists():
+        for sentence in damaged_outputs(out, shard):
+            print(f"{files.printable(sentence)}; it is made again", file=sys.stderr)
 
 
 # ---- locks ---------------------------------------------------------------------------------------
@@ -152,6 +177,7 @@ def stage_totals(cfg, out, stage, inputs):
     for shard in finished:
         facts = files.read_json(out / ".shards" / f"{shard.name}.json", dict)
         del facts["input"]
+        facts.pop("output", None)
         counts.update(facts)
 
     seconds = counts.pop("seconds", 0)

@@ -80,7 +80,7 @@ def run_tier(cfg, tier):
     files.write_atomic(runs.out / "ranking.json", json.dumps(ranked, indent=1) + "\n")
     if cfg.run:
         for mix, score in ranked:
-            print(f"{score or 0:8.2f}  {mix}")
+            print(f"{score or 0:8.2f}  {files.printable(mix)}")
 
 
 def measure_alone(runs):
@@ -109,6 +109,6 @@ def measure_additions(runs):
             kept = mix
             best = score
     if runs.cfg.run:
-        print(f"kept: {', '.join(kept)}")
+        print(f"kept: {files.printable(', '.join(kept))}")
     else:
         print("with --run=True a set stays only if the score does not fall")

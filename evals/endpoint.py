@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evals.chat_request import send
-from inputs.files import read_jsonl
+from inputs.files import printable, read_jsonl
 
 # Temperatures that are tried until a reply is valid. VLMEvalKit raises it by 0.5 each time too.
 ATTEMPTS = (0.0, 0.5, 1.0)
@@ -175,7 +175,8 @@ class ChatClient:
         with self.replies.lock:
             if seconds >= 30 and now - self._told > 60:
                 self._told = now
-                print(f"{problem}; asking again in {seconds:.0f} s", file=sys.stderr)
+                line = printable(f"{problem}; asking again in {seconds:.0f} s")
+                print(line, file=sys.stderr)
         if self._stopping.wait(seconds):
             raise ValueError("stopped while waiting for the endpoint")
 

@@ -4,7 +4,11 @@ import errno
 import hashlib
 import json
 import os
+import unicodedata
 from pathlib import Path
+
+# They join letters and emojis; they are no control characters of a terminal.
+JOINERS = "\u200c\u200d"
 
 
 def read_json(path, kind=object):
@@ -92,3 +96,21 @@ def write_atomic(path, text):
     """Write a small text file whole or not at all (see atomic_write)."""
     with atomic_write(path) as file:
         file.write(text)
+
+
+def printable(text, keep=""):
+    """A text from data as a terminal may show it: what would steer the terminal is escaped.
+
+    Escape sequences can rename a window, move the cursor and so fake lines; marks of direction
+    reorder what is read. keep: characters, such as "\n", that are shown as they are.
+    """
+    if str(text).isprintable():
+        return str(text)
+    shown = []
+    for character in str(text):
+        good = character.isprintable() or character in keep + JOINERS
+        # All spaces but the plain one count as not printable.
+        if not good and unicodedata.category(character) != "Zs":
+            character = character.encode("unicode_escape").decode()
+        shown.append(character)
+    return "".join(shown)

@@ -21,7 +21,14 @@ import numpy as np
 from tqdm import tqdm
 
 from inputs.chat import bare_caption, image_names, row_segments, row_turns
-from inputs.files import atomic_write, file_hash, json_hash, read_json, write_atomic
+from inputs.files import (
+    atomic_write,
+    file_hash,
+    json_hash,
+    printable,
+    read_json,
+    write_atomic,
+)
 from inputs.images import IMAGE_SUFFIXES, image_size
 from inputs.records import (
     IMAGE,
@@ -131,7 +138,7 @@ def build_index(source, tokenizer, template):
         row_file = stack.enter_context(atomic_write(source.index / "rows.bin", "wb"))
         image_file = stack.enter_context(atomic_write(source.index / "images.bin", "wb"))
         bar = stack.enter_context(
-            tqdm(desc=f"index {source.path.name}", unit=" rows", leave=False))
+            tqdm(desc=f"index {printable(source.path.name)}", unit=" rows", leave=False))
         for rows, images, unreadable, keys in measure_all(source, tokenizer, template, stack):
             rows["first_image"] += n_images
             n_images += len(images)

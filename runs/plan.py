@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from inputs.files import write_atomic
+from inputs.files import printable, write_atomic
 
 
 def run_plan(folder, commands, run, processes=1, **files):
@@ -40,6 +40,6 @@ def run_plan(folder, commands, run, processes=1, **files):
         shown = ["torchrun", ranks]
         launcher += ["-m", "torch.distributed.run", "--standalone", ranks]
     for command in commands:
-        print(shlex.join([*shown, *command]), flush=True)
+        print(printable(shlex.join([*shown, *command])), flush=True)
         if run and subprocess.run([*launcher, *command]).returncode != 0:
             raise ValueError(f"{folder}: {command[0]} failed, see above; run again to resume")

@@ -23,9 +23,9 @@ TRITON = ROOT / "kernels" / "attention_triton.py"
 # A file imports only from lines above its own; the files of a line that ends in * may import one
 # another.
 ORDER = """
+inputs/files
 configurator
 kernels/*
-inputs/files
 inputs/images
 inputs/tokenizer
 inputs/row_keys

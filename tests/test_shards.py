@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from curation_helpers import make_small_collection, png, run, run_well, write_tar
+from curation_helpers import make_small_collection, png, run, run_well, stage_files, write_tar
 from rows import sources_of
 from test_hostile import hostile_tar
 from toy_endpoint import read_shards
@@ -126,3 +126,34 @@ def test_a_missing_tokenizer_is_one_line_and_tars_need_none(small, tmp_path, mon
     code, text = run("filter", f"--in={tmp_path}/r.jsonl", f"--out={tmp_path}/f")
     assert code == 2 and text.count("\n") == 1 and "give --in= shards (.tar) alone" in text, text
     run_well("filter", f"--in={small[0]}/c", f"--out={tmp_path}/g", "--min_words=1")
+
+
+@pytest.mark.parametrize("name", ["0.tar", "dropped/0.jsonl"])
+@pytest.mark.parametrize("missing", [1, 512, None])
+def test_an_output_that_was_cut_off_is_made_again_with_one_line(tmp_path, name, missing):
+    for k in range(2):
+        members = [("a.txt", b"a red cat"), ("b.txt", b"short"), ("c.txt", b"x " * 300)]
+        write_tar(tmp_path / "in" / f"{k}.tar", members)
+    argv = ["filter", f"--in={tmp_path}/in", f"--out={tmp_path}/f"]
+    run_well(*argv)
+    before = stage_files(tmp_path / "f")
+    path = tmp_path / "f" / name
+    size = path.stat().st_size
+    left = 0 if missing is None else max(0, size - missing)
+    os.truncate(path, left)
+    code, text = run(*argv)
+    assert code == 0 and text.count(f"{path} has {left} bytes of {size}; it is made again") == 1
+    assert "nothing new to do" not in text and stage_files(tmp_path / "f") == before
+    code, text = run(*argv)
+    assert code == 0 and "nothing new to do" in text and "made again" not in text
+
+
+def test_a_table_of_dedup_that_was_cut_off_is_made_again(small, tmp_path):
+    argv = ["dedup", f"--in={small[0]}/c", f"--out={tmp_path}/d"]
+    run_well(*argv)
+    before = stage_files(tmp_path / "d")
+    (tmp_path / "d" / "00000.tar").unlink()
+    for size, path in enumerate(sorted((tmp_path / "d" / ".shards").glob("*.rows.npy"))):
+        os.truncate(path, 100 * size)
+    run_well(*argv)
+    assert stage_files(tmp_path / "d") == before
