@@ -5,9 +5,10 @@ or of another kind is dropped with a reason that names it: no_sha256, bad_scores
 """
 import re
 
-from inputs.chat import conversation
+from inputs.chat import conversation, place_images
 from inputs.images import MAX_PIXELS
-from inputs.records import UNREADABLE
+from inputs.records import UNREADABLE, not_blank
+from inputs.row_keys import CAPTION_KEYS, TURNS_KEYS, check_no_picture_is_lost
 
 # Fields that only `collect` writes, in hexadecimal.
 HEX_FIELDS = {
@@ -26,18 +27,21 @@ SCORE_NAMES = {
 MAX_DEPTH = 100
 
 
-def row_problem(row, fields):
-    """Why a row is dropped, or None. fields: those that the stage reads, in order.
+def row_problem(row, fields, n_pictures):
+    """Why a row with so many pictures is dropped, or None.
 
-    "caption" stands for the text of a row without turns, "dialogue" for what is trained on, and
-    "first_text" for what `collect` takes as alt-text.
+    fields: those that the stage reads, in order. "caption" stands for the text of a row without
+    turns, "dialogue" for what is trained on, and "first_text" for what `collect` takes as alt-text.
     """
     if is_deeper(row, MAX_DEPTH):
         return "bad_row"
     for field in fields:
         if field == "first_text":
             field = first_text_field(row)
-        problem = dialogue_problem(row) if field == "dialogue" else field_problem(row, field)
+        if field in ("dialogue", "first_answer"):
+            problem = dialogue_problem(row, n_pictures if field == "dialogue" else None)
+        else:
+            problem = field_problem(row, field)
         if problem:
             return problem
     return None
@@ -47,24 +51,27 @@ def first_text_field(row):
     """Which field of a source's row holds its alt-text."""
     if row.get("alt_text"):
         return "alt_text"
-    if has_turns(row) or row.get("unreadable"):
-        return "dialogue"
-    return "caption"
+    has_turns = any(row.get(key) is not None for key in TURNS_KEYS)
+    return "first_answer" if has_turns or row.get("unreadable") else "caption"
 
 
-def has_turns(row):
-    return "conversations" in row or "messages" in row
-
-
-def dialogue_problem(row):
+def dialogue_problem(row, n_pictures):
+    """Why training could not read a row. n_pictures: None if they do not matter."""
     try:
-        conversation(row)
+        _, turns = conversation(row)
+        if n_pictures is not None:
+            place_images(turns, n_pictures)
+        if n_pictures == 0:
+            check_no_picture_is_lost(row)
     except UNREADABLE:
         return "bad_row"
     return None
 
 
 def field_problem(row, field):
+    """Why a field is missing or not what it should be, or None."""
+    if field == "caption" and two_captions(row):
+        return "bad_caption"
     value = bare_text(row) if field == "caption" else row.get(field)
     if value is None:
         return f"no_{field}" if field in REQUIRED_FIELDS else None
@@ -104,9 +111,18 @@ def is_number(value):
 
 
 def bare_text(row):
-    """The caption of a row, else its text; None without one."""
-    value = row.get("caption")
-    return row.get("text") if value is None else value
+    """The caption of a row, or its text where that says nothing; None without either."""
+    caption = row.get("caption")
+    if not_blank(caption) or row.get("text") is None:
+        return caption
+    return row["text"]
+
+
+def two_captions(row):
+    """Whether a row has a caption and another text beside it, which training refuses too."""
+    texts = [row.get(key) for key in CAPTION_KEYS]
+    return all(isinstance(text, str) and text.strip() for text in texts) and (
+        texts[0].strip() != texts[1].strip())
 
 
 def row_caption(row):
@@ -124,7 +140,7 @@ def find_alt_text(row):
     field = first_text_field(row)
     if field == "alt_text":
         return row["alt_text"]
-    if field == "dialogue":
+    if field == "first_answer":
         _, turns = conversation(row)
         return turns[0][1]
     return row_caption(row).strip()

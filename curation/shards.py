@@ -147,7 +147,7 @@ def read_records(shard, fields=("id",), with_pictures=True):
     """
     read_all = read_source_rows if shard.source else read_tar_records
     for record in read_all(shard, with_pictures):
-        reason = record.reason or row_problem(record.row, fields)
+        reason = record.reason or row_problem(record.row, fields, len(record.pictures))
         yield ShardRecord(record.row, {}, reason) if reason else record
 
 
@@ -185,7 +185,7 @@ def read_source_rows(shard, with_pictures):
                 pictures[f"{k}/{name}"] = source.image(i, k, row)
             yield ShardRecord(row, pictures, None)
         except UNREADABLE as e:
-            yield ShardRecord(row, {}, "no_such_file" if isinstance(e, OSError) else "bad_row")
+            yield bad_record(row, e, "no_such_file" if isinstance(e, OSError) else "bad_row")
 
 
 def read_tar_record(file, key, members, with_pictures):
@@ -205,9 +205,15 @@ def read_tar_record(file, key, members, with_pictures):
         for k, (name, place) in enumerate(record_pictures(record, row)):
             content = read_place(file, *place, "a picture") if with_pictures else b""
             pictures[f"{k}/{name}"] = content
-    except UNREADABLE:
-        return ShardRecord(row, {}, "ambiguous_record" if record.problem else "bad_row")
+    except UNREADABLE as e:
+        return bad_record(row, e, "bad_record" if record.problem else "bad_row")
     return ShardRecord(row, pictures, None)
+
+
+def bad_record(row, error, reason):
+    """The record of a row that cannot be read; `why` in the row says it in words."""
+    why = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+    return ShardRecord({**row, "why": why[:300]}, {}, reason)
 
 
 def update_row(row, found):

@@ -15,7 +15,7 @@ ROW_IGNORED = set("""
     sha256 md5 hash width height original_width original_height exif url key status error_message
     similarity clip_similarity aesthetic aesthetic_score nsfw punsafe pwatermark watermark license
     language lang source source_id dataset category task split length dhash tone origin alt_text
-    caption_before mode scores by prompt_sha256 ocr cells duplicate_of unreadable
+    caption_before cluster mode scores by prompt_sha256 ocr cells duplicate_of unreadable
     """.split())
 NO_VIDEO = "a video; there are only images here"
 NO_AUDIO = "a sound; there are only images here"

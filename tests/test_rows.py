@@ -96,9 +96,32 @@ KINDS = {
     "width is negative": ({"width": -70}, "width", "bad_width"),
     "height is vast": ({"height": 10**30}, "height", "bad_height"),
     "height is a fraction": ({"height": 70.5}, "height", "bad_height"),
-    "turns are a word": ({"conversations": "hi", "alt_text": ""}, "conversations", "bad_row"),
-    "turns are null": ({"conversations": None}, "conversations", "bad_row"),
-    "a turn is a number": ({"conversations": [5]}, "conversations", "bad_row"),
+    "turns are a word": ({"conversations": "hi"}, "", "bad_row"),
+    "turns are null": ({"conversations": None}, "conversations", None),
+    "a turn is a number": ({"conversations": [5]}, "", "bad_row"),
+    "a turn says nothing": ({"conversations": [{"from": "human"}]}, "conversations", "bad_row"),
+    "a turn says two things": (
+        {
+            "conversations": [
+                {"from": "human", "value": "a", "content": "b"},
+                {"from": "gpt", "value": "c"},
+            ],
+            "alt_text": None,
+        },
+        "conversations",
+        "bad_row",
+    ),
+    "tags without pictures": (
+        {
+            "conversations": [
+                {"from": "human", "value": "<image> <image>"},
+                {"from": "gpt", "value": "c"},
+            ]
+        },
+        "conversations",
+        "bad_row",
+    ),
+    "two captions": ({"text": "another"}, "caption", "bad_caption"),
     "turns are half a character": (
         {
             "conversations": [
@@ -121,6 +144,7 @@ RAW = {
     "a word": b'"hi"',
     "null": b"null",
     "nothing": b"",
+    "a video": b'{"video": "a.mp4", "caption": "x"}',
     "half of it": b'{"caption": "a c',
     "no UTF-8": b'{"caption": "\xff"}',
     "brackets": b"[" * 100_000,
@@ -210,7 +234,7 @@ def test_each_odd_row_is_read_right_or_dropped_with_a_reason(tmp_path, model, en
         if reason and (not field or field in STAGES[stage]):
             want[name] = reason
     if stage == "collect":
-        want["turns are a word"] = "bad_row"  # there is no alt-text before them
+        want["a turn says two things"] = "bad_row"  # there is no alt-text before it
     if stage == "report":
         lines = json.loads((tmp_path / "out" / "report.json").read_text())
         assert lines["Diversity"]["in"]["captions"] == len(names) - len(want) - len(RAW)

@@ -71,7 +71,7 @@ def test_curation_reads_the_same_text_of_a_record_as_training_and_names_what_is_
     kept, dropped = curated_texts(tmp_path / "in", tmp_path / "c")
     if want is None:
         assert " in one record" in trained
-        assert kept == {} and dropped == {name: "ambiguous_record"}
+        assert kept == {} and dropped == {name: "bad_record"}
     else:
         assert trained == want
         assert kept == {name: want} and dropped == {}
@@ -83,7 +83,7 @@ def test_dots_in_names_do_not_make_one_sample_of_two(tmp_path):
     (reason,) = training_texts(path)
     assert "2 .txt in one record (photo.2024.01.txt, photo.2024.02.txt)" in reason
     kept, dropped = curated_texts(tmp_path / "in", tmp_path / "c")
-    assert kept == {} and dropped == {"photo": "ambiguous_record"}
+    assert kept == {} and dropped == {"photo": "bad_record"}
 
 
 def test_pictures_come_in_the_order_of_the_row_and_only_those_it_names(tmp_path):
