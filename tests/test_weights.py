@@ -291,11 +291,13 @@ def test_loading_takes_less_than_1_15_times_the_weights(tmp_path):
         LLMConfig(dim=512, vocab_size=8000, n_layers=14, n_heads=4, ffn_dim=1024),
     )
     code = (
-        "import resource, torch; from weights import load_folder\n"
+        # VmHWM, not ru_maxrss: a process inherits the latter from the one that started it
+        "import re, resource, torch; from weights import load_folder\n"
         "torch.ones(9).to(torch.bfloat16).copy_(torch.ones(9))\n"
         "before = int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize()\n"
         "vlm, _ = load_folder(%r)\n"
-        "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "status = open('/proc/self/status').read()\n"
+        "peak = 1024 * int(re.search(r'VmHWM:\\s*(\\d+)', status)[1])\n"
         "print((peak - before) / sum(p.nbytes for p in vlm.parameters()))" % str(folder)
     )
     done = subprocess.run(
