@@ -5,7 +5,6 @@ Shapes: n rows of all shards.
 import functools
 import hashlib
 import itertools
-import os
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from curation.rows import row_caption
 from curation.shards import ShardRecord, all_inputs_hash, find_input_shards, read_records
 from curation.stages import run_stage
 from curation.text import HASH_MULTIPLIER, caption_words, ngram_keys
+from inputs.files import atomic_write
 
 MINHASHES = 32  # values of a MinHash signature
 BANDS = 8  # parts of a signature, one of which must agree before two captions are compared
@@ -92,8 +92,9 @@ def build_row_table(cfg, shards):
     for shard in tqdm(shards, desc="index", unit="shard", disable=None):
         path = folder / f"{shard.name}.rows.npy"
         if not is_whole_array(path):
-            np.save(folder / "new.npy", row_features(cfg, shard))
-            os.replace(folder / "new.npy", path)
+            features = row_features(cfg, shard)
+            with atomic_write(path, "wb") as file:
+                np.save(file, features)
 
     # One file is open at a time: Linux maps at most 65,530 into a process.
     def load_rows(shard):

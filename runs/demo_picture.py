@@ -8,7 +8,6 @@ The questions are the first of each kind in KINDS_SHOWN, taken as they come: rig
 import base64
 import csv
 import io
-import json
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from configurator import configure, run_script
+from inputs.files import read_jsonl
 
 # benchmark: beginnings of the questions that are shown, one picture each
 KINDS_SHOWN = {
@@ -80,8 +80,7 @@ def draw_examples(figure, grid, examples):
 def draw_loss(axes, log):
     """Loss of each stage over the steps of all stages: raw thin, mean of nine steps thick."""
     losses = {}
-    for line in log.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in read_jsonl(log):
         losses.setdefault(row["stage"], {})[row["step"]] = row["loss"]
     start = 0
     window = np.ones(9)
