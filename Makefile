@@ -1,4 +1,4 @@
-# make demo    trains, fine-tunes and evaluates a toy VLM in out/demo: two minutes on two CPU cores
+# make demo    trains, fine-tunes and evaluates a toy VLM in out/demo: minutes on two CPU cores
 # make test    checks every promise of the README
 # The other targets are below, one line each; what they do is in runs/*.sh.
 PYTHON ?= python3
