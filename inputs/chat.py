@@ -13,6 +13,8 @@ from inputs.row_keys import (
     PICTURE_KEYS,
     TURNS_KEYS,
     check_caption_keys,
+    check_no_picture_is_lost,
+    check_part_keys,
     check_tags,
     check_turn_keys,
     is_empty,
@@ -225,6 +227,16 @@ def bare_caption(row):
                      "write it")
 
 
+def check_pictures(row, n_images):
+    """ValueError if a row with so many pictures seems to have lost one, or its caption has none."""
+    if n_images:
+        return
+    check_no_picture_is_lost(row)
+    if not row_turns(row)[0]:
+        bare_caption(row)
+        raise ValueError("a caption without a picture; add the picture or remove the row")
+
+
 def either(turn, keys, where):
     """The value of the key that a turn has of two; ValueError if they disagree."""
     first, second = (turn.get(key) for key in keys)
@@ -278,11 +290,7 @@ def part_text(part, where):
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     if kind not in PART_TYPES:
         raise ValueError(f"{where}: a part of type {kind!r}; there are text, image and image_url")
-    lost = [key for key in ("text", "image", "path", "image_url", "url")
-            if key not in PART_KEYS[kind] and not is_empty(part.get(key))]
-    if lost:
-        raise ValueError(f"{where}: {lost[0]} in a part of type {kind!r} is not read; "
-                         "write it as a part of its own")
+    check_part_keys(part, PART_KEYS[kind], where)
     if kind != "text":
         return "<image>\n"
     if not isinstance(part.get("text"), str):
@@ -293,7 +301,11 @@ def part_text(part, where):
 # ---- names of pictures --------------------------------------------------------------------------
 
 # What is read of a part of each type.
-PART_KEYS = {"text": ("text",), "image": ("image", "path"), "image_url": ("image_url",)}
+PART_KEYS = {
+    "text": ("text",),
+    "image": ("image", "path", "index"),
+    "image_url": ("image_url", "index"),
+}
 
 
 def image_names(row):
@@ -308,38 +320,45 @@ def image_names(row):
         if not is_empty(value):
             found[key] = value if isinstance(value, list) else [value]
     field, turns = row_turns(row)
-    in_parts = [name for turn in turns for name in turn_images(turn) if name is not None]
+    parts = [part for turn in turns for part in image_parts(turn)]
+    check_part_order(parts)
+    in_parts = [name for name in map(part_image, parts) if name is not None]
     if in_parts:
         found[field] = in_parts
     for key, names in found.items():
-        for name in names:
-            check_image_name(name, key)
+        found[key] = [checked_image_name(name, key) for name in names]
     names, *others = found.values() or [[]]
     if any(other != names for other in others):
         raise ValueError(f"{' and '.join(found)} name different pictures; keep one of them")
     return list(names)
 
 
-def turn_images(turn):
-    """The name of each image among the parts of a turn; None if it stands elsewhere in the row."""
+def image_parts(turn):
+    """The parts of a turn that stand for images, in order."""
     parts = turn.get("value") if turn.get("content") is None else turn["content"]
     for part in parts if isinstance(parts, list) else ():
         if isinstance(part, dict) and part.get("type") in PART_TYPES[1:]:
-            yield part_image(part)
+            yield part
+
+
+def check_part_order(parts):
+    """ValueError if the image parts of a row say, by `index`, that they come in another order."""
+    for k, part in enumerate(parts):
+        if part.get("index") not in (None, k):
+            raise ValueError(f"index {shown(part['index'])} of image part {k + 1}; pictures are in "
+                             "the order of their parts, sort them and remove index")
 
 
 def part_image(part):
-    """The name of the image of one part of an OpenAI message."""
+    """The name of the image of a part of a message; None if it stands elsewhere in the row."""
     if part["type"] == "image":
         return part.get("path") if part.get("image") is None else part["image"]
     place = part.get("image_url")
-    if isinstance(place, dict):
-        place = place.get("url")
-    return place.removeprefix("file://") if isinstance(place, str) else place
+    return place.get("url") if isinstance(place, dict) else place
 
 
-def check_image_name(name, key):
-    """ValueError if a value is no name of a file."""
+def checked_image_name(name, key):
+    """The path in a value that names a picture; ValueError if it is no name of a file."""
     problem = ""
     if not isinstance(name, str) or not name or "\0" in name:
         problem = f"{shown(name)} is no name of a picture; write one, or a list of them"
@@ -349,6 +368,7 @@ def check_image_name(name, key):
         problem = f"{shown(name)} is a picture itself; write it as a file and name that"
     if problem:
         raise ValueError(f"{key}: {problem}")
+    return name.removeprefix("file://")
 
 
 def shown(value):

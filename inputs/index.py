@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from inputs.chat import bare_caption, image_names, row_segments, row_turns
+from inputs.chat import check_pictures, image_names, row_segments
 from inputs.files import (
     atomic_write,
     file_hash,
@@ -37,18 +37,19 @@ from inputs.records import (
     UNREADABLE,
     Record,
     Source,
+    add_caption,
     map_index,
     parse_row,
     read_record,
     record_pictures,
     tar_record,
 )
-from inputs.row_keys import check_no_picture_is_lost, unknown_keys
-from inputs.tars import MAX_BYTES, open_tar, tar_key, tar_members
+from inputs.row_keys import short, unknown_keys
+from inputs.tars import MAX_BYTES, check_size, open_tar, tar_key, tar_members
 
-COMPRESSED = (".gz", ".zst", ".xz", ".bz2", ".zip", ".parquet")
+COMPRESSED = (".gz", ".tgz", ".zst", ".xz", ".bz2", ".zip", ".lz4", ".parquet", ".arrow")
 # Rises when rows are read in another way, so that older indexes are not believed.
-READING_RULES = 3
+READING_RULES = 4
 # So many unknown keys of a source are named.
 UNKNOWN_KEYS = 20
 # Records that one process measures at a time: about a second of work.
@@ -203,16 +204,23 @@ def folder_rows(folder):
 
 
 def read_description(path):
-    """The .json of the same stem as a picture, else the .txt as a caption, else no caption."""
+    """The row of a picture in the .json and the .txt of its stem, read as those of a tar are."""
+    found = {}
     for suffix in (".json", ".txt"):
         file = path.with_suffix(suffix)
         if file.exists():
-            if file.stat().st_size > MAX_BYTES:
-                raise ValueError(f"{file} has more than {MAX_BYTES} bytes")
-            if suffix == ".json":
-                return read_json(file, dict)
-            return {"caption": file.read_text("utf-8-sig")}
-    return {"caption": ""}
+            check_size(file.stat().st_size, f"{file.name}, a row")
+            found[suffix] = file.read_bytes()
+    row = {"caption": ""}
+    if ".json" in found:
+        row = parse_row(found[".json"], False)
+    if ".txt" in found:
+        row = add_caption(row, found[".txt"])
+    names = image_names(row)
+    if any(os.path.basename(name) != path.name for name in names):
+        raise ValueError(f"{path.stem}.json names {', '.join(map(short, names))}; in a folder a "
+                         "picture is described by the files of its own stem, mend its name")
+    return row
 
 
 # ---- measuring them -----------------------------------------------------------------------------
@@ -308,8 +316,8 @@ def measure_records(source, records, first, tokenizer, template):
             is_text = record.is_text
             try:
                 row, is_text = read_record(file, record)
-                unknown.update(unknown_keys(row))
                 tokens, found = measure_row(source, row, record, tokenizer, template, known_sizes)
+                unknown.update(unknown_keys(row))
                 if is_text and record.caption:
                     place = record.caption
             except UNREADABLE as e:
@@ -337,11 +345,7 @@ def measure_row(source, row, record, tokenizer, template, known_sizes):
     else:
         for _, place in record_pictures(record, row):
             images.append((*place, *image_size(source.read(*place))))
-    if not images:
-        check_no_picture_is_lost(row)
-        if not row_turns(row)[0]:
-            bare_caption(row)
-            raise ValueError("a caption without a picture; add the picture or remove the row")
+    check_pictures(row, len(images))
     parts = row_segments(row, tokenizer, template, [0] * len(images), 0)
     return sum(len(ids) for ids, _ in parts), images
 

@@ -11,7 +11,7 @@ import torch
 from inputs.chat import image_names
 from inputs.files import read_json
 from inputs.images import IMAGE_SUFFIXES, MEDIA_SUFFIXES
-from inputs.row_keys import TURNS_KEYS, check_row_keys, is_empty, short
+from inputs.row_keys import CAPTION_KEYS, TURNS_KEYS, check_row_keys, is_empty, short
 from inputs.tars import MAX_BYTES, check_size
 
 # The two files of an index. A row has its place in the file of rows, its tokens apart from the
@@ -121,8 +121,10 @@ class Source:
 
 def parse_row(raw, is_text):
     """Bytes of a row -> dict; is_text: they are a bare caption. ValueError if it is broken."""
+    if is_text:
+        return {"caption": decode_text(raw)}
     try:
-        row = {"caption": raw.decode("utf-8-sig")} if is_text else json.loads(raw)
+        row = json.loads(raw, object_pairs_hook=unique_keys)
     except json.JSONDecodeError as e:
         raise not_json(f"{e.msg} at character {e.pos + 1}") from None
     except ValueError as e:
@@ -131,6 +133,25 @@ def parse_row(raw, is_text):
         raise ValueError(f"a {type(row).__name__}, where a row is one JSON object; write {{...}}")
     check_row_keys(row)
     return row
+
+
+def unique_keys(pairs):
+    """A JSON object as a dict; ValueError if it has a key twice, of which one would be lost."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [key for key, _ in pairs]
+        twice = next(key for key in names if names.count(key) > 1)
+        raise ValueError(f"the key {short(twice)} stands twice")
+    return row
+
+
+def decode_text(raw):
+    """The text of a .txt; ValueError if it is not UTF-8."""
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"a .txt that is not UTF-8 text ({e.reason} at byte {e.start + 1}); "
+                         "convert it") from None
 
 
 def not_json(reason):
@@ -200,14 +221,32 @@ def read_record(file, record):
     if not record.has_text:
         raise ValueError("no .json or .txt beside the pictures; write one")
     row = parse_row(read_place(file, record.offset, record.size), record.is_text)
-    if not record.caption or not_blank(row.get("caption")) or not_blank(row.get("text")):
+    if not record.caption:
         return row, record.is_text
-    row["caption"] = parse_row(read_place(file, *record.caption), True)["caption"]
-    is_text = all(row.get(key) is None for key in TURNS_KEYS)
+    has_caption = any(not_blank(row.get(key)) for key in CAPTION_KEYS)
+    row = add_caption(row, read_place(file, *record.caption))
+    # Where the caption stands in the .txt alone, that is the row from here on.
+    is_text = not has_caption and all(row.get(key) is None for key in TURNS_KEYS)
     if is_text and not is_empty(row.get("system")):
         raise ValueError("a system message in the .json and the caption in a .txt; write both "
                          "into the .json")
     return row, is_text
+
+
+def add_caption(row, raw):
+    """The row of a .json with the caption of a .txt beside it, which holds these bytes.
+
+    A .txt is the caption if the .json has none. If both have one they must agree, unless the .json
+    has a dialogue: captions are notes there.
+    """
+    text = decode_text(raw)
+    known = [row[key] for key in CAPTION_KEYS if not_blank(row.get(key))]
+    if not known:
+        return row | {"caption": text}
+    is_caption = all(row.get(key) is None for key in TURNS_KEYS)
+    if is_caption and text.strip() and text.strip() != str(known[0]).strip():
+        raise ValueError("the .txt and the caption in the .json differ; keep one of them")
+    return row
 
 
 def read_place(file, offset, size, what="a row"):
@@ -230,6 +269,10 @@ def record_pictures(record, row):
     picture that is not in its record.
     """
     names = [os.path.basename(name) for name in image_names(row)]
+    if not names and len(record.pictures) > 1 and "<image>" not in json.dumps(row):
+        beside = short(", ".join(record.pictures))
+        raise ValueError(f"{len(record.pictures)} pictures ({beside}) and no word which are meant; "
+                         "name them in the .json as image, in their order")
     for name in names:
         if name not in record.pictures:
             beside = ", ".join(record.pictures) or "none"

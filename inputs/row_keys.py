@@ -16,6 +16,7 @@ ROW_IGNORED = set("""
     similarity clip_similarity aesthetic aesthetic_score nsfw punsafe pwatermark watermark license
     language lang source source_id dataset category task split length dhash tone origin alt_text
     caption_before cluster mode scores by prompt_sha256 ocr cells duplicate_of unreadable
+    width_list height_list
     """.split())
 NO_VIDEO = "a video; there are only images here"
 NO_AUDIO = "a sound; there are only images here"
@@ -51,7 +52,10 @@ TURN_USED = {"from", "role", "value", "content", *LOSS_KEYS}
 TURN_IGNORED = {"id", "name", "timestamp"}
 NO_CALLS = "calls of tools are not rendered; write them into the text: <tool_call>...</tool_call>"
 NO_THOUGHTS = "thoughts in a key of their own; write them into the text of the turn"
+NOT_A_TEXT_KEY = "this key is not read; call it value or content"
 TURN_REFUSED = {
+    "text": NOT_A_TEXT_KEY,
+    "refusal": NOT_A_TEXT_KEY,
     "tool_calls": NO_CALLS,
     "tool_call_id": NO_CALLS,
     "function_call": NO_CALLS,
@@ -59,18 +63,35 @@ TURN_REFUSED = {
     "reasoning": NO_THOUGHTS,
     "thinking": NO_THOUGHTS,
 }
+# Of a part of a message; which of them a type has is in chat.PART_KEYS.
+PART_USED = {"type", "text", "image", "path", "image_url", "url", "index"}
+# How another model would see the picture.
+PART_IGNORED = set("""
+    detail min_pixels max_pixels resized_height resized_width cache_control
+    """.split())
+# A key that sounds as if it said what is learned, whatever its spelling.
+LEARN_KEY = re.compile(
+    r"(do_?|no_?)?(train|trained|trainable|training|learn|supervised?|mask|masked|ignored?|skip|"
+    r"exclude)|loss[_-]?\w+|(sample|token|turn|row)_?weights?", re.IGNORECASE)
 # A key that sounds like a picture, a video or a sound, whatever its spelling.
 WORD = r"(image|img|picture|pic|photo|video|audio)s?"
 PLACE = r"(path|file|file_?name|name|bytes|base64|b64|data|list|\d+)s?"
 MEDIA_KEY = re.compile(rf"{WORD}([_-]?{PLACE})?|{PLACE}[_-]{WORD}", re.IGNORECASE)
 # Such keys may be a note where the pictures are named elsewhere.
-NOTE_KEY = re.compile(rf"{WORD}[_-]?(url|uri|link|src)s?|thumbnail\w*|file_?paths?|file_?names?|"
-                      "paths?|files?|media", re.IGNORECASE)
+NOTE_KEY = re.compile(rf"{WORD}[_-]?(url|uri|link|src)s?|{WORD}[_-]\w+|\w+[_-]{WORD}|thumbnail\w*|"
+                      "file_?paths?|file_?names?|paths?|files?|media", re.IGNORECASE)
 PICTURE_NAME = re.compile(r"[^\n]+\.(jpe?g|jfif|png|webp|gif|bmp|tiff?|avif|hei[cf]|jp2|jxl)(\?.*)?"
                           "|data:image/.*", re.IGNORECASE | re.DOTALL)
+# How base64 of a JPEG, PNG, GIF and WEBP begins.
+PICTURE_BASE64 = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")
 # Ways to write a picture's place in a text that are not <image>.
-WRONG_TAG = re.compile(r"(?!<(?-i:image)>)<\|?\s*image[ _-]?(\d+|here|placeholder|token)?\s*[/|]?>"
-                       r"|<img>[^<>\s]+\.\w{3,4}</img>", re.IGNORECASE)
+WRONG_TAG = re.compile(
+    r"(?!<(?-i:image)>)<\|?\s*image[ _-]?(\d+|here|placeholder|token|soft_token)?\s*[/|]?>"
+    r"|<image>[^<>]{,20}</image>|<img>[^<>\s]+\.\w{3,4}</img>|<im_patch>"
+    r"|<\|vision_start\|><\|image_pad\|>", re.IGNORECASE)
+# The place of what is not read. HTML may name <video>; before a question it is the place of one.
+OTHER_TAG = re.compile(r"<bbox>|<ref-object>|<\|vision_start\|><\|video_pad\|>"
+                       r"|^(?:\s|<image>)*(<(video|audio|speech)>)", re.IGNORECASE)
 
 
 def is_empty(value):
@@ -89,6 +110,8 @@ def check_row_keys(row):
         reason = ROW_REFUSED.get(key.lower())
         if reason is None and MEDIA_KEY.fullmatch(key):
             reason = NOT_A_PICTURE_KEY
+        if reason is None and key not in LOSS_KEYS and LEARN_KEY.fullmatch(key):
+            reason = "this key is not read; remove the row or the key, or write loss: 0 into a turn"
         if reason is None and key.lower() in ("system", *TURNS_KEYS):
             reason = f"this key is not read; call it {key.lower()}"
         if reason:
@@ -106,12 +129,22 @@ def check_caption_keys(row):
 def check_no_picture_is_lost(row):
     """ValueError if a row in which no picture was found has a key that seems to name one."""
     for key, value in row.items():
-        if key in ROW_USED or is_empty(value):
+        # A number of pictures may be 0.
+        if key in ROW_USED or is_empty(value) or value == 0:
             continue
-        values = value if isinstance(value, list) else [value]
-        named = any(isinstance(v, str) and PICTURE_NAME.fullmatch(v) for v in values)
-        if named or NOTE_KEY.fullmatch(key):
+        if NOTE_KEY.fullmatch(key) or holds_a_picture(value):
             raise ValueError(f"{short(key)}: {NOT_A_PICTURE_KEY}, or remove the key")
+
+
+def holds_a_picture(value):
+    """Whether a value looks like a picture or its name, or holds one at any depth."""
+    if isinstance(value, str):
+        return bool(PICTURE_NAME.fullmatch(value)) or (
+            len(value) > 99 and value.startswith(PICTURE_BASE64))
+    if isinstance(value, dict):
+        return any(MEDIA_KEY.fullmatch(key) and not is_empty(part) or holds_a_picture(part)
+                   for key, part in value.items())
+    return isinstance(value, list) and any(map(holds_a_picture, value))
 
 
 def check_turn_keys(turn, where):
@@ -121,9 +154,29 @@ def check_turn_keys(turn, where):
             continue
         reason = TURN_REFUSED.get(key.lower())
         if reason is None and MEDIA_KEY.fullmatch(key):
-            reason = "a picture inside a turn; name it in the row's image"
+            reason = ROW_REFUSED.get(
+                key.lower(), "a picture inside a turn; name it in the row's image")
         if reason is None and key.lower() in TURN_USED:
             reason = f"this key is not read; call it {key.lower()}"
+        if reason is None and LEARN_KEY.fullmatch(key):
+            reason = "this key is not read; a turn that is not learned has loss: 0"
+        if reason:
+            raise ValueError(f"{where}: {short(key)}: {reason}")
+
+
+def check_part_keys(part, read, where):
+    """ValueError if a key of a part of a message holds something that would be lost.
+
+    read: the keys that are read of a part of its type.
+    """
+    for key, value in part.items():
+        if key in ("type", *read) or key in PART_IGNORED or is_empty(value):
+            continue
+        reason = None
+        if key.lower() in PART_USED or MEDIA_KEY.fullmatch(key):
+            reason = f"not read in a part of type {part['type']!r}; write it as a part of its own"
+        if key in LOSS_KEYS or LEARN_KEY.fullmatch(key):
+            reason = "not read in a part; a turn is learned or not, write loss: 0 into the turn"
         if reason:
             raise ValueError(f"{where}: {short(key)}: {reason}")
 
@@ -134,10 +187,14 @@ def check_tags(text, where):
     if found:
         raise ValueError(f"{where}: {short(found[0])} is not read; write <image> where the picture "
                          "stands, and name the pictures in the row's image in this order")
+    found = OTHER_TAG.search(text)
+    if found:
+        raise ValueError(f"{where}: {short(found[1] or found[0])} is not read: there are no videos "
+                         "or sounds, and a box is written <box>[[x, y, x, y]]</box>")
 
 
 def unknown_keys(row):
-    """The keys of a row and of its turns that are ignored without being known, as a set."""
+    """The keys of a row, its turns and their parts that are ignored without being known, a set."""
     known = ROW_USED | ROW_IGNORED
     found = {short(key) for key in row if key not in known and not is_empty(row[key])}
     for field in TURNS_KEYS:
@@ -146,6 +203,19 @@ def unknown_keys(row):
             if isinstance(turn, dict):
                 others = turn.keys() - TURN_USED - TURN_IGNORED
                 found |= {short(f"{field}[].{key}") for key in others if not is_empty(turn[key])}
+                found |= unknown_part_keys(turn)
+    return found
+
+
+def unknown_part_keys(turn):
+    """The keys of the parts of a turn that are ignored without being known."""
+    found = set()
+    for field in ("content", "value"):
+        parts = turn.get(field)
+        for part in parts if isinstance(parts, list) else ():
+            if isinstance(part, dict):
+                others = part.keys() - PART_USED - PART_IGNORED
+                found |= {short(f"{field}[].{key}") for key in others if not is_empty(part[key])}
     return found
 
 

@@ -47,7 +47,7 @@ def supervised_text(row):
 def test_the_table_of_keys_in_the_documentation_is_the_code():
     documented = {}
     table = re.findall(
-        r"^\| (row|turn) \| (.*?) \| (\w+) \|", (ROOT / "docs/data.md").read_text(), re.M
+        r"^\| (row|turn|part) \| (.*?) \| (\w+) \|", (ROOT / "docs/data.md").read_text(), re.M
     )
     for level, keys, what in table:
         for key in re.findall("`(.*?)`", keys):
@@ -61,6 +61,8 @@ def test_the_table_of_keys_in_the_documentation_is_the_code():
         ("turn", "used", row_keys.TURN_USED),
         ("turn", "ignored", row_keys.TURN_IGNORED),
         ("turn", "refused", row_keys.TURN_REFUSED),
+        ("part", "used", row_keys.PART_USED),
+        ("part", "ignored", row_keys.PART_IGNORED),
     ]
     assert documented == {(level, key): what for level, what, keys in kinds for key in keys}
 
@@ -251,3 +253,93 @@ def test_a_lone_surrogate_in_an_id_or_name_is_escaped_and_ends_nothing(tmp_path)
 def test_an_unset_variable_is_no_source():
     with pytest.raises(ValueError, match="no path behind the ="):
         sources_of("web=")
+
+
+@pytest.mark.parametrize(
+    "key", ["train", "trainable", "mask", "ignore", "loss_mask", "Loss_Scale", "supervise", "skip"]
+)
+def test_no_other_word_for_what_is_learned_is_ignored(tmp_path, key):
+    """Others write {"train": false}: axolotl, ShareGPT's trainers, our own colleagues."""
+    turn, part, row, empty = problems(
+        tmp_path,
+        {"conversations": [BOARD[0], BOARD[1] | {key: 0}]},
+        {"messages": [{"role": "user", "content": "?"}, answer_of({"text": "A.", key: False})]},
+        talk(**{key: True}),
+        {"conversations": [BOARD[0], BOARD[1] | {key: None}]},
+    )
+    assert turn.startswith(f"conversations[1]: {key}: ") and turn.endswith("has loss: 0")
+    assert "not read in a part" in part and row.startswith(f"{key}: ") and empty == ""
+
+
+def answer_of(part):
+    return {"role": "assistant", "content": [{"type": "text", **part}]}
+
+
+def test_keys_of_parts_are_used_named_or_refused_too(tmp_path):
+    def row(*parts, **more):
+        question = {"role": "user", "content": [*parts, {"type": "text", "text": "?"}]}
+        return {"messages": [question, answer_of({"text": "A."})], **more}
+
+    first = {"type": "image", "image": "a.png"}
+    second = {"type": "image", "image": "b.png"}
+    reasons = problems(
+        tmp_path,
+        row(first | {"min_pixels": 9, "index": 0, "text": None}, second | {"index": 1}),
+        row(first | {"index": 1}, second | {"index": 0}),
+        row(first | {"video": "a.mp4"}),
+        row({"type": "text", "text": "?", "weight": 0}),
+        row(first | {"bbox": [0, 0, 9, 9]}),
+    )
+    words = ["", "index 1 of image part 1", "video: not read in a part", "weight: not read", ""]
+    for reason, word in zip(reasons, words, strict=True):
+        assert (word in reason) and bool(word) == bool(reason), reason
+    (source,) = sources_of(tmp_path / "rows.jsonl")
+    assert source.meta["unknown"] == {"content[].bbox": 1}
+
+
+def test_a_picture_is_never_lost_at_any_depth_or_in_any_spelling(tmp_path):
+    """A text row that says it had a picture, by a name, a number or the picture itself."""
+    lost = [
+        talk(meta={"image": "a.png"}),
+        talk(frames=[{"path": "a.png"}]),
+        talk(png="iVBORw0KGgo" + "A" * 200),
+        talk(image_id=17),
+        talk(num_images=1),
+        talk(coco_image="000000000001"),
+    ]
+    assert all("name the pictures of a row in its image" in r for r in problems(tmp_path, *lost))
+    fine = [row | {"image": "a.png"} for row in lost] + [talk(num_images=0, image_id=None)]
+    assert problems(tmp_path, *fine) == [""] * len(fine)
+
+
+def test_a_file_address_is_a_path_wherever_a_picture_is_named(tmp_path):
+    """Qwen-VL writes {"type": "image", "image": "file:///..."}."""
+    place = f"file://{tmp_path}/a.png"
+    parts = [{"type": "image", "image": place}, {"type": "text", "text": "?"}]
+    messages = [{"role": "user", "content": parts}, answer_of({"text": "A."})]
+    assert problems(tmp_path, {"messages": messages}, talk(images=[place])) == ["", ""]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<video>\nWhat?",
+        "<image>\n<audio> What?",
+        "The <bbox>",
+        "<ref-object>",
+        "<|vision_start|><|video_pad|>",
+    ],
+)
+def test_the_place_of_what_is_not_read_is_no_plain_text(tmp_path, text):
+    marked, html = problems(
+        tmp_path, talk(text, image="a.png"), talk("What does the <video> tag of HTML do?")
+    )
+    assert "there are no videos or sounds" in marked and html == ""
+
+
+@pytest.mark.parametrize(
+    "text", ["<image>a.png</image>", "<im_patch>", "<|vision_start|><|image_pad|>"]
+)
+def test_a_place_that_is_prepared_for_another_model_is_refused(tmp_path, text):
+    (reason,) = problems(tmp_path, talk(f"{text} What?", image="a.png"))
+    assert "write <image> where the picture stands" in reason

@@ -153,7 +153,7 @@ def test_a_caption_file_or_array_of_another_kind_is_named(tmp_path, capsys):
     (folder / "d.txt").write_bytes("caf\xe9".encode("latin-1"))
     assert data.check_files([str(folder)]) == 2
     out = capsys.readouterr().out
-    for words in ("a.png", "holds a list, not a dict", "d.png", "utf-8", "2 bad"):
+    for words in ("a.png", "a list, where a row is one JSON object", "d.png", "not UTF-8 text", "2 bad"):
         assert words in out
     (source,) = sources_of(str(folder))
     assert [source.row(k)["caption"] for k in (1, 2)] == ["A cat.", "[sic] {a} cat"]

@@ -51,8 +51,8 @@ TEXTS = {
     "absent": ([(".json", b'{"url": "u"}'), (".txt", b"beside none")], "beside none"),
     "bom": ([(".txt", b"\xef\xbb\xbfwith bom")], "with bom"),
     "bom2": ([(".txt", b"\xef\xbb\xbfbom too"), (".json", b"{}")], "bom too"),
-    "own": ([(".txt", b"not this"), (".json", b'{"caption": "the json"}')], "the json"),
-    "other": ([(".txt", b"not this"), (".json", b'{"text": "its text"}')], "its text"),
+    "own": ([(".txt", b"the json\n"), (".json", b'{"caption": "the json"}')], "the json"),
+    "other": ([(".txt", b"its text"), (".json", b'{"text": "its text"}')], "its text"),
     "two": ([(".a.txt", b"first"), (".b.txt", b"second")], None),
     "case": ([(".txt", b"first"), (".TXT", b"second")], None),
     "jsons": ([(".json", b'{"caption": "first"}'), (".meta.json", b"{}")], None),
@@ -75,6 +75,58 @@ def test_curation_reads_the_same_text_of_a_record_as_training_and_names_what_is_
     else:
         assert trained == want
         assert kept == {name: want} and dropped == {}
+
+
+@pytest.mark.parametrize("key", ["caption", "text"])
+def test_two_captions_that_differ_are_refused_in_tars_and_in_folders(tmp_path, key):
+    row = json.dumps({key: "of the json"}).encode()
+    files = {"a": [(".txt", b"of the txt"), (".json", row)]}
+    path = write_tar(tmp_path / "in" / "t.tar", members_of(files))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name, content in members_of(files):
+        (folder / name).write_bytes(content)
+    for source in (path, folder):
+        (reason,) = training_texts(source)
+        assert reason == "the .txt and the caption in the .json differ; keep one of them"
+    for k, source in enumerate((path, folder)):
+        kept, dropped = curated_texts(source, tmp_path / f"c{k}")
+        assert kept == {} and list(dropped.values()) == ["bad_row"]
+
+
+def test_the_files_of_a_folder_are_read_as_those_of_a_tar(tmp_path):
+    for name, content in zip("abc", pictures(), strict=False):
+        (tmp_path / f"{name}.png").write_bytes(content)
+    (tmp_path / "a.json").write_text('{"width": 70}')
+    (tmp_path / "a.txt").write_text("beside a row without a caption")
+    (tmp_path / "b.json").write_text('{"caption": "B.", "image": "c.png"}')
+    (tmp_path / "c.json").write_text('{"caption": "C.", "image": "photos/c.png"}')
+    first, other, own = training_texts(tmp_path)
+    assert first == "beside a row without a caption" and own == "C."
+    assert other.startswith("b.json names c.png")
+
+
+def test_of_several_pictures_a_record_says_which_are_meant(tmp_path):
+    """photo.jpg beside photo.mask.png: its caption is of one of them, and nobody says of which."""
+    first, second, *_ = pictures()
+    members = []
+    for key, row in (("a", {"caption": "A."}), ("b", {"caption": "B.", "image": "b.jpg"})):
+        members += [(f"{key}.jpg", first), (f"{key}.mask.png", second)]
+        members.append((f"{key}.json", json.dumps(row).encode()))
+    path = write_tar(tmp_path / "in" / "t.tar", members)
+    reason, text = training_texts(path)
+    assert reason.startswith("2 pictures (a.jpg, a.mask.png)") and text == "B."
+    kept, dropped = curated_texts(tmp_path / "in", tmp_path / "c")
+    assert kept == {"b": "B."} and dropped == {"a": "bad_row"}
+
+
+def test_a_key_that_stands_twice_in_a_row_and_a_txt_that_is_no_utf8_are_named(tmp_path):
+    twice = b'{"caption": "first", "caption": "second"}'
+    files = {"a": [(".json", twice)], "b": [(".txt", "Bär".encode("latin1"))]}
+    path = write_tar(tmp_path / "t.tar", members_of(files))
+    key, text = training_texts(path)
+    assert "the key caption stands twice" in key
+    assert "a .txt that is not UTF-8 text" in text
 
 
 def test_dots_in_names_do_not_make_one_sample_of_two(tmp_path):
