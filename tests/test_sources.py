@@ -153,12 +153,12 @@ def test_a_caption_file_or_array_of_another_kind_is_named(tmp_path, capsys):
     (folder / "d.txt").write_bytes("caf\xe9".encode("latin-1"))
     assert data.check_files([str(folder)]) == 2
     out = capsys.readouterr().out
-    for words in ("a.png", "a list, where a row is one JSON object", "d.png", "not UTF-8 text", "2 bad"):
+    for words in ("a.png: a list, where a row is", "d.png: a .txt that is not UTF-8", "2 bad"):
         assert words in out
     (source,) = sources_of(str(folder))
     assert [source.row(k)["caption"] for k in (1, 2)] == ["A cat.", "[sic] {a} cat"]
-    (folder / "a.json").write_text('{"caption": "A dog."}')  # what is beside it is not looked at
-    (folder / "a.txt").write_bytes(b"\xe9")
+    (folder / "a.json").write_text('{"caption": "A dog."}')
+    (folder / "a.txt").write_text("A dog.\n")
     (folder / "d.txt").unlink()
     (folder / "d.txt").mkdir()
     (folder / "e.png").write_bytes(picture())
