@@ -165,7 +165,7 @@ def test_a_caption_file_or_array_of_another_kind_is_named(tmp_path, capsys):
     (folder / "e.txt").write_text("far too long " * 9_000_000)
     assert data.check_files([str(folder)]) == 2
     out = capsys.readouterr().out
-    for words in ("d.png", "directory", "e.txt has more than", "5 rows, 3 good, 2 bad"):
+    for words in ("d.png", "directory", "e.txt, a row of 117000000 bytes", "5 rows, 3 good, 2 bad"):
         assert words in out
     (folder / "e.txt").unlink()
     (tmp_path / "number.json").write_text("7")
