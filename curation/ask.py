@@ -17,7 +17,7 @@ from curation.local_model import LocalModel, load_assistant
 from curation.rows import SCORE_NAMES, row_caption, row_scores, without_surrogates
 from curation.shards import PostponedShard, read_records
 from curation.stages import cost_in_dollars, run_stage
-from curation.watch import ReplyWatch, UselessReplies
+from curation.watch import CONTROL_ROW, ReplyWatch, UselessReplies, control_picture
 from evals.endpoint import ATTEMPTS, ChatClient, reply_key
 from inputs.chat import conversation
 from inputs.files import printable
@@ -186,7 +186,7 @@ class Asker:
         try:
             self.ask(client, records, questions, shard.name)
             if questions and not self.cfg.model:
-                self.watch.end_shard()
+                self.watch.end_shard(shard.name, functools.partial(self.control_problem, client))
         except (UselessReplies, PostponedShard):
             self.forget_useless(client.replies, records, questions)
             raise
@@ -237,6 +237,19 @@ class Asker:
                     bar.update()
                 if not self.cfg.model:
                     self.watch.note(records[groups[k][0]].reason, len(groups))
+
+    def control_problem(self, client):
+        """Why the endpoint's reply about CONTROL_ROW is of no use; None: the rows are at fault."""
+        question = self.task.question(dict(CONTROL_ROW)).text
+        pictures = [control_picture()] if self.task.needs_picture else []
+        try:
+            return reply_problem(client.first_valid(question, self.task.is_valid, pictures))
+        finally:
+            # Tomorrow's answer may be another.
+            for temperature in ATTEMPTS:
+                key = reply_key(self.model, question, temperature, pictures)
+                if key in client.replies.known:
+                    client.replies.forget(key)
 
     def forget_useless(self, replies, records, questions):
         """Let the questions of a shard that have useless replies alone be asked again."""

@@ -11,8 +11,8 @@ from curation.text import caption_words, ngram_keys, repeated_share, script_shar
 
 # Counters of 4-grams. Some 4-grams share a counter; where a 4-gram is common, few do.
 NGRAM_COUNTERS = 2**22
-# What is read of a row.
-FILTER_FIELDS = ("id", "caption", "scores")
+# What is read of a row. What passes is trained on, so that a row has to be readable there.
+FILTER_FIELDS = ("id", "caption", "scores", "dialogue")
 # The settings that decide what filter lets through.
 FILTER_SETTINGS = ("min_richness", "min_alignment", "min_words", "max_words", "max_repetition",
                    "script", "min_script", "max_ngram_share", "seed")

@@ -5,10 +5,10 @@ or of another kind is dropped with a reason that names it: no_sha256, bad_scores
 """
 import re
 
-from inputs.chat import conversation, place_images
+from inputs.chat import check_pictures, conversation, place_images
 from inputs.images import MAX_PIXELS
 from inputs.records import UNREADABLE, not_blank
-from inputs.row_keys import CAPTION_KEYS, TURNS_KEYS, check_no_picture_is_lost
+from inputs.row_keys import CAPTION_KEYS, TURNS_KEYS
 
 # Fields that only `collect` writes, in hexadecimal.
 HEX_FIELDS = {
@@ -38,8 +38,10 @@ def row_problem(row, fields, n_pictures):
     for field in fields:
         if field == "first_text":
             field = first_text_field(row)
-        if field in ("dialogue", "first_answer"):
-            problem = dialogue_problem(row, n_pictures if field == "dialogue" else None)
+        if field == "dialogue":
+            problem = dialogue_problem(row, n_pictures)
+        elif field == "first_answer":
+            problem = dialogue_problem(row)
         else:
             problem = field_problem(row, field)
         if problem:
@@ -55,14 +57,16 @@ def first_text_field(row):
     return "first_answer" if has_turns or row.get("unreadable") else "caption"
 
 
-def dialogue_problem(row, n_pictures):
+def dialogue_problem(row, n_pictures=None):
     """Why training could not read a row. n_pictures: None if they do not matter."""
+    is_caption = all(row.get(key) is None for key in TURNS_KEYS)
+    if is_caption and n_pictures and not not_blank(bare_text(row)):
+        return "no_caption"
     try:
         _, turns = conversation(row)
         if n_pictures is not None:
             place_images(turns, n_pictures)
-        if n_pictures == 0:
-            check_no_picture_is_lost(row)
+            check_pictures(row, n_pictures)
     except UNREADABLE:
         return "bad_row"
     return None

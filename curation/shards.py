@@ -181,8 +181,9 @@ def read_source_rows(shard, with_pictures):
         try:
             update_row(row, source.row(i))
             pictures = {}
-            for k, name in enumerate(image_names(row) if with_pictures else ()):
-                pictures[f"{k}/{name}"] = source.image(i, k, row)
+            for k, name in enumerate(image_names(row)):
+                content = source.image(i, k, row) if with_pictures else b""
+                pictures[f"{k}/{name}"] = content
             yield ShardRecord(row, pictures, None)
         except UNREADABLE as e:
             yield bad_record(row, e, "no_such_file" if isinstance(e, OSError) else "bad_row")

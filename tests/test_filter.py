@@ -1,7 +1,9 @@
 """curation/filter.py: one reason against a caption, and stock phrases thinned out."""
+import json
 import random
 
 from curation_helpers import png, run_well, write_tar
+from rows import sources_of
 from toy_endpoint import read_shards
 
 import curate
@@ -43,3 +45,36 @@ def test_common_openings_are_thinned_out_to_their_share(tmp_path):
     rows = list(read_shards(tmp_path / "f"))
     common = sum(row["caption"].startswith("the image shows a") for row in rows)
     assert len(rows) - common == 75 and 55 <= common <= 95
+
+
+def test_what_passes_the_filter_is_what_training_reads(tmp_path):
+    """Whatever the thresholds are: none of these rows can be trained on but the first two."""
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A board."}]
+    rows = [
+        {"caption": "A red board"},
+        {"conversations": turns},
+        {"caption": ""},
+        {"caption": None},
+        {"caption": "An <image> of a board"},
+        {"caption": "A board", "text": "A boat"},
+        {"conversations": turns[:1]},
+        {"conversations": [turns[0] | {"value": "<image> <image>"}, turns[1]]},
+        {"caption": "A board", "question": "What?"},
+        {"messages": []},
+    ]
+    members = []
+    for k, row in enumerate(rows):
+        members.append((f"{k}.png", png((k, 0, 0))))
+        members.append((f"{k}.json", json.dumps({"id": f"r{k}", **row}).encode()))
+    members.append(("10.json", b'{"id": "r10", "caption": "A board without a picture"}'))
+    path = write_tar(tmp_path / "in" / "0.tar", members)
+    for ngrams in (0, 0.5):
+        flags = ["--min_words=0", "--min_script=0", f"--max_ngram_share={ngrams}"]
+        out = tmp_path / f"out{ngrams}"
+        report = run_well("filter", f"--in={tmp_path}/in", f"--out={out}", *flags)
+        assert [row["id"] for row in read_shards(out)] == ["r0", "r1"]
+        assert report["dropped"] == {"no_caption": 2, "bad_caption": 1, "bad_row": 6}
+    (source,) = sources_of(path)
+    assert len(source.meta["bad"]) == 9
+    (passed,) = sources_of(out / "0.tar")
+    assert passed.meta["bad"] == []

@@ -40,9 +40,9 @@ STAGES = {
     "recaption": {"id", "alt_text", "by"},
     "score": {"id", "caption", "scores", "by"},
     "sft-quality": {"id", "conversations", "scores", "by"},
-    "filter": {"id", "caption", "scores"},
-    "filter scores": {"id", "caption", "scores"},
-    "filter ngrams": {"id", "caption", "scores"},
+    "filter": {"id", "caption", "scores", "conversations"},
+    "filter scores": {"id", "caption", "scores", "conversations"},
+    "filter ngrams": {"id", "caption", "scores", "conversations"},
     "report": {"id", "caption", "scores"},
 }
 

@@ -115,6 +115,35 @@ def test_pictures_that_are_refused_among_others_are_dropped_for_good(tmp_path, s
     assert server.n_requests == asked
 
 
+@pytest.mark.parametrize("reason", FAULTS)
+def test_a_last_shard_of_rows_that_no_model_answers_is_made_all_the_same(tmp_path, server, reason):
+    """The other shards are done, so no good reply of this run speaks for the endpoint."""
+    flags = ["annotate", f"--in={tmp_path}/in", f"--out={tmp_path}/out", "--endpoint_model=m",
+             f"--endpoint={server.url}"]
+    write_rows(tmp_path / "in", 1, 6)
+    run_well(*flags)
+    write_rows(tmp_path / "in", 2, 3)
+    (tmp_path / "in" / "0.tar").unlink()
+    bad = {hashlib.sha256(png((i, 1, 0))).hexdigest() for i in range(3)}
+    status, text, finish = FAULTS[reason]
+    server.status = lambda sha256: status if sha256 in bad else 200
+
+    def reply(sha256, prompt, temperature):
+        return (text, finish) if sha256 in bad else (CAPTION, "stop")
+
+    server.reply = reply
+    code, printed = run(*flags)
+    assert code == 0 and f"dropped {{'{reason}': 3}}" in printed
+    # An endpoint that is at fault today was not at fault when it was asked before.
+    write_rows(tmp_path / "in", 3, 4)
+    (tmp_path / "in" / "0.tar").unlink()
+    (tmp_path / "in" / "1.tar").unlink()
+    answer_all(server, *FAULTS[reason])
+    code, printed = run(*flags)
+    assert code == 2 and f"nor of a question about a red square ({reason})" in printed
+    assert len(dropped_rows(tmp_path / "out")) == 3
+
+
 def test_a_text_too_long_for_the_endpoint_does_not_end_the_stage(tmp_path, server):
     rows = []
     for i in range(8):
