@@ -177,7 +177,7 @@ def test_check_looks_at_the_pictures_of_a_tar_that_the_index_found(tmp_path, cap
             ("1.json", row("1.png")),
             ("2.a.png", picture()),
             ("2.b.png", picture()[:60]),
-            ("2.json", row()),
+            ("2.json", json.dumps(talk("<image> or <image>?")).encode()),
             ("3.png", picture()),
             ("3.json", row("gone.png")),
         ):
