@@ -21,6 +21,7 @@ import types
 import typing
 
 from inputs.files import printable
+from inputs.patience import DataGone
 
 
 class ConfigError(ValueError):
@@ -346,6 +347,9 @@ def error_line(error):
     file = getattr(error, "filename", None)
     if file:
         text = f"{file}: {error.strerror}"
+    if text.startswith("Caught ") and "Traceback" in text:
+        # Of a data worker: its traceback is in the text, and the last line is what it said.
+        text = text.strip().splitlines()[-1].partition(": ")[2]
     text = printable(" ".join(text.split()))
     if isinstance(error, ModuleNotFoundError):
         text += f": pip install {error.name}"
@@ -368,7 +372,8 @@ def run_script(main):
     try:
         main()
     except (ValueError, OSError, ModuleNotFoundError, RuntimeError, KeyboardInterrupt) as e:
-        bug = isinstance(e, RuntimeError) and not str(e).startswith(WORKER_KILLED)
+        told = isinstance(e, DataGone) or str(e).startswith(WORKER_KILLED)
+        bug = isinstance(e, RuntimeError) and not told
         if bug or "--debug=True" in sys.argv:
             raise
         if isinstance(e, KeyboardInterrupt):

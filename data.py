@@ -28,8 +28,10 @@ from configurator import configure, run_script, setting, split_words, subcommand
 from inputs.chat import IGNORE, render
 from inputs.check import check_sources
 from inputs.files import read_json
-from inputs.images import GRAY, count_tiles, load_image, make_tiles, without_thumbnail
+from inputs.images import GRAY, load_image, make_tiles, without_thumbnail
+from inputs.measure import reason_of
 from inputs.packing import Packs, PackSettings
+from inputs.patience import read_patiently
 from inputs.preview import preview_packs, show_samples
 from inputs.records import UNREADABLE
 from inputs.sources import open_sources
@@ -71,15 +73,15 @@ class PackedDataset(torch.utils.data.Dataset):
         n_tiles_read = 0
         for source_number, i, n_tiles in pack.samples:
             source = self.packs.sources[source_number]
-            sample_id = f"{source.name}:{i}"
+            about = {"source": source.name, "file": str(source.path), "row": i}
             try:
-                row = source.row(i)
-                sample_id = row["id"]
-                self.read_pictures(source, i, row, n_tiles, tiles[n_tiles_read:])
+                row = read_patiently(source.row, i)
+                about["id"] = row["id"]
+                room = tiles[n_tiles_read:]
+                read_patiently(self.read_pictures, source, i, row, n_tiles, room)
                 samples.append(self.make_sample(row, n_tiles))
             except UNREADABLE as e:
-                reason = f"{type(e).__name__}: {e}"[:300]
-                bad.append({"source": source.name, "id": sample_id, "reason": reason})
+                bad.append(about | {"reason": reason_of(e)})
                 continue
             n_tiles_read += sum(n_tiles)
         batch = self.collate(samples)
@@ -104,11 +106,9 @@ class PackedDataset(torch.utils.data.Dataset):
         start = 0
         for k, n in enumerate(n_tiles):
             image = load_image(source.image(i, k, row))
+            source.check_picture(i, k, image.size)
             limits = (settings.min_tiles, without_thumbnail(n, settings.thumbnail),
                       settings.tile_size, settings.thumbnail)
-            n_found = count_tiles(*image.size, *limits)
-            if n_found != n:  # the file has changed since it was indexed
-                raise ValueError(f"image {k + 1} gives {n_found} tiles where {n} were planned")
             if self.image_as == "blank":
                 out[start:start + n].copy_(GRAY)
             else:

@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from configurator import configure, resolved, run_script, setting
 from data import held_out, make_loader, model_inputs, stage_dataset
-from inputs.sources import source_notes
 from inputs.tokenizer import Tokenizer
 from model import LLMConfig, compile_blocks, train_flops
 from model_config import config_json
@@ -27,6 +26,7 @@ from training import checkpoint, distributed, metrics, optim, run_folder
 from training.dry_run import print_plan
 from training.output import forgive_output
 from training.progress import Progress
+from training.quarantine import Quarantine
 from vision import VisionConfig
 from weights import save_folder, start_model, start_weights
 
@@ -259,7 +259,8 @@ def train_stage(run, name, stage, later_steps):
         if progress.step == 0:
             metrics.log_bad(run.out, packs.unreadable())
         optim.print_stage_table(name, model, stage)
-        print_data(packs, progress)
+        metrics.print_data(packs, progress)
+    quarantine = Quarantine(packs, run.out, dist)
     batches = iter(make_loader(dataset, dist.rank, dist.world, cfg.num_workers,
                                progress.position, progress.counts))
     peak = metrics.peak_flops(dist.device)  # of one GPU; None on a CPU
@@ -305,7 +306,8 @@ def train_stage(run, name, stage, later_steps):
             (loss * (dist.world / weight)).backward()
             loss_sum += loss.detach()
             clock.lap("backward")
-        loss = distributed.all_reduce_sum(loss_sum, dist).item() / weight
+        # Nothing but unreadable samples: there is no loss, and nothing is updated.
+        loss = distributed.all_reduce_sum(loss_sum, dist).item() / (totals["weight"] or math.nan)
 
         # ---- update, unless something is not finite; all ranks see the same numbers ----
         norm, norms = optim.clip_grad_norm(model, cfg.grad_clip)
@@ -320,7 +322,7 @@ def train_stage(run, name, stage, later_steps):
 
         # ---- log ----
         bar.update()
-        metrics.log_bad(run.out, [bad for batch in micro for bad in batch["bad"]])
+        too_bad = quarantine.add(micro, totals)
         seconds, parts = clock.split()
         row = {"stage": name, "step": done, "steps": steps, "loss": loss, "grad_norm": norm.item()}
         row |= {f"grad_norm_{module}": value.item() for module, value in norms.items()}
@@ -346,16 +348,18 @@ def train_stage(run, name, stage, later_steps):
             metrics.log_line(run.log, row, run.track)
             if done % cfg.print_every == 0 or "epoch" in row:
                 bar.write(metrics.format_step(row))
-        if progress.bad_steps >= 3:
+        if progress.bad_steps >= 3 and not too_bad:
             raise ValueError("three steps in a row without a finite loss or gradient, "
                              f"see {run.out}/log.jsonl")
-        run_folder.check_quarantine(progress, packs, run.out)
 
         # ---- save ----
         stop = run.preemption.stop_requested(dist)
-        if stop or (done % cfg.save_every == 0 and finite):
+        if stop or too_bad or (done % cfg.save_every == 0 and finite):
             run.watchdog.note(f"{name} step {done}: checkpoint")
-            run.saver.save(first_step + done, model, optimizer, progress, wait=stop)
+            wait = bool(stop or too_bad)
+            run.saver.save(first_step + done, model, optimizer, progress, wait)
+        if too_bad:
+            raise ValueError(f"{too_bad}; step {done} is saved, the same command goes on from it")
         if stop:
             distributed.say(dist, f"stopped by a signal after {name} {done}, saved; "
                                   "run the same command to continue")
@@ -365,6 +369,7 @@ def train_stage(run, name, stage, later_steps):
     run.saver.wait()
     run.watchdog.stop()
     bar.close()
+    run_folder.check_trained(name, progress, run.out)
     run.saver.check(run.out / name, checkpoint.tensors_of(model, optimizer), progress)
     weights = distributed.full_state(model)
     if dist.is_main:
@@ -377,17 +382,6 @@ def train_stage(run, name, stage, later_steps):
     distributed.barrier()
     distributed.say(dist, f"{name}: model folder {run.out / name}")
     return False
-
-
-def print_data(packs, progress):
-    """Say what of the data is not read, how many samples there are, and where the stage starts."""
-    for line in source_notes(packs.sources):
-        print(line, flush=True)
-    n = len(packs.sources)
-    sources = "1 source" if n == 1 else f"{n} sources"
-    start = "resumes at" if progress.step else "starts at"
-    print(f"{packs.n:,} samples in {sources}, {packs.n_bad} unreadable; "
-          f"{start} step {progress.step}", flush=True)
 
 
 def main():

@@ -1,7 +1,6 @@
 """Run a stage: shard by shard, shared by several processes, resumed after any kill, with totals."""
 import collections
 import contextlib
-import fcntl
 import json
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from tqdm import tqdm
 
 from curation import shards
 from inputs import files
+from inputs.locks import take_lock
 
 # Counts of a shard that a stage prints only if they are not 0.
 SPEND_COUNTS = ("replies", "calls", "retries", "prompt_tokens", "completion_tokens")
@@ -137,27 +137,22 @@ def tell_of_damage(out, shard):
 
 
 # ---- locks ---------------------------------------------------------------------------------------
-# The kernel frees a lock when its process ends, however it ends.
 
 
 @contextlib.contextmanager
 def file_lock(path):
     """Hold the lock PATH.lock, waiting for it as long as another process has it."""
-    with open(f"{path}.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    file, _ = take_lock(f"{path}.lock", wait=True)
+    with file:
         yield
 
 
 @contextlib.contextmanager
 def try_lock(path):
     """Hold the lock PATH.lock if it is free. Yields whether it was, without waiting."""
-    with open(f"{path}.lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mine = True
-        except BlockingIOError:
-            mine = False
-        yield mine
+    file, _ = take_lock(f"{path}.lock")
+    with file or contextlib.nullcontext():
+        yield file is not None
 
 
 # ---- totals --------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import base64
 import binascii
 import csv
 import dataclasses
-import fcntl
 import http.client
 import io
 import os
@@ -24,6 +23,7 @@ from tqdm import tqdm
 from evals.scorers import as_list
 from inputs.files import file_hash, write_atomic
 from inputs.images import load_image, open_image
+from inputs.locks import take_lock
 
 # DATASET_URL of vlmeval/dataset/image_mcq.py and its like.
 ADDRESS = "https://opencompass.openxlab.space/utils"
@@ -301,24 +301,15 @@ def _stays_as_it_is(row, number):
 def lock_folder(folder):
     """Make the folder and hold it -> the open lock file, which lets go when it is closed.
 
-    Raises ValueError naming who holds it. The system lets go however the process ends.
+    Raises ValueError naming who holds it.
     """
     path = Path(folder) / "eval.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "a+", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        holder = file.read(200) or "another process"
-        file.close()
+    file, _ = take_lock(path)
+    if file is None:
+        holder = path.read_text(encoding="utf-8")[:200] or "another process"
         raise ValueError(f"{folder} is in use by an evaluation, {holder}; wait for it, stop it, or "
-                         "choose another --out_dir") from None
-    except OSError as e:
-        # Some network file systems have no locks.
-        print(f"warning: {path}: {e.strerror}; nothing here keeps a second evaluation out of this "
-              "folder", file=sys.stderr)
-        return file
+                         "choose another --out_dir")
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}")
     file.flush()

@@ -2,12 +2,16 @@
 import concurrent.futures
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from inputs.chat import image_names
+from inputs.files import printable
 from inputs.images import load_image
+from inputs.index import indexes_of
+from inputs.patience import read_patiently
 from inputs.records import UNREADABLE
 from inputs.sources import source_notes
 
@@ -36,31 +40,68 @@ def check_sources(sources):
 
 
 def check_images(source):
-    """{row: reason} of rows with an image that cannot be decoded, read on all cores."""
+    """{row: reason} of rows with an image that cannot be decoded, read on all cores.
+
+    Indexes that have another size of an image are said, and removed: they are made again.
+    """
     reasons = {}
+    indexes = indexes_of(source)
+    stale = {}
     rows = np.flatnonzero(source.rows["n_images"]).tolist()
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         title = f"{source.path.name}, 500 rows a step"
         for start in tqdm(range(0, len(rows), 500), title, leave=False):
             some = rows[start:start + 500]
-            found = pool.map(lambda i: image_problem(source, i), some)
+            found = pool.map(lambda i: image_problem(source, i, indexes, stale), some)
             reasons |= {i: reason for i, reason in zip(some, found, strict=True) if reason}
+    for folder, names in stale.items():
+        print(f"{source.path}: {len(names)} pictures changed since they were measured "
+              f"({printable(', '.join(sorted(names)[:4]))}); {forget_index(folder)}")
     return reasons
 
 
-def image_problem(source, i):
-    """What is wrong with the images of row i, or None."""
+def image_problem(source, i, indexes, stale):
+    """What is wrong with the images of row i, or None.
+
+    stale: {folder of an index: names of images} gets those that have another size there.
+    """
     where = "its row"
     try:
         row = source.row(i)
         # In a tar those that were found in it count, whatever the row names.
         for k in range(source.rows[i]["n_images"]):
-            where = f"image {k + 1 if source.is_tar else image_names(row)[k]}"
-            load_image(source.image(i, k, row))
+            name = str(k + 1) if source.is_tar else image_names(row)[k]
+            where = f"image {name}"
+            size = read_patiently(lambda k=k: load_image(source.image(i, k, row)).size)
+            for index in indexes:
+                if not has_size(index, i, k, size):
+                    stale.setdefault(index.index, set()).add(name)
     except UNREADABLE as e:
         return f"{where}: {e}; mend the file or remove the row"
     return None
 
+
+# ---- the indexes of a source ---------------------------------------------------------------------
+
+def has_size(index, i, k, size):
+    """Whether an index has this size of image k of row i, or none of it."""
+    row = index.rows[i]
+    if k >= row["n_images"]:
+        return True
+    image = index.images[row["first_image"] + k]
+    return (image["width"], image["height"]) == size
+
+
+def forget_index(folder):
+    """Remove meta.json of an index, without which it is not believed. Returns what was done."""
+    try:
+        Path(folder, "meta.json").unlink(missing_ok=True)
+    except OSError as e:
+        return f"remove {folder}, which this user may not ({e.strerror})"
+    return f"the next run measures them again ({folder})"
+
+
+# ---- places -------------------------------------------------------------------------------------
 
 def row_places(source, rows):
     """Where a user finds each of these rows, in order: a line, a file name or a number."""

@@ -55,14 +55,14 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota used up,
 
 @contextlib.contextmanager
 def naming(path):
-    """If there is no room for what the block writes, the OSError names `path`.
+    """An OSError of the block names `path`, where it names no file or there is no room to write.
 
-    The system names no file when a write fails, and copying names the source.
+    The system names no file when a read or write fails, and copying names the source.
     """
     try:
         yield
     except OSError as e:
-        if e.errno not in NO_ROOM:
+        if e.errno is None or (e.filename and e.errno not in NO_ROOM):
             raise
         raise OSError(e.errno, os.strerror(e.errno), str(path)) from None
 
@@ -73,12 +73,12 @@ def atomic_write(path, mode="w"):
 
     It is written as PATH.tmp in the same folder, flushed to the disk, and renamed; then the folder
     is flushed too, so that the new name survives a power cut. If the block fails, the old file
-    stays and PATH.tmp goes. Text is UTF-8.
+    stays and PATH.tmp goes. Text is UTF-8; a lone surrogate, which has none, becomes \\udc80.
     """
     tmp = f"{path}.tmp"
-    encoding = None if "b" in mode else "utf-8"
+    how = {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace"}
     try:
-        with naming(path), open(tmp, mode, encoding=encoding) as file:
+        with naming(path), open(tmp, mode, **how) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import io
 import math
+import os
 import struct
 import warnings
 
@@ -17,17 +18,17 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 # Pictures, videos and sounds that are not read. A row beside one is refused, not trained without.
-MEDIA_SUFFIXES = (".tif", ".tiff", ".avif", ".heic", ".heif", ".jfif", ".jpe", ".jp2", ".jxl",
-                  ".svg", ".ppm", ".mp4", ".webm", ".avi", ".mov", ".mkv", ".wav", ".mp3",
-                  ".flac", ".ogg")
+MEDIA_SUFFIXES = (".tif", ".tiff", ".avif", ".heic", ".heif", ".jfif", ".jpe", ".jp2", ".j2k",
+                  ".jxl", ".apng", ".svg", ".ppm", ".pgm", ".tga", ".ico", ".psd", ".dng", ".cr2",
+                  ".nef", ".arw", ".mp4", ".webm", ".avi", ".mov", ".mkv", ".wav", ".mp3", ".flac",
+                  ".ogg")
 # Nothing else is even tried. Pillow opens MPO as JPEG.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 # A larger picture is refused before it is decoded. Pillow's own limit is looser and only warns.
 MAX_PIXELS = 64_000_000
 Image.MAX_IMAGE_PIXELS = None
-# What Pillow raises for a damaged file.
-PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError,
-                 struct.error)
+# Places where a PNG may say how it is turned: the name of a chunk, or of a text in one.
+PNG_TURNS = (b"Raw profile type exif", b"XML:com.adobe.xmp")
 # ImageNet's mean and standard deviation of each channel, as in InternVL.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -76,10 +77,12 @@ def open_image(source):
                    "shrink it first")
     except UnidentifiedImageError:
         problem = f"not a picture in one of the formats {', '.join(FORMATS)}"
-    except PILLOW_ERRORS as e:
+    except MemoryError:
+        raise
+    except Exception as e:  # Pillow raises many kinds of them for damaged files
         if getattr(e, "errno", None):  # no such file, no permission
             raise
-        problem = f"damaged picture ({e})"
+        problem = f"damaged picture ({e or type(e).__name__})"
     raise ValueError(f"{name}: {problem}")
 
 
@@ -109,12 +112,33 @@ def image_size(source):
     Raises like load_image.
     """
     with open_image(source) as image:
-        # Without EXIF in its header, Pillow would decode a whole PNG to look for some.
-        has_exif = image.format != "PNG" or "exif" in image.info
+        # Pillow would decode a whole PNG to look for EXIF, which may stand behind the pixels.
+        may_be_turned = image.format != "PNG" or png_may_be_turned(image.fp)
         # The four orientations that swap width and height.
-        if has_exif and image.getexif().get(0x0112) in (5, 6, 7, 8):
+        if may_be_turned and image.getexif().get(0x0112) in (5, 6, 7, 8):
             return image.size[::-1]
         return image.size
+
+
+def png_may_be_turned(file):
+    """Whether a chunk of an open PNG may say how it is turned. Reads no pixels."""
+    start = file.tell()
+    # The chunks follow the 8 bytes of the signature. Each has 4 bytes of checksum at its end.
+    file.seek(8)
+    found = False
+    while not found:
+        header = file.read(8)
+        if len(header) < 8:
+            break
+        size, kind = struct.unpack(">I4s", header)
+        if kind in (b"iTXt", b"tEXt", b"zTXt"):
+            begin = file.read(min(size, 40))
+            found = begin.startswith(PNG_TURNS)
+            size -= len(begin)
+        found = found or kind == b"eXIf"
+        file.seek(size + 4, os.SEEK_CUR)
+    file.seek(start)
+    return found
 
 
 def picture_uri(image):

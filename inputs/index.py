@@ -1,67 +1,62 @@
-"""Build the index beside a source: where each row is, how long, and how large its images are.
+"""The index beside a source: where each row is, how long, and how large its images are.
 
-The index is built once, by whichever process comes first, and again when the source or the
-tokenizer changed. Readers map it into memory (inputs/records.py).
+The index is built once, by whichever process comes first, and again when the source, its pictures
+or the tokenizer changed, or when the index itself is damaged. Readers map it into memory
+(inputs/records.py).
 """
+import bisect
 import collections
-import concurrent.futures
 import contextlib
-import fcntl
-import hashlib
+import dataclasses
+import glob
 import itertools
 import json
-import multiprocessing
 import os
+import platform
+import shutil
 import stat
 import sys
-import threading
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
-from inputs.chat import check_pictures, image_names, row_segments
-from inputs.files import (
-    atomic_write,
-    file_hash,
-    json_hash,
-    printable,
-    read_json,
-    write_atomic,
-)
-from inputs.images import IMAGE_SUFFIXES, image_size
+from inputs.building import Building
+from inputs.chat import image_names
+from inputs.files import atomic_write, file_hash, json_hash, printable, read_json, write_atomic
+from inputs.folders import folder_files, folder_rows
+from inputs.images import IMAGE_SUFFIXES
+from inputs.locks import take_lock
+from inputs.measure import measure_all, measure_row
+from inputs.patience import is_passing
 from inputs.records import (
-    IMAGE,
     ROW,
     ROW_READERS,
     UNREADABLE,
     Record,
     Source,
-    add_caption,
-    map_index,
+    forget_maps,
     parse_row,
-    read_record,
-    record_pictures,
     tar_record,
 )
-from inputs.row_keys import short, unknown_keys
-from inputs.tars import MAX_BYTES, check_size, open_tar, tar_key, tar_members
+from inputs.tars import MAX_BYTES, open_tar, tar_key, tar_members
 
 COMPRESSED = (".gz", ".tgz", ".zst", ".xz", ".bz2", ".zip", ".lz4", ".parquet", ".arrow")
 # Rises when rows are read in another way, so that older indexes are not believed.
-READING_RULES = 4
-# So many unknown keys of a source are named.
-UNKNOWN_KEYS = 20
-# Records that one process measures at a time: about a second of work.
-RECORDS_PER_TASK = 20_000
+READING_RULES = 5
+# Pictures of a source whose files are looked at when it is opened.
+LOOKED_AT = 256
+# Where the index of data goes that lie where nobody may write.
+INDEX_HOME = Path("shards/index")
+# Folders of which this process has said that no index can be written there.
+PLACES_TOLD = set()
 
 
 def open_source(path, tokenizer, template, name="", root=None, sha256=""):
     """The Source of a file or folder.
 
-    Builds its index first if that is missing or old, which takes minutes for millions of rows.
-    Raises FileNotFoundError, or ValueError if the whole source cannot be read. Rows that cannot
-    be read are listed in `meta["bad"]`.
+    Builds its index first if that is missing, old or damaged, which takes minutes for millions of
+    rows. Raises FileNotFoundError, or ValueError if the whole source cannot be read. Rows that
+    cannot be read are listed in `meta["bad"]`.
     """
     path = Path(path)
     if not path.exists():
@@ -70,104 +65,221 @@ def open_source(path, tokenizer, template, name="", root=None, sha256=""):
         raise ValueError(f"{path} is compressed, and rows are read by their place in a file; "
                          "unpack it")
     root = Path(root or (path if path.is_dir() else path.parent))
-    folder = index_folder(path, root, tokenizer, template, sha256)
-    source = Source(name or path.stem, path, root, folder, sha256=sha256)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        complete = (folder / "meta.json").exists()
-        if not complete or a_bad_row_is_readable_now(source, tokenizer, template):
-            build_index(source, tokenizer, template)
-    source.meta = read_json(folder / "meta.json")
+    index = index_name(path, root, tokenizer, template, sha256)
+    places = [path.parent / index, INDEX_HOME / index]
+    sources = [Source(name or path.stem, path, root, place, sha256=sha256) for place in places]
+    for source in sources:
+        if not index_problem(source, tokenizer, template):
+            break
+    else:
+        source = make_index(sources, tokenizer, template)
+    source.meta = read_json(source.index / "meta.json", dict)
     return source
 
 
-def index_folder(path, root, tokenizer, template, sha256):
-    """The folder of a source's index; its name is a hash of all that the index depends on."""
+def index_name(path, root, tokenizer, template, sha256):
+    """The name of a source's index: a hash of the source, then one of how its rows are read."""
     here = path.resolve()
-    files = [here]
+    source = [str(here), str(root.resolve()), sha256]
+    files = [(str(here), here.stat())]
     if here.is_dir():
-        # The indexes that lie in the folder are no part of it.
-        files = [f for f in sorted(here.rglob("*")) if "/." not in f"/{f.relative_to(here)}"]
-    # "pixels" is a constant today. It stays, so that an index built before is still found.
-    about = [str(here), str(root.resolve()), tokenizer.hash, template, "pixels", sha256]
-    for file in files:
-        # A file may be a dangling link, or gone meanwhile.
-        with contextlib.suppress(OSError):
-            known = file.stat()
-            if stat.S_ISREG(known.st_mode):
-                about.append([str(file), known.st_size, known.st_mtime_ns])
-    # Data may lie where nobody may write.
-    beside = path.parent if os.access(path.parent, os.W_OK) else Path("shards/index")
-    return beside / f".{path.name}.index-{json_hash([*about, ROW.descr, READING_RULES])[:12]}"
+        files = folder_files(here, collections.Counter())
+    for file, known in files:
+        if stat.S_ISREG(known.st_mode):
+            source.append([file, known.st_size, known.st_mtime_ns])
+    reading = [tokenizer.hash, template, ROW.descr, READING_RULES]
+    return f".{path.name}.index-{json_hash(source)[:12]}-{json_hash(reading)[:8]}"
+
+
+def indexes_of(source):
+    """The source with each of its indexes that are whole, its own first.
+
+    There is one for each tokenizer and template with which it was read.
+    """
+    found = [source]
+    same_source = source.index.name.rpartition("-")[0]
+    for place in (source.path.parent, INDEX_HOME):
+        for folder in place.glob(f"{glob.escape(same_source)}-*"):
+            other = dataclasses.replace(source, index=folder)
+            with contextlib.suppress(ValueError, OSError):
+                other.meta = read_json(folder / "meta.json", dict)
+                if folder != source.index and not index_damage(other):
+                    found.append(other)
+    return found
+
+
+# ---- whether it is good -------------------------------------------------------------------------
+
+NOT_THERE = "no index"
+
+
+def index_problem(source, tokenizer, template):
+    """Why the index of a source cannot be used, as text; "" if it can."""
+    about = source.index / "meta.json"
+    if not os.access(about, os.R_OK):
+        return NOT_THERE
+    try:
+        source.meta = read_json(about, dict)
+        damage = index_damage(source)
+    except (ValueError, OSError) as e:
+        damage = str(e)
+    if damage:
+        return f"its index is damaged ({damage})"
+    # A tar changes only as a whole, and then has another index.
+    if source.is_tar:
+        return ""
+    changed = changed_picture(source)
+    if changed:
+        return f"pictures changed since they were measured ({printable(changed)})"
+    if a_bad_row_is_readable_now(source, tokenizer, template):
+        return "a row that could not be read is readable now"
+    return ""
+
+
+def index_damage(source):
+    """Which file of an index is not as it was written, or "".
+
+    Hashing takes a second for about a gigabyte, which is 20 million rows.
+    """
+    checked = {key: value for key, value in source.meta.items() if key != "check"}
+    if source.meta.get("check") != json_hash(checked):
+        return "meta.json"
+    for name, sha256 in source.meta["files"].items():
+        if file_hash(source.index / name) != sha256:
+            return name
+    return ""
+
+
+def changed_picture(source):
+    """The name of a picture whose file is not as it was when it was measured, or "".
+
+    LOOKED_AT pictures are looked at, evenly spread: a million calls of the file system at every
+    start of every rank would take too long. The others are compared when they are read, and by
+    `data.py check`.
+    """
+    rows = source.rows
+    n = len(source.stats)
+    for j in range(0, n, max(1, n // LOOKED_AT)):
+        # The row that has image j.
+        i = bisect.bisect_right(range(len(rows)), j, key=lambda k: rows[k]["first_image"]) - 1
+        name = "its row"
+        try:
+            name = image_names(source.row(i))[j - int(rows[i]["first_image"])]
+            about = os.stat(source.root / name)
+            if (about.st_size, about.st_mtime_ns) != source.stats[j].item():
+                return name
+        except UNREADABLE as e:
+            # A file system that is away for a while has changed nothing.
+            if not is_passing(e):
+                return name
+    return ""
 
 
 def a_bad_row_is_readable_now(source, tokenizer, template):
-    """Whether a row that was unreadable can be read: its picture is there now.
-
-    A tar changes only as a whole, and then has another index.
-    """
-    if source.is_tar:
-        return False
-    for bad in read_json(source.index / "meta.json")["bad"]:
+    """Whether a row that was unreadable can be read: its picture is there now."""
+    for bad in source.meta["bad"]:
         with contextlib.suppress(*UNREADABLE):
             offset, size, *_ = source.rows[bad["row"]].item()
             row = parse_row(source.read(offset, size), False)
             measure_row(source, row, Record(offset, size), tokenizer, template, {})
-            map_index.cache_clear()
             return True
     return False
 
 
-def build_index(source, tokenizer, template):
-    """Write rows.bin, images.bin and, last, meta.json, which says that the index is complete.
+# ---- building it --------------------------------------------------------------------------------
 
-    A long source is read on all cores, with the same result.
+def make_index(sources, tokenizer, template):
+    """Build an index in the first place that can be written; returns the Source of that place.
+
+    sources: the same one with each of the places. ValueError, with what to do, if none can be
+    written.
+    """
+    refused = []
+    for source in sources:
+        try:
+            source.index.mkdir(parents=True, exist_ok=True)
+            lock, locked = take_lock(source.index / "lock", wait=True)
+        except OSError as e:
+            refused.append(f"{source.index.parent.absolute()}: {e.strerror}")
+            continue
+        with lock:
+            # Another process may have built it meanwhile.
+            forget_maps()
+            problem = index_problem(source, tokenizer, template)
+            if problem:
+                tell_of_index(source, problem, refused)
+                build_index(source, tokenizer, template, locked)
+        return source
+    raise ValueError(f"no index of {source.path} can be written ({'; '.join(refused)}); start the "
+                     "command in a folder in which you may write")
+
+
+def tell_of_index(source, problem, refused):
+    """Say why an index is made again, and where it goes if not beside its source."""
+    if problem != NOT_THERE:
+        print(f"{source.path}: {problem}; the index is made again", file=sys.stderr, flush=True)
+    if refused and source.path.parent not in PLACES_TOLD:
+        PLACES_TOLD.add(source.path.parent)
+        print(f"indexes cannot be written beside their data ({refused[0]}); they go to "
+              f"{source.index.parent.absolute()}", file=sys.stderr, flush=True)
+
+
+def build_index(source, tokenizer, template, locked):
+    """Write the files of an index and, last, meta.json, which says that it is complete.
+
+    A build that was stopped goes on behind the records that were measured. locked: no other
+    process can be at it.
     """
     if source.sha256:
         found = file_hash(source.path)
         if found != source.sha256.lower():
             raise ValueError(f"{source.path} has sha256 {found}, its meta file says "
                              f"{source.sha256}; copy it again")
-    n_images = 0
-    bad = []
-    unknown = collections.Counter()
-    row_hash = hashlib.sha256()
-    image_hash = hashlib.sha256()
+    name = "building" if locked else f"building-{platform.node()}-{os.getpid()}"
+    draft = dataclasses.replace(source, index=source.index / name)
+    draft.index.mkdir(exist_ok=True)
+    unread = collections.Counter()
+    records = find_records(draft, unread)
     with contextlib.ExitStack() as stack:
-        # Both are renamed when they are complete: a run may have the old ones mapped.
-        row_file = stack.enter_context(atomic_write(source.index / "rows.bin", "wb"))
-        image_file = stack.enter_context(atomic_write(source.index / "images.bin", "wb"))
-        bar = stack.enter_context(
-            tqdm(desc=f"index {printable(source.path.name)}", unit=" rows", leave=False))
-        for rows, images, unreadable, keys in measure_all(source, tokenizer, template, stack):
-            rows["first_image"] += n_images
-            n_images += len(images)
-            bad += unreadable
-            unknown += keys
-            row_file.write(rows.tobytes())
-            row_hash.update(rows.tobytes())
-            image_file.write(images.tobytes())
-            image_hash.update(images.tobytes())
-            bar.update(len(rows))
-    digest = json_hash([row_hash.hexdigest(), image_hash.hexdigest()])
-    meta = {"bad": bad, "digest": digest, "unknown": dict(unknown.most_common(UNKNOWN_KEYS))}
+        building = Building(draft.index, stack)
+        n = building.n_rows
+        title = f"index {printable(source.path.name)}"
+        if n:
+            print(f"{title}: goes on behind row {n:,}, where it was stopped", file=sys.stderr,
+                  flush=True)
+            collections.deque(itertools.islice(records, n), 0)
+        bar = stack.enter_context(tqdm(desc=title, unit=" rows", leave=False, initial=n))
+        for found in measure_all(draft, records, n, tokenizer, template, stack):
+            building.add(found)
+            bar.update(len(found.rows))
+        meta = building.finish(source.index)
+    if draft.lines != source.path:
+        meta["files"][draft.lines.name] = file_hash(draft.lines)
+        os.replace(draft.lines, source.lines)
+    meta["unread"] = dict(unread)
+    meta["check"] = json_hash(meta)
     write_atomic(source.index / "meta.json", json.dumps(meta))
+    shutil.rmtree(draft.index, ignore_errors=True)
+    forget_maps()
 
 
 # ---- finding records ----------------------------------------------------------------------------
 
-def find_records(source):
-    """Yield the Record of every row of a source, in order."""
+def find_records(source, unread):
+    """Yield the Record of every row of a source, in order.
+
+    unread: a Counter of the files that are not read, by their suffix.
+    """
     if source.is_tar:
-        yield from tar_records(source.path)
+        yield from tar_records(source.path, unread)
         return
     if source.lines != source.path:
-        read_rows = folder_rows
-        if not source.path.is_dir():
-            read_rows = ROW_READERS[source.path.suffix.lower()]
+        if source.path.is_dir():
+            rows = folder_rows(source.path, unread)
+        else:
+            rows = ROW_READERS[source.path.suffix.lower()](source.path)
         with atomic_write(source.lines) as file:
-            for row in read_rows(source.path):
+            for row in rows:
                 file.write(json.dumps(row) + "\n")
     with open(source.lines, "rb") as file:
         start = 0
@@ -182,178 +294,21 @@ def find_records(source):
             start = end
 
 
-def tar_records(path):
+def tar_records(path, unread):
     """Yield the Record of every group of members that share a key. Nothing is extracted."""
     with open_tar(path) as tar:
-        # Links and devices are no data.
-        members = (member for member in tar_members(tar) if member.isreg())
+        members = regular_members(tar, unread)
         for _, group in itertools.groupby(members, tar_key):
             yield tar_record(group)
 
 
-def folder_rows(folder):
-    """Yield a row for every picture of a folder, described by the .json or .txt beside it."""
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in IMAGE_SUFFIXES:
-            try:
-                described = read_description(path)
-            except (ValueError, OSError) as e:
-                # The row is listed as unreadable when it is measured.
-                described = {"unreadable": str(e)}
-            yield {"id": path.stem, **described, "image": str(path.relative_to(folder))}
-
-
-def read_description(path):
-    """The row of a picture in the .json and the .txt of its stem, read as those of a tar are."""
-    found = {}
-    for suffix in (".json", ".txt"):
-        file = path.with_suffix(suffix)
-        if file.exists():
-            check_size(file.stat().st_size, f"{file.name}, a row")
-            found[suffix] = file.read_bytes()
-    row = {"caption": ""}
-    if ".json" in found:
-        row = parse_row(found[".json"], False)
-    if ".txt" in found:
-        row = add_caption(row, found[".txt"])
-    names = image_names(row)
-    if any(os.path.basename(name) != path.name for name in names):
-        raise ValueError(f"{path.stem}.json names {', '.join(map(short, names))}; in a folder a "
-                         "picture is described by the files of its own stem, mend its name")
-    return row
-
-
-# ---- measuring them -----------------------------------------------------------------------------
-
-def measure_all(source, tokenizer, template, stack):
-    """Yield (rows, images, bad, unknown) of measure_records for all records of a source, in order.
-
-    The first RECORDS_PER_TASK are measured in this process. If there are more, a pool of processes
-    takes them; `stack` ends it.
-    """
-    records = find_records(source)
-    cores = os.cpu_count()
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    pool = None
-    waiting = collections.deque()
-    told = []  # whether a killed process has been told of
-    first = 0
-    while task := list(itertools.islice(records, RECORDS_PER_TASK)):
-        if pool is None and first > 0 and cores > 1:
-            # Fresh processes: a fork would copy the threads' locks.
-            context = multiprocessing.get_context("spawn")
-            pool = stack.enter_context(concurrent.futures.ProcessPoolExecutor(
-                cores, context, start_indexer, (tokenizer, template)))
-        if pool is None:
-            yield measure_records(source, task, first, tokenizer, template)
+def regular_members(tar, unread):
+    """Yield the members of a tar that may be data; count those that are not read."""
+    for member in tar_members(tar):
+        suffix = os.path.splitext("name" + os.path.basename(member.name))[1].lower()
+        if not member.isreg():
+            unread["links and devices"] += 1
         else:
-            waiting.append((submit(pool, source, task, first), task, first))
-        first += len(task)
-        if len(waiting) > 2 * cores:
-            yield result_of(*waiting.popleft(), source, tokenizer, template, told)
-    for future, task, number in waiting:
-        yield result_of(future, task, number, source, tokenizer, template, told)
-
-
-def submit(pool, source, task, first):
-    """A Future of measure_task, or None if a process of the pool was killed."""
-    try:
-        return pool.submit(measure_task, source, task, first)
-    except concurrent.futures.BrokenExecutor:
-        return None
-
-
-def result_of(future, task, first, source, tokenizer, template, told):
-    """What a Future brings. If its process was killed, this one measures the records itself."""
-    with contextlib.suppress(concurrent.futures.BrokenExecutor):
-        if future:
-            return future.result()
-    if not told:
-        print(f"WARNING: {source.path}: a process that measured records was killed (out of "
-              f"memory?); from record {first} on this one does", file=sys.stderr, flush=True)
-        told.append(True)
-    return measure_records(source, task, first, tokenizer, template)
-
-
-# (tokenizer, template) of this process, if it is one of the pool
-INDEXER = None
-
-
-def start_indexer(tokenizer, template):
-    """Set a process of the pool up. It gets the tokenizer once, which is large."""
-    global INDEXER
-    INDEXER = (tokenizer, template)
-    parent = multiprocessing.parent_process()
-
-    def end_with_parent():
-        parent.join()
-        os._exit(1)
-
-    # Where the parent is killed, nobody would end the pool.
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def measure_task(source, records, first):
-    """measure_records in a process of the pool."""
-    return measure_records(source, records, first, *INDEXER)
-
-
-def measure_records(source, records, first, tokenizer, template):
-    """(rows, images, bad, unknown) of some records in order.
-
-    They are arrays of ROW and IMAGE, a list of dicts, and a Counter of keys that are not known.
-    first: the number of the first of them. A row's `first_image` counts from there.
-    """
-    rows = []
-    images = []
-    bad = []
-    unknown = collections.Counter()
-    known_sizes = {}
-    with open(source.lines, "rb") as file:
-        for i, record in enumerate(records, first):
-            place = (record.offset, record.size)
-            is_text = record.is_text
-            try:
-                row, is_text = read_record(file, record)
-                tokens, found = measure_row(source, row, record, tokenizer, template, known_sizes)
-                unknown.update(unknown_keys(row))
-                if is_text and record.caption:
-                    place = record.caption
-            except UNREADABLE as e:
-                reason = str(e) if type(e) is ValueError else f"{type(e).__name__}: {e}"
-                bad.append({"source": source.name, "row": i, "reason": reason[:300]})
-                place = (record.offset, min(record.size, 2 ** 31 - 1))
-                tokens = -1
-                found = []
-            rows.append((*place, tokens, len(images), len(found), is_text))
-            images += found
-    return np.array(rows, ROW), np.array(images, IMAGE), bad, unknown
-
-
-def measure_row(source, row, record, tokenizer, template, known_sizes):
-    """(tokens apart from visual ones, [(offset, size, width, height) of each image]) of a row.
-
-    known_sizes: {name: size} of pictures measured before. Raises one of UNREADABLE.
-    """
-    images = []
-    if record.pictures is None:
-        for name in image_names(row):
-            if name not in known_sizes:
-                known_sizes[name] = size_of_file(source.root / name, name)
-            images.append((0, 0, *known_sizes[name]))
-    else:
-        for _, place in record_pictures(record, row):
-            images.append((*place, *image_size(source.read(*place))))
-    check_pictures(row, len(images))
-    parts = row_segments(row, tokenizer, template, [0] * len(images), 0)
-    return sum(len(ids) for ids, _ in parts), images
-
-
-def size_of_file(path, name):
-    """(width, height) of a picture's file; ValueError that names it as the row does."""
-    try:
-        return image_size(path)
-    except OSError as e:
-        raise ValueError(f"image {name}: {e.strerror} ({path}); mend its path or remove "
-                         "the row") from None
+            if suffix not in (*IMAGE_SUFFIXES, ".json", ".txt"):
+                unread[suffix or "no suffix"] += 1
+            yield member

@@ -117,15 +117,29 @@ class Packs:
         self.samples_per_epoch = samples_per_epoch(sources)  # of each source
         self.starts = np.cumsum([0, *self.samples_per_epoch])
         self.n = int(self.starts[-1])
+        self.n_used = sum(self.used_rows())  # different rows, however often an epoch repeats them
         self.n_bad = len(self.unreadable())
-        if self.n == 0 or self.n_bad == sum(len(s.rows) for s in sources):
+        if self.n == 0 or self.n_bad == self.n_used:
             paths = ", ".join(str(s.path) for s in sources)
             raise ValueError(f"no usable sample in {paths} ({self.n} rows, {self.n_bad} "
                              f"unreadable); try: python data.py check {sources[0].path}")
 
+    def used_rows(self):
+        """How many rows of each source are used: all, or the first ones where it is cut short."""
+        used = []
+        for source, n in zip(self.sources, self.samples_per_epoch, strict=True):
+            # With a weight the epochs go through all of it, part by part.
+            n_rows = len(source.rows)
+            used.append(n_rows if source.weight else min(n, n_rows))
+        return used
+
     def unreadable(self):
-        """The rows of all sources that could not be read when they were indexed."""
-        return [bad for source in self.sources for bad in source.meta["bad"]]
+        """The rows that are used and could not be read when they were indexed."""
+        found = []
+        for source, n in zip(self.sources, self.used_rows(), strict=True):
+            about = {"source": source.name, "file": str(source.path)}
+            found += [bad | about for bad in source.meta["bad"] if bad["row"] < n]
+        return found
 
     @property
     def fingerprint(self):

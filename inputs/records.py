@@ -1,4 +1,5 @@
 """A source of records: where its rows are, and how one row or picture of it is read."""
+import contextlib
 import functools
 import json
 import os
@@ -9,12 +10,13 @@ import numpy as np
 import torch
 
 from inputs.chat import image_names
-from inputs.files import read_json
+from inputs.files import naming, read_json
 from inputs.images import IMAGE_SUFFIXES, MEDIA_SUFFIXES
+from inputs.patience import DataGone
 from inputs.row_keys import CAPTION_KEYS, TURNS_KEYS, check_row_keys, is_empty, short
 from inputs.tars import MAX_BYTES, check_size
 
-# The two files of an index. A row has its place in the file of rows, its tokens apart from the
+# The files of an index. A row has its place in the file of rows, its tokens apart from the
 # visual ones (-1: unreadable) and its images, which stand together in the file of images.
 ROW = np.dtype([
     ("offset", "i8"),
@@ -26,6 +28,9 @@ ROW = np.dtype([
 ])
 # The place of an image is known in a tar alone.
 IMAGE = np.dtype([("offset", "i8"), ("size", "i4"), ("width", "i4"), ("height", "i4")])
+# What the file of an image was like when it was measured. In a tar there is no such file.
+STAT = np.dtype([("size", "i8"), ("mtime", "i8")])
+INDEX_FILES = {"rows.bin": ROW, "images.bin": IMAGE, "stats.bin": STAT}
 
 
 def array_rows(path):
@@ -47,11 +52,41 @@ def map_index(path):
     It takes no memory of this process. Unlike numpy's memory map it keeps no file open: there may
     be more sources than files a process may have open.
     """
-    dtype = ROW if path.endswith("rows.bin") else IMAGE
-    size = os.path.getsize(path)
+    dtype = INDEX_FILES[os.path.basename(path)]
+    _, size = mapped_file(path)
     if size == 0:
         return np.empty(0, dtype)
     return torch.from_file(path, size=size, dtype=torch.uint8).numpy().view(dtype)
+
+
+@functools.lru_cache(None)
+def mapped_file(path):
+    """Which file map_index has mapped: its number and its size."""
+    found = os.stat(path)
+    return found.st_ino, found.st_size
+
+
+def whole_map(path):
+    """The array of map_index; DataGone if its file was cut off meanwhile.
+
+    The system would end the process at the first byte that is missing, without a word. A file that
+    was replaced or removed stays readable.
+    """
+    array = map_index(path)
+    number, size = mapped_file(path)
+    with contextlib.suppress(FileNotFoundError):
+        now = os.stat(path)
+        if now.st_ino == number and now.st_size < size:
+            raise DataGone(f"{path} was cut off while it was in use ({size} bytes before, "
+                           f"{now.st_size} now); run the same command again, which makes the "
+                           "index again")
+    return array
+
+
+def forget_maps():
+    """Map the files of indexes anew: some of them were written again."""
+    map_index.cache_clear()
+    mapped_file.cache_clear()
 
 
 @dataclass
@@ -65,20 +100,25 @@ class Source:
     name: str
     path: Path
     root: Path              # where the names of images begin
-    index: Path             # folder of the index: rows.bin, images.bin, meta.json
+    index: Path             # folder of the index: INDEX_FILES and meta.json
     repeat: float = 1.0     # times an epoch goes through it; below 1: the first part only
     max_tiles: int = 0      # tile limit of its images, 0: the run's
     weight: float = 0.0     # share of the samples, 0: by its length
     sha256: str = ""        # of the annotation file, checked when the index is built
-    meta: dict = field(default_factory=dict)  # unreadable rows and digest, from meta.json
+    meta: dict = field(default_factory=dict)  # unreadable rows, digest and more, from meta.json
+    notes: list = field(default_factory=list)  # what its entry in a meta file says in vain
 
     @property
     def rows(self):
-        return map_index(f"{self.index}/rows.bin")
+        return whole_map(f"{self.index}/rows.bin")
 
     @property
     def images(self):
-        return map_index(f"{self.index}/images.bin")
+        return whole_map(f"{self.index}/images.bin")
+
+    @property
+    def stats(self):
+        return whole_map(f"{self.index}/stats.bin")
 
     @property
     def is_tar(self):
@@ -97,7 +137,7 @@ class Source:
 
     def read(self, offset, size):
         """Bytes of the file that holds the rows."""
-        with open(self.lines, "rb") as file:
+        with naming(self.lines), open(self.lines, "rb") as file:
             file.seek(offset)
             return file.read(check_size(size, "a row or picture"))
 
@@ -116,7 +156,16 @@ class Source:
         # /dev/zero has no end.
         if path.exists() and not (path.is_file() and path.stat().st_size <= MAX_BYTES):
             raise ValueError(f"{path}: no file, or larger than {MAX_BYTES} bytes")
-        return path.read_bytes()
+        with naming(path):
+            return path.read_bytes()
+
+    def check_picture(self, i, k, size):
+        """ValueError unless image k of row i has the (width, height) that its index has."""
+        _, _, *indexed = self.images[self.rows[i]["first_image"] + k].item()
+        if indexed != list(size):
+            raise ValueError(f"image {k + 1} has {size[0]} x {size[1]} pixels, its index has "
+                             f"{indexed[0]} x {indexed[1]}: it changed since it was measured; "
+                             f"python data.py check {self.path} has it measured again")
 
 
 def parse_row(raw, is_text):
@@ -251,7 +300,8 @@ def add_caption(row, raw):
 
 def read_place(file, offset, size, what="a row"):
     """Bytes of a row or picture in an open file; ValueError if they are too many, or cut off."""
-    content = os.pread(file.fileno(), check_size(size, what), offset)
+    with naming(file.name):
+        content = os.pread(file.fileno(), check_size(size, what), offset)
     if len(content) < size:
         raise ValueError(f"{file.name} ends too early; copy it again")
     return content

@@ -2,7 +2,6 @@
 import glob
 import os
 import re
-import sys
 from pathlib import Path
 
 from inputs.chat import TEMPLATES
@@ -33,7 +32,8 @@ def open_sources(spec, tokenizer, template):
     if template not in TEMPLATES:
         raise ValueError(f"--template={template}: unknown, choose from {', '.join(TEMPLATES)}")
     sources = []
-    for name, path in expand_paths(spec):
+    paths = expand_paths(spec) if spec.strip() else ()
+    for name, path in paths:
         if is_meta_file(path):
             entries = read_json(path)
             if any(key in entries for key in TURNS_KEYS):
@@ -48,11 +48,14 @@ def open_sources(spec, tokenizer, template):
     return sources
 
 
-def source_notes(sources):
-    """A line for each source with keys that are not known, or with rows without a picture."""
+def source_notes(sources, most=None):
+    """A line for each source of which something is not read, or has no picture, or is odd.
+
+    most: of so many sources; one more line says how many others there are.
+    """
     lines = []
     for source in sources:
-        notes = []
+        notes = list(source.notes)
         rows = source.rows
         n_blind = int(((rows["n_images"] == 0) & (rows["tokens"] >= 0)).sum())
         if n_blind:
@@ -61,8 +64,15 @@ def source_notes(sources):
         if unknown:
             keys = ", ".join(f"{key} ({n:,})" for key, n in unknown.items())
             notes.append(f"keys that are not read, and their rows: {keys}")
+        unread = source.meta.get("unread")
+        if unread:
+            kinds = ", ".join(f"{short(kind)} ({n:,})" for kind, n in sorted(unread.items()))
+            notes.append(f"files that are not read: {kinds}")
         if notes:
             lines.append(f"{short(source.name)}: {'; '.join(notes)}")
+    if most is not None and len(lines) > most:
+        rest = f"and {len(lines) - most:,} other sources with such notes, which data.py check names"
+        lines = [*lines[:most], rest]
     return lines
 
 
@@ -76,13 +86,15 @@ def expand_paths(spec):
     for entry in spec.split(","):
         entry = entry.strip()
         if not entry:
-            continue
+            raise ValueError(f"--data={spec}: a path is empty; is a variable unset?")
         name = ""
         paths = expand_pattern(entry)
         if "=" in entry and not any(os.path.exists(path) for path in paths):
             name, pattern = entry.split("=", 1)
-            if not pattern.strip():
-                raise ValueError(f"--data={entry}: no path behind the =; is a variable unset?")
+            if not name.strip() or not pattern.strip():
+                side = "behind" if name.strip() else "before"
+                what = "path" if name.strip() else "name"
+                raise ValueError(f"--data={entry}: no {what} {side} the =; is a variable unset?")
             paths = expand_pattern(pattern)
         for path in paths:
             yield name, Path(path)
@@ -116,9 +128,6 @@ def is_meta_file(path):
 def open_meta_entry(path, key, entry, tokenizer, template):
     """The Source of one entry of a meta file; its name is the entry's key."""
     check_meta_entry(path, key, entry)
-    if entry.get("data_augment"):
-        print(f"{path}: {key}: data_augment is not done here, pictures stay as they are",
-              file=sys.stderr)
 
     def beside(name):
         """Paths are taken as they are written, else from the folder of the meta file."""
@@ -129,10 +138,11 @@ def open_meta_entry(path, key, entry, tokenizer, template):
     source.repeat = float(entry.get("repeat_time", 1))
     source.max_tiles = entry.get("max_dynamic_patch", 0)
     source.weight = entry.get("weight", 0)
+    if entry.get("data_augment"):
+        source.notes.append("data_augment is not done here, pictures stay as they are")
     n_rows = len(source.rows)
     if entry.get("length", n_rows) != n_rows:
-        print(f"{path}: {key}: length says {entry['length']} rows, there are {n_rows}",
-              file=sys.stderr)
+        source.notes.append(f"length says {entry['length']} rows, there are {n_rows}")
     return source
 
 

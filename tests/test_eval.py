@@ -2,7 +2,6 @@
 
 import base64
 import dataclasses
-import errno
 import hashlib
 import json
 import os
@@ -390,15 +389,6 @@ def test_a_second_evaluation_in_a_folder_is_refused(world, tmp_path, capsys):
     assert command(flags(world, out, "--benchmarks=toy_ocr"), capsys)[0] == 0
     # The folder of a finished evaluation is free again.
     assert command(flags(world, out, "--benchmarks=toy_ocr"), capsys)[0] == 0
-
-
-def test_a_file_system_without_locks_is_told_with_the_path(tmp_path, capsys, monkeypatch):
-    def no_locks(file, how):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(files.fcntl, "flock", no_locks)
-    files.lock_folder(tmp_path).close()
-    assert f"warning: {tmp_path / 'eval.lock'}: No locks available" in capsys.readouterr().err
 
 
 def test_a_model_whose_logits_are_not_finite_is_an_error_that_names_its_folder(

@@ -18,7 +18,7 @@ from rows import (
     talk,
 )
 
-from inputs import index, records
+from inputs import measure, records
 
 MEMORY = """
 import os
@@ -110,9 +110,9 @@ def test_an_index_built_by_several_processes_is_the_one_of_one_process(tmp_path,
     for name in names:
         (want.index / name).rename(tmp_path / name)
     (want.index / "meta.json").unlink()
-    records.map_index.cache_clear()
-    monkeypatch.setattr(index, "RECORDS_PER_TASK", 60)
-    monkeypatch.setattr(index.os, "sched_getaffinity", lambda pid: {0, 1})
+    records.forget_maps()
+    monkeypatch.setattr(measure, "RECORDS_PER_TASK", 60)
+    monkeypatch.setattr(measure.os, "sched_getaffinity", lambda pid: {0, 1})
     got = sources_of(one)[0]
     for name in names:
         assert (got.index / name).read_bytes() == (tmp_path / name).read_bytes()
@@ -124,7 +124,7 @@ def killed_at_120(source, records, first):
     """measure_task in a process that is killed when it comes to a record."""
     if first == 120:
         os.kill(os.getpid(), signal.SIGKILL)
-    return index.measure_records(source, records, first, TOY, CHAT)
+    return measure.measure_records(source, records, first, TOY, CHAT)
 
 
 def test_an_index_goes_on_where_a_process_that_helps_is_killed_and_says_so_once(
@@ -134,14 +134,14 @@ def test_an_index_goes_on_where_a_process_that_helps_is_killed_and_says_so_once(
     want = sources_of(one)[0]
     rows = (want.index / "rows.bin").read_bytes()
     (want.index / "meta.json").unlink()
-    records.map_index.cache_clear()
-    monkeypatch.setattr(index, "RECORDS_PER_TASK", 60)
-    monkeypatch.setattr(index.os, "sched_getaffinity", lambda pid: {0, 1})
+    records.forget_maps()
+    monkeypatch.setattr(measure, "RECORDS_PER_TASK", 60)
+    monkeypatch.setattr(measure.os, "sched_getaffinity", lambda pid: {0, 1})
     # forked, so that they have what is patched here
     fork = multiprocessing.get_context("fork")
-    monkeypatch.setattr(index.multiprocessing, "get_context", lambda kind: fork)
-    monkeypatch.setattr(index, "start_indexer", lambda *settings: None)
-    monkeypatch.setattr(index, "measure_task", killed_at_120)
+    monkeypatch.setattr(measure.multiprocessing, "get_context", lambda kind: fork)
+    monkeypatch.setattr(measure, "start_indexer", lambda *settings: None)
+    monkeypatch.setattr(measure, "measure_task", killed_at_120)
     got = sources_of(one)[0]
     assert (got.index / "rows.bin").read_bytes() == rows and got.meta == want.meta
     told = capfd.readouterr().err
@@ -154,11 +154,11 @@ import multiprocessing
 import os
 import time
 
-from inputs import index
+from inputs import measure
 
 if __name__ == "__main__":
     context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(1, context, index.start_indexer, (None, ""))
+    pool = concurrent.futures.ProcessPoolExecutor(1, context, measure.start_indexer, (None, ""))
     print(pool.submit(os.getpid).result(), flush=True)
     time.sleep(60)
 """

@@ -125,7 +125,7 @@ def random_source(n, rng):
     rows["n_images"] = rng.random(n) < 0.5
     rows["first_image"] = np.arange(n)
     images["width"], images["height"] = rng.integers(40, 400, (2, n))
-    bad = [{}] * int((rows["tokens"] < 0).sum())
+    bad = [{"row": i} for i in np.flatnonzero(rows["tokens"] < 0).tolist()]
     return types.SimpleNamespace(
         name="r",
         path="",

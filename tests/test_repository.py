@@ -24,6 +24,8 @@ TRITON = ROOT / "kernels" / "attention_triton.py"
 # another.
 ORDER = """
 inputs/files
+inputs/locks
+inputs/patience
 configurator
 kernels/*
 inputs/images
@@ -32,6 +34,9 @@ inputs/row_keys
 inputs/chat
 inputs/tars
 inputs/records
+inputs/folders
+inputs/measure
+inputs/building
 inputs/index
 inputs/sources
 inputs/fill
@@ -54,6 +59,7 @@ training/state_check
 training/metadata
 training/checkpoint
 training/metrics
+training/quarantine
 training/run_folder
 training/dry_run
 train

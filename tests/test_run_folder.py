@@ -140,15 +140,3 @@ def test_a_resized_run_keeps_the_packs_of_a_step_by_itself_or_by_hand_in_every_s
     accum, world = run_folder.micro_batches(started(4, tmp_path, 2), "alignment")
     assert (accum, world) == (4, 1)
     assert run_folder.micro_batches(started(4, None, world), "advance") == (4, 1)
-
-
-def test_one_percent_of_a_large_source_may_be_unreadable():
-    packs = types.SimpleNamespace(n=20000, n_bad=150)
-    progress = Progress(samples_seen=8)
-    run_folder.check_quarantine(progress, packs, "out")
-    fewer = types.SimpleNamespace(n=14000, n_bad=150)
-    with pytest.raises(ValueError, match="unreadable samples"):
-        run_folder.check_quarantine(progress, fewer, "out")
-    progress.quarantined = 200
-    with pytest.raises(ValueError, match="unreadable samples"):
-        run_folder.check_quarantine(progress, packs, "out")

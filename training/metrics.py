@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from inputs.files import naming, read_jsonl
+from inputs.sources import source_notes
 from training.distributed import all_reduce_sum, reshard, unwrap
 
 # ---- log.jsonl and bad_samples.jsonl -------------------------------------------------------------
@@ -88,6 +89,17 @@ def open_tracker(cfg, values):
     except ImportError:
         raise ValueError(f"--track={cfg.track} is not installed: pip install {cfg.track}") from None
     return None
+
+
+def print_data(packs, progress):
+    """Say what of the data is not read, how many samples there are, and where the stage starts."""
+    for line in source_notes(packs.sources, most=10):
+        print(line, flush=True)
+    n = len(packs.sources)
+    sources = "1 source" if n == 1 else f"{n} sources"
+    start = "resumes at" if progress.step else "starts at"
+    print(f"{packs.n:,} samples in {sources}, {packs.n_bad} unreadable; "
+          f"{start} step {progress.step}", flush=True)
 
 
 # ---- the time of a step --------------------------------------------------------------------------
@@ -246,7 +258,7 @@ def validation_loss(model, batches, dist):
     reshard(model)
     model.train()
     loss, weight = all_reduce_sum(sums.to(dist.device), dist).tolist()
-    return loss / max(weight, 1e-9)
+    return loss / weight if weight else math.nan  # nothing could be read
 
 
 def format_step(row):

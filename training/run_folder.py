@@ -1,6 +1,5 @@
 """The run folder: its lock, config.json, where to start or resume, signals, the watchdog."""
 import faulthandler
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -16,6 +15,7 @@ import torch
 import torch.distributed as td
 
 from inputs.files import naming, read_json, write_atomic
+from inputs.locks import take_lock
 from model_files import check_target, find_change
 from training.checkpoint import (
     check_room,
@@ -82,7 +82,7 @@ class Watchdog:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(self.path, "wb", buffering=0)  # stays open: the stacks go there
-            self.file.write(f"{text}\n".encode())
+            self.file.write(f"{text}\n".encode(errors="backslashreplace"))
         except OSError as e:  # a full disk must not end a run that can go on
             if not self.warned:
                 print(f"WARNING: {self.path} cannot be written ({e.strerror}); where a step hangs "
@@ -101,25 +101,30 @@ class Watchdog:
 # ---- the folder ----------------------------------------------------------------------------------
 
 
+# The lock files that this process holds.
+RUN_LOCKS = []
+
+
 def lock_run_folder(out_dir):
     """Take the run folder (rank 0), then remove what an interrupted save has left in it.
 
-    ValueError, naming the holder, if another process has it. The lock is fcntl's: the system
-    releases it however the process ends, and forked data workers do not inherit it.
+    ValueError, naming the holder, if another process has it. Forked data workers do not inherit
+    the lock.
     """
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    # Never closed, so that it is held until the process ends.
-    lock = os.open(out / "lock", os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        holder = os.read(lock, 200).decode() or "another process"
+    path = out / "lock"
+    file, _ = take_lock(path, inherited=False)
+    if file is None:
+        holder = path.read_text(encoding="utf-8")[:200] or "another process"
         raise ValueError(f"{out_dir} is in use by {holder}; wait for it, stop it, "
-                         "or choose another --out_dir") from None
-    with naming(out / "lock"):
-        os.ftruncate(lock, 0)
-        os.write(lock, f"process {os.getpid()} on {platform.node()}".encode())
+                         "or choose another --out_dir")
+    # The lock is held until the process ends.
+    RUN_LOCKS.append(file)
+    with naming(path):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
     for leftover in leftovers_in(out):
         shutil.rmtree(leftover)
 
@@ -217,6 +222,10 @@ def check_start(cfg, origins, stages):
         raise ValueError(f"{start or '--init_from='} is not a model folder: give "
                          "--init_from=FOLDER (the model folders of a run are RUN/STAGE), "
                          "or --tokenizer=FOLDER for random weights")
+    given = {"data": cfg.data} | {f"{name}.data": stage.data for name, stage in stages}
+    for name, value in given.items():
+        if origins[name] == "command line" and not value.strip():
+            raise ValueError(f"--{name}= is empty; is a variable unset?")
     for name, stage in stages:
         if not (cfg.data or stage.data):
             raise ValueError(f"stage {name} has no data: "
@@ -373,10 +382,8 @@ def check_disk(cfg, name, steps_left, model):
     check_room(cfg.out_dir, need, f"stage {name} with {saves} more checkpoints and a model folder")
 
 
-def check_quarantine(progress, packs, out_dir):
-    """ValueError if too many samples are unreadable: max(100, 1 %) of all, or of those seen."""
-    counts = [(packs.n_bad, packs.n), (progress.quarantined, progress.samples_seen)]
-    for bad, n in counts:
-        if bad > max(100, 0.01 * n):
-            raise ValueError(f"{bad} unreadable samples of {n}: see {out_dir}/bad_samples.jsonl, "
-                             "repair or remove them")
+def check_trained(name, progress, out_dir):
+    """ValueError if no step of a stage has updated anything: its model folder would be a lie."""
+    if progress.updates == 0:
+        raise ValueError(f"stage {name}: none of its {progress.step} steps has updated the "
+                         f"weights; see {out_dir}/log.jsonl and bad_samples.jsonl")

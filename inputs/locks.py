@@ -1,0 +1,43 @@
+"""Locks between processes: the system frees them when their process ends, however it ends."""
+import errno
+import fcntl
+import os
+import sys
+
+# What a file system without locks answers: NFS without lockd, Lustre without -o flock, FUSE.
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
+# The file systems of which this process has said that they have no locks.
+DEVICES_TOLD = set()
+
+
+def take_lock(path, wait=False, inherited=True):
+    """Hold a lock file, which is made if it is missing, until the returned file is closed.
+
+    Returns (open file, whether there is a lock at all); None in place of the file if another
+    process has the lock and wait is False. Where the file system has no locks a warning says so,
+    and nobody is kept out. inherited: forked processes hold the lock as well.
+    Raises OSError, with the path, if the file cannot be made.
+    """
+    file = open(path, "a+", encoding="utf-8")
+    lock = fcntl.flock if inherited else fcntl.lockf
+    try:
+        lock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        if e.errno in NO_LOCKS:
+            device = os.fstat(file.fileno()).st_dev
+            warn_of_no_locks(os.path.abspath(path), device, e.strerror)
+            return file, False
+        file.close()
+        if not isinstance(e, (BlockingIOError, PermissionError)):
+            raise OSError(e.errno, f"cannot be locked: {e.strerror}", str(path)) from None
+        return None, True
+    return file, True
+
+
+def warn_of_no_locks(path, device, reason):
+    """Say it once for each file system."""
+    if device in DEVICES_TOLD:
+        return
+    DEVICES_TOLD.add(device)
+    print(f"warning: {path}: this file system has no locks ({reason}); make sure that no other "
+          "process works in this folder, or put it on another disk", file=sys.stderr, flush=True)
