@@ -78,7 +78,8 @@ class PackedDataset(torch.utils.data.Dataset):
                 row = read_patiently(source.row, i)
                 about["id"] = row["id"]
                 room = tiles[n_tiles_read:]
-                read_patiently(self.read_pictures, source, i, row, n_tiles, room)
+                if n_tiles:
+                    read_patiently(self.read_pictures, source, i, row, n_tiles, room)
                 samples.append(self.make_sample(row, n_tiles))
             except UNREADABLE as e:
                 bad.append(about | {"reason": reason_of(e)})

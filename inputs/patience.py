@@ -1,4 +1,5 @@
 """Files that cannot be read for a while: a network or file server that is away comes back."""
+import collections
 import errno
 import os
 import sys
@@ -12,8 +13,8 @@ PASSING = tuple(getattr(errno, name) for name in """
 # Seconds between two attempts: 90 in all. A second file that fails in a row ends the run before
 # --timeout_s does.
 PAUSES = (1, 2, 4, 8, 15, 30, 30)
-# The file of this process that was given up last, None after one that could be read.
-GIVEN_UP = []
+# {name of a reading function: files that it gave up in a row}
+GIVEN_UP = collections.Counter()
 
 
 def is_passing(error):
@@ -34,21 +35,21 @@ def read_patiently(read, *args):
             if not is_passing(e):
                 raise
             if pause is None:
-                give_up(e)
+                give_up(read.__name__, e)
                 raise
             print(f"WARNING: {describe(e)}; trying again in {pause} s", file=sys.stderr, flush=True)
             time.sleep(pause)
         else:
-            GIVEN_UP.clear()
+            del GIVEN_UP[read.__name__]
             return result
 
 
-def give_up(error):
+def give_up(reader, error):
     """DataGone if this is the second file in a row that stays away."""
-    GIVEN_UP.append(error.filename)
-    if len(GIVEN_UP) > 1:
-        raise DataGone(f"{describe(error)}, for {len(GIVEN_UP) * sum(PAUSES)} s; when the "
-                             "file system is back, run the same command again") from None
+    GIVEN_UP[reader] += 1
+    if GIVEN_UP[reader] > 1:
+        raise DataGone(f"{describe(error)}, for {GIVEN_UP[reader] * sum(PAUSES)} s; when the file "
+                       "system is back, run the same command again") from None
 
 
 def describe(error):

@@ -56,7 +56,10 @@ def map_index(path):
     _, size = mapped_file(path)
     if size == 0:
         return np.empty(0, dtype)
-    return torch.from_file(path, size=size, dtype=torch.uint8).numpy().view(dtype)
+    with open(path, "rb") as file:
+        # PyTorch takes no name that is not UTF-8.
+        name = path if path.isprintable() else f"/dev/fd/{file.fileno()}"
+        return torch.from_file(name, size=size, dtype=torch.uint8).numpy().view(dtype)
 
 
 @functools.lru_cache(None)

@@ -83,10 +83,10 @@ def expand_paths(spec):
 
     `year=2026/*.jsonl` is a path where there are such files.
     """
-    for entry in spec.split(","):
-        entry = entry.strip()
-        if not entry:
-            raise ValueError(f"--data={spec}: a path is empty; is a variable unset?")
+    entries = [entry.strip() for entry in spec.split(",")]
+    if "" in entries:
+        raise ValueError(f"--data={spec}: a path is empty; is a variable unset?")
+    for entry in entries:
         name = ""
         paths = expand_pattern(entry)
         if "=" in entry and not any(os.path.exists(path) for path in paths):
