@@ -1,13 +1,14 @@
 """inputs/images.py: image files and dynamic tiling."""
 
 import io
+import struct
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from inputs import images
 from inputs.images import (
@@ -100,6 +101,57 @@ def test_exif_rotation_is_applied_to_picture_and_size(orientation):
         == image_size(source)
         == ((48, 64) if orientation >= 5 else (64, 48))
     )
+
+
+def png_turned(how):
+    """A PNG of 40 x 20 that says, in one of the ways there are, that it stands on its side."""
+    xmp = '<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    info = PngImagePlugin.PngInfo()
+    if how == "xmp":
+        info.add_itxt("XML:com.adobe.xmp", xmp)
+    elif how == "raw profile":
+        content = exif.tobytes()
+        info.add_text("Raw profile type exif", f"\nexif\n{len(content):8}\n{content.hex()}\n", True)
+    content = encode(gradient(40, 20), "PNG", pnginfo=info)
+    late = {
+        "late exif": (b"eXIf", exif.tobytes()[6:]),
+        "late xmp": (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp.encode()),
+        "late date": (b"tEXt", b"date:create\x002024-01-01"),
+    }
+    if how in late:
+        kind, value = late[how]
+        chunk = struct.pack(">I", len(value)) + kind + value
+        chunk += struct.pack(">I", zlib.crc32(kind + value))
+        content = content[:-12] + chunk + content[-12:]
+    return content
+
+
+@pytest.mark.parametrize(
+    "how", ["xmp", "raw profile", "late exif", "late xmp", "late date", "plain"]
+)
+def test_the_size_of_a_png_is_the_one_it_has_when_it_is_decoded_however_it_is_turned(how):
+    content = png_turned(how)
+    turned = how not in ("late date", "plain")
+    assert image_size(content) == ((20, 40) if turned else (40, 20))
+    assert load_image(content).size == image_size(content)
+
+
+def test_a_png_that_says_nothing_of_its_orientation_is_not_decoded_to_know_its_size(monkeypatch):
+    content = png_turned("late date")
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", None)
+    assert image_size(content) == (40, 20)
+
+
+@pytest.mark.parametrize("kind", [ZeroDivisionError, OverflowError, AttributeError, RuntimeError])
+def test_whatever_a_decoder_raises_the_picture_is_damaged_and_no_more(monkeypatch, kind):
+    def broken(self):
+        raise kind("odd")
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", broken)
+    with pytest.raises(ValueError, match="damaged picture"):
+        load_image(png_turned("plain"))
 
 
 def test_animations_give_their_first_frame():

@@ -225,7 +225,7 @@ def check_start(cfg, origins, stages):
     given = {"data": cfg.data} | {f"{name}.data": stage.data for name, stage in stages}
     for name, value in given.items():
         if origins[name] == "command line" and not value.strip():
-            raise ValueError(f"--{name}= is empty; is a variable unset?")
+            raise ValueError(f"--{name}= is empty, so there is no data; is a variable unset?")
     for name, stage in stages:
         if not (cfg.data or stage.data):
             raise ValueError(f"stage {name} has no data: "
