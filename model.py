@@ -306,16 +306,6 @@ class VLM(nn.Module):
         return self.language_model.head(h)
 
 
-def compile_blocks(model):
-    """Compile every transformer block in place: names and checkpoints do not change."""
-    vit_blocks = [module for module in model.modules() if isinstance(module, VisionBlock)]
-    blocks = list(model.language_model.model.layers)
-    for block in [*vit_blocks, *blocks[:-1]]:
-        block.compile()
-    for block in blocks[-1:]:
-        block.compile(dynamic=True)  # it returns another number of rows for each pack
-
-
 # ---- random weights ------------------------------------------------------------------------------
 
 @torch.no_grad()

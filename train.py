@@ -20,9 +20,10 @@ from tqdm import tqdm
 from configurator import configure, resolved, run_script, setting
 from data import held_out, make_loader, model_inputs, stage_dataset
 from inputs.tokenizer import Tokenizer
-from model import LLMConfig, compile_blocks, train_flops
+from model import LLMConfig, train_flops
 from model_config import config_json
 from training import checkpoint, distributed, metrics, optim, run_folder
+from training.compile import compile_blocks
 from training.dry_run import print_plan
 from training.output import forgive_output
 from training.progress import Progress
@@ -314,7 +315,7 @@ def train_stage(run, name, stage, later_steps):
         finite = math.isfinite(loss) and bool(norm.isfinite())
         if finite:
             optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        distributed.clear_gradients(model, optimizer)
         clock.lap("optimizer")
         counts_before = progress.counts
         progress.advance(done, micro[-1], totals, finite)

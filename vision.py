@@ -119,27 +119,37 @@ class VisionBlock(nn.Module):
         self.ls1 = nn.Parameter(torch.empty(C))
         self.ls2 = nn.Parameter(torch.empty(C))
 
-    def forward(self, x, cu_seqlens, drop_rate):
-        """x (N, L, C) -> (N, L, C). cu_seqlens (N+1,): every tile is a document of its own."""
-        N, L, C = x.shape
+    def forward(self, x, cu_seqlens, keep=None):
+        """x (N*L, C) -> (N*L, C). cu_seqlens (N+1,): every tile is a document of its own.
+
+        keep (2, N*L): what stochastic depth multiplies the two branches by, see keep_factors.
+        """
+        rows, C = x.shape
+        L = rows // (len(cu_seqlens) - 1)
         qkv = self.attn.qkv(self.norm1(x))
-        q, k, v = qkv.view(N * L, 3, self.n_heads, C // self.n_heads).unbind(1)  # (N*L, H, D) each
-        attention_out = attention(q, k, v, cu_seqlens, L, causal=False).reshape(N, L, C)
-        x = x + drop_path(self.attn.proj(attention_out) * self.ls1, drop_rate)
+        q, k, v = qkv.view(rows, 3, self.n_heads, C // self.n_heads).unbind(1)  # (N*L, H, D) each
+        attention_out = attention(q, k, v, cu_seqlens, L, causal=False).reshape(rows, C)
+        branch = self.attn.proj(attention_out) * self.ls1
+        x = x + (branch if keep is None else branch * keep[0, :, None])
 
         hidden = F.gelu(self.mlp.fc1(self.norm2(x)))
-        return x + drop_path(self.mlp.fc2(hidden) * self.ls2, drop_rate)
+        branch = self.mlp.fc2(hidden) * self.ls2
+        return x + (branch if keep is None else branch * keep[1, :, None])
 
 
-def drop_path(x, rate):
-    """Stochastic depth (arXiv 1603.09382) on a residual branch x (N, L, C).
+def keep_factors(n_layers, n_tiles, length, rate, like):
+    """Stochastic depth (arXiv 1603.09382) -> for each layer, factors of its branches (2, N*L).
 
-    The branch of a tile becomes 0 with probability `rate`; the others are scaled up for it.
+    A tile's branch becomes 0 with a probability that grows linearly over the depth, from 0 to
+    `rate`. The others are scaled up for it. All factors are drawn here, outside the blocks: a
+    block that knew its own rate would be compiled once for each rate. They have the dtype and the
+    device of `like`.
     """
-    if rate == 0.0:
-        return x
-    keep = torch.rand(x.shape[0], 1, 1, device=x.device) >= rate
-    return x * (keep / (1 - rate)).to(x.dtype)
+    rates = torch.linspace(0, rate, n_layers, device=like.device)[:, None, None]
+    kept = torch.rand(n_layers, 2, n_tiles, device=like.device) >= rates
+    factors = (kept / (1 - rates)).to(like.dtype)  # (n_layers, 2, N)
+    tile_of_row = torch.arange(n_tiles, device=like.device).repeat_interleave(length)  # (N*L,)
+    return [of_layer[:, tile_of_row] for of_layer in factors]
 
 
 class ViT(nn.Module):
@@ -162,14 +172,19 @@ class ViT(nn.Module):
 
     def forward(self, tiles):
         """Normalised tiles (N, 3, s, s) -> patch vectors (N, P, C), without the class token."""
-        x = self.embeddings(tiles)  # (N, L, C)
-        cu_seqlens = x.shape[1] * torch.arange(len(x) + 1, dtype=torch.int32)
-        step = 0.0
-        if self.training:
-            step = self.drop_path / max(1, len(self.encoder.layers) - 1)
-        for i, block in enumerate(self.encoder.layers):
-            x = block(x, cu_seqlens, step * i)
-        return x[:, 1:]
+        x = self.embeddings(tiles)
+        N, L, C = x.shape
+        # (N*L, C): tiles end to end, as documents are in the language model. A copy, because
+        # torch.compile makes another graph for a block whose input is a view.
+        x = x.flatten(0, 1).clone()
+        cu_seqlens = L * torch.arange(N + 1, dtype=torch.int32)
+        blocks = self.encoder.layers
+        keep = [None] * len(blocks)
+        if self.training and self.drop_path:
+            keep = keep_factors(len(blocks), N, L, self.drop_path, x)
+        for block, keep_here in zip(blocks, keep, strict=True):
+            x = block(x, cu_seqlens, keep_here)
+        return x.view(N, L, C)[:, 1:]
 
 
 # ---- from patches to visual tokens ---------------------------------------------------------------

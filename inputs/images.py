@@ -258,6 +258,15 @@ def normalize(tiles, dtype=torch.float32):
 
     Computed in fp32 on the tiles' device, in place on one copy of them.
     """
-    mean = 255 * torch.tensor(MEAN, device=tiles.device).view(3, 1, 1)
-    std = 255 * torch.tensor(STD, device=tiles.device).view(3, 1, 1)
+    mean, std = colour_statistics(tiles.device)
     return tiles.float().sub_(mean).div_(std).to(dtype)
+
+
+# Copied to a device once: the GPU's queue would be waited for at each copy.
+@functools.lru_cache
+@torch.inference_mode(False)
+def colour_statistics(device):
+    """MEAN and STD of pixels from 0 to 255, each (3, 1, 1) on `device`."""
+    mean = 255 * torch.tensor(MEAN, device=device).view(3, 1, 1)
+    std = 255 * torch.tensor(STD, device=device).view(3, 1, 1)
+    return mean, std

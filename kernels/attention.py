@@ -19,6 +19,7 @@ import sys
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from kernels import attention_triton
 
@@ -41,22 +42,21 @@ def attention(q, k, v, cu_seqlens, max_seqlen, causal):
     if not path:
         path = "triton" if q.is_cuda and q.element_size() == 2 and not against else "sdpa"
 
-    if path == "triton":
-        if against:
-            raise ValueError(f"ATTENTION=triton: {against}")
-        out, lse = _triton(q, k, v, cu_seqlens, causal)
+    if path == "triton" and against:
+        raise ValueError(f"ATTENTION=triton: {against}")
+    if path not in ("triton", *PYTORCH_PATHS):
+        raise ValueError(f"ATTENTION={path!r} is not a known path; use reference, sdpa or triton")
+
+    # torch.compile has to see a single operation. The borders of documents are data: if they were
+    # traced, every new pack would compile anew.
+    if path == "triton" or torch.compiler.is_compiling():
+        out, lse = _operation(q, k, v, cu_seqlens, causal, path)
         return out
-    if path == "sdpa":
-        return _sdpa(q, k, v, cu_seqlens, max_seqlen, causal)
-    if path == "reference":
-        return _reference(q, k, v, cu_seqlens, max_seqlen, causal)
-    raise ValueError(f"ATTENTION={path!r} is not a known path; use reference, sdpa or triton")
+    return PYTORCH_PATHS[path](q, k, v, cu_seqlens, max_seqlen, causal)
 
 
 # ---- reference: the definition, one document at a time -------------------------------------------
 
-# The borders of documents are data. If they were traced, every new pack would compile anew.
-@torch.compiler.disable
 def _reference(q, k, v, cu_seqlens, max_seqlen, causal):
     groups = q.shape[1] // k.shape[1]
     out = []
@@ -74,7 +74,6 @@ def _reference(q, k, v, cu_seqlens, max_seqlen, causal):
 
 # ---- sdpa: documents of similar length as one right-padded batch ---------------------------------
 
-@torch.compiler.disable
 def _sdpa(q, k, v, cu_seqlens, max_seqlen, causal):
     T, H, D = q.shape
     if q.is_cuda and not os.environ.get("ATTENTION"):
@@ -188,45 +187,66 @@ def _plan(borders, causal, device):
     return torch.cat(gather).to(device), scatter.to(device), groups
 
 
-# ---- triton: the kernels as operations that autograd and torch.compile know ----------------------
+PYTORCH_PATHS = {"reference": _reference, "sdpa": _sdpa}
+
+
+# ---- the paths as one operation that autograd and torch.compile know -----------------------------
 
 @torch.library.custom_op("sail_vl::attention", mutates_args=())
-def _triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor,
-            causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> out (T, H, D), lse (H, T)."""
-    return attention_triton.run_forward(q, k, v, cu_seqlens, causal)
+def _operation(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool,
+               path: str) -> tuple[Tensor, Tensor]:
+    """-> out (T, H, D), lse (H, T), which is 0 where the path does not need it."""
+    if path == "triton":
+        return attention_triton.run_forward(q, k, v, cu_seqlens, causal)
+    T, H, _ = q.shape
+    out = PYTORCH_PATHS[path](q, k, v, cu_seqlens, _longest(cu_seqlens), causal)
+    return out.contiguous(), q.new_zeros((H, T), dtype=torch.float32)
 
 
-@_triton.register_fake
-def _triton_shapes(q, k, v, cu_seqlens, causal):
+@_operation.register_fake
+def _shapes(q, k, v, cu_seqlens, causal, path):
     T, H, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((H, T), dtype=torch.float32)
 
 
 @torch.library.custom_op("sail_vl::attention_backward", mutates_args=())
-def _triton_backward(
-        dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
-        lse: torch.Tensor, cu_seqlens: torch.Tensor,
-        causal: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _backward_operation(
+        dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+        cu_seqlens: Tensor, causal: bool, path: str) -> tuple[Tensor, Tensor, Tensor]:
     """-> dq (T, H, D), dk and dv (T, K, D)."""
-    return attention_triton.run_backward(dout, q, k, v, out, lse, cu_seqlens, causal)
+    if path == "triton":
+        return attention_triton.run_backward(dout, q, k, v, out, lse, cu_seqlens, causal)
+
+    def forward(q, k, v):
+        return PYTORCH_PATHS[path](q, k, v, cu_seqlens, _longest(cu_seqlens), causal)
+
+    # PyTorch differentiates its own path. That computes the forward pass once more, which only
+    # compiled models pay.
+    _, differentiate = torch.func.vjp(forward, q, k, v)
+    dq, dk, dv = differentiate(dout)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
-@_triton_backward.register_fake
-def _triton_backward_shapes(dout, q, k, v, out, lse, cu_seqlens, causal):
+@_backward_operation.register_fake
+def _backward_shapes(dout, q, k, v, out, lse, cu_seqlens, causal, path):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+def _longest(cu_seqlens):
+    return int(cu_seqlens.diff().max())
+
+
 def _save_for_backward(ctx, inputs, output):
-    q, k, v, cu_seqlens, causal = inputs
+    q, k, v, cu_seqlens, causal, path = inputs
     out, lse = output
     ctx.causal = causal
+    ctx.path = path
     ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
 
 
 def _gradients(ctx, dout, dlse):
-    dq, dk, dv = _triton_backward(dout, *ctx.saved_tensors, ctx.causal)
-    return dq, dk, dv, None, None  # cu_seqlens and causal have none
+    dq, dk, dv = _backward_operation(dout, *ctx.saved_tensors, ctx.causal, ctx.path)
+    return dq, dk, dv, None, None, None  # cu_seqlens, causal and path have none
 
 
-_triton.register_autograd(_gradients, setup_context=_save_for_backward)
+_operation.register_autograd(_gradients, setup_context=_save_for_backward)

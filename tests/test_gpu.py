@@ -10,9 +10,9 @@ import torch
 
 from bench import samples as bench
 from generate import generate
-from model import compile_blocks
 from model_config import config_json
 from training import distributed
+from training.compile import compile_blocks
 from weights import load_folder, save_folder
 
 pytestmark = [

@@ -1,8 +1,9 @@
 """vision.py: the ViT's own arithmetic, pixel shuffle, projector."""
 
+import pytest
 import torch
 
-from vision import Projector, VisionConfig, ViT, drop_path, pixel_shuffle
+from vision import Projector, VisionConfig, ViT, keep_factors, pixel_shuffle
 
 torch.set_num_threads(1)
 
@@ -64,15 +65,18 @@ def test_positions_are_interpolated_to_another_grid():
     assert vit(tiles).shape == (1, 30, 32)
 
 
-def test_drop_path_drops_whole_tiles_keeps_the_mean_and_is_off_in_evaluation():
+def test_stochastic_depth_drops_whole_tiles_keeps_the_mean_and_is_off_in_evaluation():
     torch.manual_seed(0)
-    x = drop_path(torch.ones(4000, 2, 3), 0.25)
-    rows = x.flatten(1)
-    assert bool((rows == rows[:, :1]).all()) and set(x.unique().tolist()) == {
-        0.0,
-        torch.tensor(1 / 0.75).item(),
-    }
-    assert abs(x.mean() - 1) < 0.05
+    tiles, length = 4000, 3
+    layers = keep_factors(3, tiles, length, 0.4, torch.empty(0))
+    for rate, factors in zip([0.0, 0.2, 0.4], layers, strict=True):
+        assert factors.shape == (2, tiles * length)
+        by_tile = factors.view(2, tiles, length)
+        assert bool((by_tile == by_tile[:, :, :1]).all())
+        dropped = (factors == 0).float().mean().item()
+        assert dropped == pytest.approx(rate, abs=0.03)
+        kept = factors[factors > 0]
+        torch.testing.assert_close(kept, torch.full_like(kept, 1 / (1 - rate)))
     vit, tiles = small_vit(), torch.randn(4, 3, 56, 56)
     plain = vit(tiles)
     vit.drop_path = 0.9

@@ -28,9 +28,10 @@ from inputs.images import normalize
 from inputs.packing import Packs, PackSettings
 from inputs.sources import open_sources
 from inputs.tokenizer import Tokenizer
-from model import LanguageModel, LLMConfig, compile_blocks, init_weights
+from model import LanguageModel, LLMConfig, init_weights
 from model_config import config_json
 from toy.words import CellDataset, WordDataset, WordSource
+from training.compile import compile_blocks
 from training.distributed import (
     all_reduce_dict,
     all_reduce_sum,

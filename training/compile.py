@@ -1,0 +1,24 @@
+"""torch.compile of the transformer blocks."""
+import torch
+import torch.fx.experimental._config as fx_config
+
+from model import Block
+from vision import VisionBlock
+
+
+def compile_blocks(model, backend="inductor"):
+    """Compile every transformer block in place: names and checkpoints do not change.
+
+    The sizes of a pack (T, N, S) are symbols from the start. So blocks of one kind share a graph,
+    and a new pack compiles nothing.
+    """
+    # Graphs of another stage, in which other parts trained, would count against PyTorch's limit.
+    torch._dynamo.reset()
+    # PyTorch would cut the graph of a block where a bucket of DDP ends. Blocks are smaller than
+    # buckets, and its cutter does not know symbolic sizes.
+    torch._dynamo.config.optimize_ddp = False
+    # Two sizes that are equal in the first pack are not the same size.
+    fx_config.use_duck_shape = False
+    for module in model.modules():
+        if isinstance(module, (VisionBlock, Block)):
+            module.compile(dynamic=True, backend=backend)
