@@ -152,13 +152,15 @@ def read_tsv(path, columns=()):
             header = fields
             check_header(path, header, ["index", "question", "answer", *columns])
             continue
-        # An empty line.
-        if not fields:
+        # An empty line; a spreadsheet writes it as tabs alone.
+        if not any(fields):
             continue
         if len(fields) != len(header):
             raise ValueError(f"{path} line {line}: not {len(header)} columns")
         row = dict(zip(header, fields, strict=True))
         index = row["index"]
+        if not index.strip():
+            raise ValueError(f"{path} line {line}: its index is empty; number the rows")
         if index in rows:
             raise ValueError(f"{path} line {line}: index {index!r} stands twice")
         if len(row.get("image", "")) > REFERENCE_LENGTH:

@@ -143,6 +143,8 @@ def test_rows_without_a_picture_are_left_out_as_in_vlmevalkit_and_counted(tmp_pa
         ("index\tquestion\tanswer\n1\tq\n", "line 2: not 3 columns"),
         ("index\tquestion\tanswer\n1\tq\ta\tb\n", "line 2: not 3 columns"),
         ("index\tquestion\tanswer\n1\tq\ta\n1\tq\ta\n", "line 3: index '1' stands twice"),
+        ("index\tquestion\tanswer\n\tq\ta\n", "line 2: its index is empty"),
+        ("index\tquestion\tanswer\n \tq\ta\n", "line 2: its index is empty"),
         ("index\timage\tquestion\tanswer\n1\t77\tq\ta\n", "'image': '77' is no row with a pic"),
         (b"index\tquestion\tanswer\n1\t\xff\xff\ta\n", "not a UTF-8"),
         ("index\tquestion\tanswer\tanswer\n1\tq\ta\tb\n", "more than 1 column 'answer'"),
@@ -155,6 +157,12 @@ def test_bad_files_are_refused(tmp_path, text, message):
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=message):
         files.read_rows(path, TOY_OCR)
+
+
+def test_a_line_of_tabs_that_a_spreadsheet_leaves_is_no_row(tmp_path):
+    (tmp_path / "t.tsv").write_bytes(b"index\tquestion\tanswer\r\n1\tq\ta\r\n\t\t\r\n\r\n")
+    rows, _ = files.read_tsv(tmp_path / "t.tsv")
+    assert [row["index"] for row in rows] == ["1"]
 
 
 def test_quotation_marks_that_are_fine(tmp_path):
