@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import operator
 import re
 import sys
 import traceback
@@ -39,14 +40,31 @@ EXPECTED = {
 }
 
 
-def setting(default, at_least=0, files=False):
+def setting(default, at_least=0, at_most=None, above=None, below=None, files=False, filled=False):
     """A field of a Config with rules of its own.
 
-    at_least: the smallest number allowed; without this no setting may be negative.
-    files: the value names files. A repeated flag is refused then: bash has made several flags of
-    an unquoted --data=a-{0..9}.tar, and only the last one would count.
+    at_least, at_most, above, below: the range of a number. A slip of the hand is refused by name
+    then, and does not hang or fail far from here. files: the value names files. A repeated flag is
+    refused then: bash has made several of an unquoted --data=a-{0..9}.tar; the last would count.
+    filled: a text that may not be empty.
     """
-    return dataclasses.field(default=default, metadata={"at_least": at_least, "files": files})
+    at_least = None if above is not None else at_least
+    ends = {"at least": at_least, "above": above, "at most": at_most, "below": below}
+    rules = {"range": ends, "files": files, "filled": filled}
+    return dataclasses.field(default=default, metadata=rules)
+
+
+HOLDS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le,
+         "below": operator.lt}
+
+
+def range_problem(field, value):
+    """What the number of a field must be, as text; "" if it is."""
+    ends = field.metadata.get("range", {"at least": 0})
+    ends = {word: end for word, end in ends.items() if end is not None}
+    if all(HOLDS[word](value, end) for word, end in ends.items()):
+        return ""
+    return "must be " + " and ".join(f"{word} {end:,}" for word, end in ends.items())
 
 
 class Slot(typing.NamedTuple):
@@ -107,7 +125,7 @@ def parse(text, kind):
         return text
     if (typing.get_origin(kind) or kind) is tuple:
         return tuple(part.strip() for part in text.split(",") if part.strip())
-    with contextlib.suppress(ValueError, SyntaxError):
+    with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
         return ast.literal_eval(text)
     return text
 
@@ -215,10 +233,14 @@ class Settings:
 
     def check_limits(self):
         for name, slot in self.slots.items():
-            least = slot.field.metadata.get("at_least", 0)
             value = slot.value
-            if isinstance(value, (int, float)) and value < least:
-                raise ConfigError(f"{self.origins[name]}: {name}={value} must be at least {least}")
+            problem = ""
+            if isinstance(value, (int, float)):
+                problem = range_problem(slot.field, value)
+            elif value == "" and slot.field.metadata.get("filled"):
+                problem = "must not be empty; is a variable unset?"
+            if problem:
+                raise ConfigError(f"{self.origins[name]}: {name}={str(value)[:40]} {problem}")
 
 
 class View:

@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 
-from configurator import configure, run_script, split_words, subcommand
+from configurator import configure, run_script, setting, split_words, subcommand
 from inputs.chat import TEMPLATES
 from inputs.files import read_json
 from inputs.images import MEAN, STD
@@ -45,7 +45,7 @@ class AssembleConfig:
     vision: str = ""  # folder of a released InternViT, or a whole model folder
     llm: str = ""  # folder of a released Qwen2.5, or a whole model folder
     out: str = ""  # the model folder to write
-    seed: int = 1234  # of the fresh projector
+    seed: int = setting(1234, at_most=2**32 - 1)  # of the fresh projector
     template: Literal[tuple(TEMPLATES)] = "sailvl-chat"  # prompt template, stored in config.json
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the stored weights
 

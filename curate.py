@@ -35,54 +35,67 @@ from curation.dedup import drop_near_duplicates
 from curation.filter import filter_captions
 from curation.report import report_captions
 from curation.tiers import run_tier
+from inputs.images import MAX_TILES
 
 
 @dataclass(slots=True)
 class Config:
     in_: str = setting("", files=True)  # tars, folders, .jsonl, .json; name=path,...
     out: str = ""  # folder to write
-    seed: int = 0  # of all random choices
-    workers: int = setting(4, at_least=1)  # threads that decode pictures
-    shard_size: int = setting(1000, at_least=1)  # rows of a shard, if the input is no tar
+    seed: int = setting(0, at_most=2**32 - 1)  # of all random choices
+    workers: int = setting(4, at_least=1, at_most=256)  # threads that decode pictures
+    # rows of a shard, if the input is no tar
+    shard_size: int = setting(1000, at_least=1, at_most=10**6)
 
     # collect
-    min_side: int = 64  # collect: least pixels of the shorter side
-    max_aspect: float = 8.0  # collect: largest ratio of the longer side to the shorter
+    min_side: int = setting(64, at_most=10**6)  # collect: least pixels of the shorter side
+    # collect: largest ratio of the longer side to the shorter
+    max_aspect: float = setting(8.0, at_least=1, at_most=1e6)
 
     # dedup, select
     by: Literal["image", "text", "both"] = "image"  # dedup: pictures, captions, or either
-    distance: int = 3  # dedup: most bits of 64 by which hashes of near-duplicate pictures differ
-    jaccard: float = 0.8  # dedup: least share of word 3-grams common to near-duplicate captions
-    n: int = 1000  # select: rows to take; quick, composition, incremental: rows of a mix (0: all)
-    clusters: int = setting(64, at_least=1)  # select: clusters of --model's ViT features, or hashes
+    # dedup: most bits of 64 by which hashes of near-duplicate pictures differ
+    distance: int = setting(3, at_most=64)
+    # dedup: least share of word 3-grams common to near-duplicate captions
+    jaccard: float = setting(0.8, above=0, at_most=1)
+    # select: rows to take; quick, composition, incremental: rows of a mix (0: all)
+    n: int = setting(1000, at_most=10**10)
+    # select: clusters of --model's ViT features, or hashes
+    clusters: int = setting(64, at_least=1, at_most=10**6)
 
     # annotate, recaption, score, sft-quality
     endpoint: str = ""  # OpenAI-compatible http://.../v1, several with commas; key: JUDGE_API_KEY
     endpoint_model: str = ""  # the model's name there
     model: str = ""  # a model folder in place of an endpoint
     mode: Literal["caption", "recaption"] = "recaption"  # recaption: the prompt has the alt-text
-    prompts: str = "curation/prompts"  # folder of the prompts; a row holds the sha256 of its own
-    threads: int = 8  # requests to an endpoint at a time
-    max_new_tokens: int = 512  # longest reply; a reply that is cut off is dropped
-    batch_size: int = setting(64, at_least=1)  # pictures answered together by a model folder
-    max_tiles: int = 0  # tiles of a picture for a model folder; 0: its own limit
+    # folder of the prompts; a row holds the sha256 of its own
+    prompts: str = setting("curation/prompts", filled=True)
+    threads: int = setting(8, at_least=1, at_most=1024)  # requests to an endpoint at a time
+    # longest reply; a reply that is cut off is dropped
+    max_new_tokens: int = setting(512, at_least=1, at_most=2**17)
+    # pictures answered together by a model folder
+    batch_size: int = setting(64, at_least=1, at_most=2**16)
+    # tiles of a picture for a model folder; 0: its own limit
+    max_tiles: int = setting(0, at_most=MAX_TILES)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of a model folder
-    price_in: float = 0.0  # dollars for a million prompt tokens
-    price_out: float = 0.0  # dollars for a million answer tokens
+    price_in: float = setting(0.0, at_most=1e6)  # dollars for a million prompt tokens
+    price_out: float = setting(0.0, at_most=1e6)  # dollars for a million answer tokens
 
     # filter
-    min_richness: float = 0.0  # filter: least judge score; 0: not checked
-    min_alignment: float = 0.0  # filter: least judge score; 0: not checked
-    min_words: int = 3  # filter: fewest words of a caption
-    max_words: int = 400  # filter: most words of a caption
-    max_repetition: float = 0.3  # filter: largest share of word 3-grams that occurred before
+    min_richness: float = setting(0.0, at_most=5)  # filter: least judge score; 0: not checked
+    min_alignment: float = setting(0.0, at_most=5)  # filter: least judge score; 0: not checked
+    min_words: int = setting(3, at_most=10**6)  # filter: fewest words of a caption
+    max_words: int = setting(400, at_most=10**6)  # filter: most words of a caption
+    # filter: largest share of word 3-grams that occurred before
+    max_repetition: float = setting(0.3, at_most=1)
     script: Literal["latin", "cjk", "cyrillic", "arabic", "devanagari"] = "latin"  # filter: wanted
-    min_script: float = 0.5  # filter: least share of letters in the wanted script
-    max_ngram_share: float = 0.0  # filter: share of captions that may have one 4-gram; 0: any
+    min_script: float = setting(0.5, at_most=1)  # filter: share of letters in it
+    # filter: share of captions that may have one 4-gram; 0: any
+    max_ngram_share: float = setting(0.0, at_most=1)
 
     # report
     references: str = setting("", files=True)  # report: shards whose captions count as correct
-    pictures: int = 60  # report: pictures on the page
+    pictures: int = setting(60, at_most=10**6)  # report: pictures on the page
 
     # quick, composition, incremental
     stage: str = "instruction"  # quick, composition, incremental: the stage of sft.py to train

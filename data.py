@@ -28,7 +28,7 @@ from configurator import configure, run_script, setting, split_words, subcommand
 from inputs.chat import IGNORE, render
 from inputs.check import check_sources
 from inputs.files import read_json
-from inputs.images import GRAY, load_image, make_tiles, without_thumbnail
+from inputs.images import GRAY, MAX_TILES, load_image, make_tiles, without_thumbnail
 from inputs.measure import reason_of
 from inputs.packing import Packs, PackSettings
 from inputs.patience import read_patiently
@@ -320,13 +320,14 @@ def held_out(dataset, n, dist):
 
 @dataclass(slots=True)
 class Config:
-    n: int = 8                       # show: samples to print; preview: packs to show
-    out: str = "preview.html"        # preview: the page to write
-    tokenizer: str = TOY_TOKENIZER   # tokenizer or model folder; a model's template and tiles count
-    tile_size: int = 0               # pixels of a tile, 0: the model's, else 448
-    max_tiles: int = 0               # tile limit of an image, 0: the model's, else 12
-    tokens_per_pack: int = setting(8192, at_least=1)  # tokens of a pack
-    tiles_per_pack: int = 48         # tiles of a pack
+    n: int = setting(8, at_most=10**9)  # show: samples to print; preview: packs to show
+    out: str = setting("preview.html", filled=True)  # preview: the page to write
+    # tokenizer or model folder; a model's template and tiles count
+    tokenizer: str = setting(TOY_TOKENIZER, filled=True)
+    tile_size: int = setting(0, at_most=4096)  # pixels of a tile, 0: the model's, else 448
+    max_tiles: int = setting(0, at_most=MAX_TILES)  # of an image, 0: the model's, else 12
+    tokens_per_pack: int = setting(8192, at_least=1, at_most=2**22)  # tokens of a pack
+    tiles_per_pack: int = setting(48, at_least=1, at_most=4096)  # tiles of a pack
 
 
 def open_dataset(cfg, paths):

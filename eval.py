@@ -35,7 +35,7 @@ from evals.table import PAPER_PROTOCOL, TOY, Benchmark, parse_benchmarks
 from evals.tiling import gray, row_tiles
 from generate import Assistant
 from inputs.files import file_hash, json_hash, read_jsonl, write_atomic
-from inputs.images import Image, picture_uri
+from inputs.images import MAX_TILES, Image, picture_uri
 from training.distributed import (
     barrier,
     close_distributed,
@@ -54,7 +54,8 @@ class Config:
     data_dir: str = ""  # folder of the benchmark files, such as VLMEvalKit's LMUData
     benchmarks: str = "toy"  # names joined by commas, or: toy | all (the 18 of the paper)
     protocol: str = PAPER_PROTOCOL  # sailvl-2024-12 (the paper's) | vlmevalkit-2026-08
-    out_dir: str = "out/eval"  # predictions, results.json and report.html go here
+    # predictions, results.json and report.html go here
+    out_dir: str = setting("out/eval", filled=True)
     download: bool = False  # fetch files that are not in data_dir, gigabytes of them
     download_from: str = ""  # web folder that has them all; "" = where VLMEvalKit has each of them
     judge: str = ""  # OpenAI-compatible endpoint, http://.../v1; its key: JUDGE_API_KEY
@@ -62,17 +63,18 @@ class Config:
     controls: bool = False  # also score the same rows blind: gray tiles in place of the pictures
     untrained: str = ""  # control: model folder whose projector was never trained, same rows
     trained_blind: str = ""  # control: model folder trained on gray tiles, asked with gray tiles
-    limit: int = 0  # only the first rows of each benchmark; 0 = all
-    max_tiles: int = 0  # 0 = the protocol's number for each benchmark
-    max_new_tokens: int = 0  # 0 = the protocol's number for each benchmark
-    batch_size: int = setting(64, at_least=1)  # prompts generated together
-    batch_tokens: int = setting(2**19, at_least=1)  # places of the cache: 15 GB (2B), 30 GB (8B)
-    report_rows: int = 40  # pictures per benchmark in report.html
+    limit: int = setting(0, at_most=10**9)  # only the first rows of each benchmark; 0 = all
+    max_tiles: int = setting(0, at_most=MAX_TILES)  # 0 = the protocol's number for each benchmark
+    max_new_tokens: int = setting(0, at_most=2**17)  # 0 = the protocol's for each benchmark
+    batch_size: int = setting(64, at_least=1, at_most=2**16)  # prompts generated together
+    # places of the cache: 15 GB (2B), 30 GB (8B)
+    batch_tokens: int = setting(2**19, at_least=1, at_most=2**30)
+    report_rows: int = setting(40, at_most=10**6)  # pictures per benchmark in report.html
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU, else float32
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda where there is one
-    threads: int = 0  # CPU threads of torch; 0 = torch's default
-    num_workers: int = 2  # threads that decode pictures
-    timeout_s: int = setting(1800, at_least=1)  # how long ranks wait for each other
+    threads: int = setting(0, at_most=1024)  # CPU threads of torch; 0 = torch's default
+    num_workers: int = setting(2, at_most=256)  # threads that decode pictures
+    timeout_s: int = setting(1800, at_least=1, at_most=10**7)  # ranks wait so long for each other
 
 
 @dataclasses.dataclass(slots=True)

@@ -27,17 +27,17 @@ from vision import Projector, VisionBlock, ViT, pixel_shuffle, vision_flops, wor
 
 @dataclass(slots=True)
 class LLMConfig:
-    vocab_size: int = 151936  # V
-    dim: int = setting(1536, at_least=1)  # width C
-    n_layers: int = 28
-    n_heads: int = setting(12, at_least=1)  # query heads H
-    n_kv_heads: int = setting(2, at_least=1)  # key/value heads K
-    head_dim: int = setting(128, at_least=1)  # D; need not be dim / n_heads
-    ffn_dim: int = 8960
-    rope_theta: float = 1e6
-    norm_eps: float = 1e-6
+    vocab_size: int = setting(151936, at_least=1, at_most=2**20)  # V
+    dim: int = setting(1536, at_least=1, at_most=2**16)  # width C
+    n_layers: int = setting(28, at_least=1, at_most=256)
+    n_heads: int = setting(12, at_least=1, at_most=2**16)  # query heads H
+    n_kv_heads: int = setting(2, at_least=1, at_most=2**16)  # key/value heads K
+    head_dim: int = setting(128, at_least=1, at_most=2**16)  # D; need not be dim / n_heads
+    ffn_dim: int = setting(8960, at_least=1, at_most=2**20)
+    rope_theta: float = setting(1e6, above=0, at_most=1e12)
+    norm_eps: float = setting(1e-6, above=0, at_most=1)
     tie_embeddings: bool = False  # the head shares the embedding table
-    max_positions: int = 32768
+    max_positions: int = setting(32768, at_least=1, at_most=2**24)
     PRESETS = {
         "qwen2.5-1.5b": {},  # untied, as SAIL-VL-2B is released
         "qwen2.5-0.5b": dict(dim=896, n_layers=24, n_heads=14, head_dim=64, ffn_dim=4864,

@@ -3,12 +3,14 @@
 `architectures` tells three kinds apart: a whole model (SailVLModel, InternVLChatModel) and its
 released parts, a language model (Qwen2ForCausalLM) and a ViT (InternVisionModel).
 """
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 
+from configurator import range_problem, setting
 from inputs.files import read_json
+from inputs.images import MAX_TILES
 from model import LLMConfig
 from vision import VisionConfig
 
@@ -69,20 +71,23 @@ MODEL_FIXED = {
     "pad2square": False,
 }
 
-# entries of a whole model that a folder may lack, and that a caller may change
-MODEL_DEFAULTS = {
-    "min_dynamic_patch": 1,
-    "max_dynamic_patch": 12,
-    "use_thumbnail": True,
-    "use_backbone_lora": 0,
-    "use_llm_lora": 0,
-}
-MODEL_TYPES = {
-    "min_dynamic_patch": int,
-    "max_dynamic_patch": int,
-    "use_thumbnail": bool,
-    "template": str,
-}
+
+@dataclass(slots=True)
+class ModelEntries:
+    """Entries of a whole model beside its two parts."""
+    min_dynamic_patch: int = setting(1, at_least=1, at_most=MAX_TILES)
+    max_dynamic_patch: int = setting(12, at_least=1, at_most=MAX_TILES)
+    use_thumbnail: bool = True
+    template: str = ""
+    downsample_ratio: float = setting(0.5, above=0, at_most=1)
+
+
+MODEL_FIELDS = {field.name: field for field in fields(ModelEntries)}
+MODEL_DEFAULTS = {name: field.default for name, field in MODEL_FIELDS.items()}
+# What a caller may change, as it is written.
+CHANGEABLE = {name: MODEL_DEFAULTS[name]
+              for name in ("min_dynamic_patch", "max_dynamic_patch", "use_thumbnail")}
+CHANGEABLE |= {"use_backbone_lora": 0, "use_llm_lora": 0}
 
 
 def read_configs(folder):
@@ -122,20 +127,25 @@ def parse_config(raw, path="config.json"):
     llm = None if kind == "InternVisionModel" else parse_llm(raw, path)
     if vision and llm:
         fixed = MODEL_FIXED | {"force_image_size": vision.image_size}
-        read_values(raw, path, MODEL_TYPES, fixed, MODEL_DEFAULTS | {"template": ""})
+        values = read_values(raw, path, MODEL_FIELDS, fixed, MODEL_DEFAULTS)
+        least = values["min_dynamic_patch"]
+        most = values["max_dynamic_patch"]
+        if least > most:
+            raise ValueError(f"{path}: min_dynamic_patch = {least} is more than max_dynamic_patch "
+                             f"= {most}; mend config.json or copy it again")
     return vision, llm
 
 
 def parse_vision(raw, path):
     name = "downsample_ratio"
-    ratio = read_values(raw, path, {name: float}, {}, {name: 0.5})[name]
+    ratio = read_values(raw, path, {name: MODEL_FIELDS[name]}, {}, MODEL_DEFAULTS)[name]
     if 1 / ratio not in range(1, 65):
         raise ValueError(f"{path}: {name} {ratio} is not one over a whole number up to 64")
 
     section = raw.get("vision_config", raw)
     defaults = {"layer_norm_eps": 1e-6, "qkv_bias": True, "initializer_factor": 1.0}
     values = read_values(section, f"{path}: vision encoder",
-                         types_of(VisionConfig, VISION_NAMES), VISION_FIXED, defaults)
+                         fields_of(VisionConfig, VISION_NAMES), VISION_FIXED, defaults)
     sizes = {ours: values[theirs] for theirs, ours in VISION_NAMES.items()}
     return VisionConfig(**sizes, downsample=int(1 / ratio))
 
@@ -156,22 +166,22 @@ def parse_llm(raw, path):
     heads = section.get("num_attention_heads")
     if type(dim) is int and type(heads) is int and heads != 0:
         defaults["head_dim"] = dim // heads
-    values = read_values(section, f"{path}: language model", types_of(LLMConfig, LLM_NAMES),
+    values = read_values(section, f"{path}: language model", fields_of(LLMConfig, LLM_NAMES),
                          LLM_FIXED, defaults)
     return LLMConfig(**{ours: values[theirs] for theirs, ours in LLM_NAMES.items()})
 
 
-def types_of(config, names):
-    """{name in config.json: type of the field of the dataclass config that it is for}."""
-    types = {field.name: field.type for field in fields(config)}
-    return {theirs: types[ours] for theirs, ours in names.items()}
+def fields_of(config, names):
+    """{name in config.json: the field of the dataclass config that it is for}."""
+    ours = {field.name: field for field in fields(config)}
+    return {theirs: ours[name] for theirs, name in names.items()}
 
 
-def read_values(section, where, types, fixed, defaults):
-    """Read the names of `types` from a section of config.json -> {name: value}.
+def read_values(section, where, known, fixed, defaults):
+    """Read the names of `known`, {name: field}, from a section of config.json -> {name: value}.
 
     A null counts as absent. ValueError for a value other than `fixed` allows, a name that is
-    missing, or a value that does not fit its type.
+    missing, or a value that does not fit its field.
     """
     for name, value in fixed.items():
         found = section.get(name)
@@ -179,36 +189,35 @@ def read_values(section, where, types, fixed, defaults):
             raise ValueError(f"{where}: {name} = {found!r} is not supported, only {value!r}")
     given = {name: value for name, value in section.items() if value is not None}
     values = defaults | given
-    missing = [name for name in types if name not in values]
+    missing = [name for name in known if name not in values]
     if missing:
         raise ValueError(f"{where} lacks {', '.join(missing)}")
-    for name, kind in types.items():
-        check_value(where, name, values[name], kind)
-    return {name: values[name] for name in types}
+    for name, field in known.items():
+        check_value(where, name, values[name], field)
+    return {name: values[name] for name in known}
 
 
-def check_value(where, name, value, kind):
-    """ValueError unless value is of this kind, and no size beyond any model's: such a model would
-    be built for hours before its weights are found to be others."""
-    if kind is int:
-        most = 1000 if "layers" in name else 2**20
-        fits = type(value) is int and 0 < value <= most
-        words = f"a whole number from 1 to {most}"
-    elif kind is float:
-        fits = type(value) in (int, float) and 0 < value <= 1e30
-        words = "a positive number"
-    else:
-        fits = type(value) is kind
-        words = "true or false" if kind is bool else "a name"
-    if not fits:
-        raise ValueError(f"{where}: {name} = {value!r} must be {words}; mend config.json or copy "
-                         "it again")
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a name"}
+
+
+def check_value(where, name, value, field):
+    """ValueError unless value is of the field's kind and in its range.
+
+    A model beyond all ranges would be built for hours before its weights are found to be others.
+    """
+    kind = field.type
+    problem = f"must be {WORDS[kind]}"
+    if type(value) is kind or (kind is float and type(value) is int):
+        problem = range_problem(field, value) if kind in (int, float) else ""
+    if problem:
+        raise ValueError(f"{where}: {name} = {repr(value)[:40]} {problem}; mend config.json or "
+                         "copy it again")
 
 
 def config_json(vision, llm, dtype=torch.bfloat16, template="sailvl-chat", extra=None):
     """The content of config.json in the released layouts; without vision or llm that of a part.
 
-    extra: a dict, of which the entries of MODEL_DEFAULTS are taken for a whole model.
+    extra: a dict, of which the entries of CHANGEABLE are taken for a whole model.
     """
     torch_dtype = str(dtype).removeprefix("torch.")
     if vision:
@@ -228,7 +237,7 @@ def config_json(vision, llm, dtype=torch.bfloat16, template="sailvl-chat", extra
     if not vision:
         return llm_section
     extra = extra or {}
-    config = {name: extra.get(name, value) for name, value in MODEL_DEFAULTS.items()}
+    config = {name: extra.get(name, value) for name, value in CHANGEABLE.items()}
     return config | MODEL_FIXED | {
         "architectures": ["InternVLChatModel"],
         "model_type": "internvl_chat",

@@ -27,7 +27,7 @@ from configurator import configure, error_line, run_script, setting
 from generate import Assistant
 from inputs.chat import check_text, image_names
 from inputs.files import write_atomic
-from inputs.images import IMAGE_SUFFIXES
+from inputs.images import IMAGE_SUFFIXES, MAX_TILES
 from inputs.records import UNREADABLE, parse_row
 from inputs.row_keys import (
     DIALOGUE_KEYS,
@@ -49,13 +49,13 @@ class Config:
     image: tuple[str, ...] = ()  # picture, may repeat; with --out a folder of pictures or a .jsonl
     prompt: str = ""  # the question; empty opens a chat
     out: str = ""  # answers of a folder or .jsonl go to this .jsonl
-    max_new_tokens: int = 1024  # longest answer
-    temperature: float = 0.0  # 0 takes the likeliest token
-    top_p: float = 1.0  # sample among the likeliest tokens of this total probability
-    top_k: int = 0  # sample among so many tokens; 0 = all
-    seed: int = 0  # of the sampling
-    max_tiles: int = 0  # most tiles of a picture, but its thumbnail; 0 = as the model folder says
-    batch_size: int = setting(16, at_least=1)  # questions answered together, with --out
+    max_new_tokens: int = setting(1024, at_most=2**17)  # longest answer
+    temperature: float = setting(0.0, at_most=100)  # 0 takes the likeliest token
+    top_p: float = setting(1.0, above=0, at_most=1)  # total probability of the tokens to draw from
+    top_k: int = setting(0, at_most=2**20)  # sample among so many tokens; 0 = all
+    seed: int = setting(0, at_most=2**32 - 1)  # of the sampling
+    max_tiles: int = setting(0, at_most=MAX_TILES)  # of a picture; 0 = as the model folder says
+    batch_size: int = setting(16, at_least=1, at_most=2**16)  # answered together, with --out
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU, else float32
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda where there is one
 

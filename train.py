@@ -19,10 +19,11 @@ from tqdm import tqdm
 
 from configurator import configure, resolved, run_script, setting
 from data import held_out, make_loader, model_inputs, stage_dataset
+from inputs.images import MAX_TILES
 from inputs.tokenizer import Tokenizer
 from model import LLMConfig, train_flops
 from model_config import config_json
-from training import checkpoint, distributed, metrics, optim, run_folder
+from training import checkpoint, distributed, limits, metrics, optim, run_folder
 from training.compile import compile_blocks
 from training.dry_run import print_plan
 from training.output import forgive_output
@@ -37,47 +38,47 @@ from weights import save_folder, start_model, start_weights
 @dataclass(slots=True)
 class Stage:
     """One stage of a run. It freezes the modules whose learning rate is 0."""
-    steps: int = setting(1000, at_least=1)  # optimizer steps
+    steps: int = setting(1000, at_least=1, at_most=10**9)  # optimizer steps
     data: str = setting("", files=True)  # training data of this stage; "": those of the run
-    lr_vision: float = 0.0  # peak learning rate of the ViT
-    lr_projector: float = 0.0  # peak learning rate of the projector
-    lr_llm: float = 0.0  # peak learning rate of the language model
-    warmup_steps: int = 0  # steps in which the rates rise to their peak
-    min_lr_ratio: float = 0.0  # the rates fall to this fraction of their peak (cosine)
-    weight_decay: float = 0.01  # on matrices only: not on norms, biases, embeddings
-    drop_path: float = 0.0  # stochastic depth of the ViT: the rate at its last block
+    lr_vision: float = setting(0.0, at_most=1)  # peak learning rate of the ViT
+    lr_projector: float = setting(0.0, at_most=1)  # peak learning rate of the projector
+    lr_llm: float = setting(0.0, at_most=1)  # peak learning rate of the language model
+    warmup_steps: int = setting(0, at_most=10**9)  # steps in which the rates rise to their peak
+    min_lr_ratio: float = setting(0.0, at_most=1)  # the cosine ends at this fraction of the peak
+    weight_decay: float = setting(0.01, at_most=1)  # on matrices, without embeddings
+    drop_path: float = setting(0.0, below=1)  # stochastic depth of the ViT: rate at its last block
 
 
 @dataclass(slots=True)
 class RunConfig:
     """The settings of every training run; a script adds its model and its stages."""
-    out_dir: str = "out/run"  # folder for all that the run writes
+    out_dir: str = setting("out/run", filled=True)  # folder for all that the run writes
     stages: str = ""  # stages to run, in this order, separated by commas
     init_from: str = ""  # model folder to start from; "": random weights
     tokenizer: str = ""  # tokenizer folder; needed only without init_from
     template: str = ""  # chat template; "": the one of init_from, else sailvl-chat
-    seed: int = 1234  # of random weights, the order of the data and stochastic depth
-    max_steps: int = 0  # run at most this many steps of each stage; 0: all
+    seed: int = setting(1234, at_most=2**32 - 1)  # of random weights, order of data, drop_path
+    max_steps: int = setting(0, at_most=10**9)  # most steps of each stage to run; 0: all
     # data
     data: str = setting("", files=True)  # paths or name=path pairs, separated by commas
     val_data: str = setting("", files=True)  # held-out data for a validation loss; "": none
-    val_every: int = setting(500, at_least=1)  # steps between two validations
-    val_packs: int = setting(32, at_least=1)  # packs of one validation, over all ranks
-    tokens_per_pack: int = setting(8192, at_least=1)  # length of a pack, a rank's micro-batch
-    max_tiles_per_pack: int = setting(48, at_least=1)  # most tiles in a pack: the ViT's batch
-    min_tiles: int = setting(1, at_least=1)  # fewest tiles of an image
-    max_tiles: int = 12  # most tiles of an image, not counting its thumbnail
+    val_every: int = setting(500, at_least=1, at_most=10**9)  # steps between two validations
+    val_packs: int = setting(32, at_least=1, at_most=10**6)  # packs of a validation, of all ranks
+    tokens_per_pack: int = setting(8192, at_least=1, at_most=2**22)  # length of a pack
+    max_tiles_per_pack: int = setting(48, at_least=1, at_most=4096)  # the ViT's largest batch
+    min_tiles: int = setting(1, at_least=1, at_most=MAX_TILES)  # fewest tiles of an image
+    max_tiles: int = setting(12, at_least=1, at_most=MAX_TILES)  # of an image, but its thumbnail
     thumbnail: bool = True  # add the whole image as one more tile if it has several
     image_as: Literal["pixels", "blank"] = "pixels"  # blank: all images gray, a blind control
     shuffle: bool = True  # False: samples in the order of the files
-    num_workers: int = 2  # processes per rank that read images; 0: in the training process
+    num_workers: int = setting(2, at_most=256)  # processes per rank that read images; 0: none
     # optimization
-    grad_accum_steps: int = setting(1, at_least=1)  # micro-batches per step and rank
+    grad_accum_steps: int = setting(1, at_least=1, at_most=2**16)  # micro-batches per step, rank
     loss_weight: Literal["token", "sample", "sqrt"] = "token"  # weight of a token: 1, 1/n, n**-0.5
-    beta1: float = 0.9  # AdamW: decay of the first moment
-    beta2: float = 0.95  # AdamW: decay of the second moment
-    eps: float = 1e-8  # AdamW: added to the denominator
-    grad_clip: float = 1.0  # largest global gradient norm; 0: no clipping
+    beta1: float = setting(0.9, below=1)  # AdamW: decay of the first moment
+    beta2: float = setting(0.95, below=1)  # AdamW: decay of the second moment
+    eps: float = setting(1e-8, above=0, at_most=1)  # AdamW: added to the denominator
+    grad_clip: float = setting(1.0, at_most=1e9)  # largest global gradient norm; 0: no clipping
     # machine
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: a GPU if there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPUs, else float32
@@ -85,18 +86,18 @@ class RunConfig:
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile the blocks; auto: on GPUs only
     # save memory: compute again all but expensive operations (selective), or whole blocks (full)
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    threads: int = 0  # CPU threads per rank; 0: PyTorch's choice
-    timeout_s: int = setting(600, at_least=1)  # end a run that hangs; last_step/ says where it did
+    threads: int = setting(0, at_most=1024)  # CPU threads per rank; 0: PyTorch's choice
+    timeout_s: int = setting(600, at_least=1, at_most=10**7)  # a run that hangs so long is ended
     # saving and logging
-    save_every: int = setting(1000, at_least=1)  # steps between two checkpoints
-    keep: int = setting(2, at_least=1)  # newest checkpoints to keep; never fewer than 2
+    save_every: int = setting(1000, at_least=1, at_most=10**9)  # steps between two checkpoints
+    keep: int = setting(2, at_least=1, at_most=10**6)  # newest checkpoints to keep, at least 2
     save_async: bool = True  # write checkpoints in the background if there is memory for a copy
     # auto: newest intact checkpoint; strict: stop if the newest is damaged; never: new folders only
     resume: Literal["auto", "strict", "never"] = "auto"
     track: Literal["none", "tensorboard", "wandb"] = "none"  # also send the log there
-    print_every: int = setting(10, at_least=1)  # steps between two printed lines
+    print_every: int = setting(10, at_least=1, at_most=10**9)  # steps between two printed lines
     dry_run: bool = False  # print what would run on 8 (or $WORLD_SIZE) GPUs, and stop
-    mfu_assumed: float = 0.4  # MFU from which dry_run computes days
+    mfu_assumed: float = setting(0.4, above=0, at_most=1)  # MFU from which dry_run computes days
 
 
 @dataclass(slots=True)
@@ -150,6 +151,7 @@ def run_stages(cfg):
     origins = configure(cfg)
     values = resolved(cfg)  # config.json records them as they were given, before the next lines
     stages = named_stages(cfg)
+    limits.check_together(cfg, origins, stages)
     if cfg.max_steps:
         for stage in all_stages(cfg).values():
             stage.steps = min(stage.steps, cfg.max_steps)

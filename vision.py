@@ -18,16 +18,18 @@ from kernels.attention import attention
 
 @dataclass(slots=True)
 class VisionConfig:
-    image_size: int = setting(448, at_least=1)  # side of a tile in pixels
-    patch_size: int = setting(14, at_least=1)  # side of a patch in pixels
-    dim: int = setting(1024, at_least=1)  # width C
-    n_layers: int = 24
-    n_heads: int = setting(16, at_least=1)
-    ffn_dim: int = 4096
-    norm_eps: float = 1e-6
+    image_size: int = setting(448, at_least=1, at_most=4096)  # side of a tile in pixels
+    patch_size: int = setting(14, at_least=1, at_most=4096)  # side of a patch in pixels
+    dim: int = setting(1024, at_least=1, at_most=2**16)  # width C
+    n_layers: int = setting(24, at_least=1, at_most=256)
+    n_heads: int = setting(16, at_least=1, at_most=2**16)
+    ffn_dim: int = setting(4096, at_least=1, at_most=2**20)
+    norm_eps: float = setting(1e-6, above=0, at_most=1)
     qkv_bias: bool = True
-    init_values: float = 1.0  # layer scale of a fresh model (InternVL: initializer_factor)
-    downsample: int = setting(2, at_least=1)  # patches per side that become one visual token
+    # layer scale of a fresh model (InternVL: initializer_factor)
+    init_values: float = setting(1.0, above=0, at_most=1e3)
+    # patches per side that become one visual token
+    downsample: int = setting(2, at_least=1, at_most=64)
     PRESETS = {
         "internvit-300m": {},
         "toy": dict(image_size=84, dim=192, n_layers=3, n_heads=6, ffn_dim=768),

@@ -36,10 +36,10 @@ from training import distributed
 @dataclass(slots=True)
 class Config:
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda where there is one, else cpu
-    rounds: int = setting(7, at_least=1)  # interleaved rounds, of which the median counts
+    rounds: int = setting(7, at_least=1, at_most=10**4)  # interleaved; the median counts
     rows: str = ""  # only rows whose name begins with one of these, separated by commas
     compiled: bool = True  # vs-hf: beside the compiled peer too, a minute or two of compilation
-    threads: int = 0  # CPU threads; 0: PyTorch's choice
+    threads: int = setting(0, at_most=1024)  # CPU threads; 0: PyTorch's choice
 
 
 def training_table(cuda):

@@ -24,6 +24,9 @@ def filter_captions(cfg):
     A caption whose most common 4-gram occurs in a share s of all captions stays with probability
     max_ngram_share / s.
     """
+    if cfg.min_words > cfg.max_words:
+        raise ValueError(f"min_words={cfg.min_words} is more than max_words={cfg.max_words}; "
+                         "change one of them")
 
     @functools.cache
     def shares():

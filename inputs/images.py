@@ -29,6 +29,8 @@ MAX_PIXELS = 64_000_000
 Image.MAX_IMAGE_PIXELS = None
 # Places where a PNG may say how it is turned: the name of a chunk, or of a text in one.
 PNG_TURNS = (b"Raw profile type exif", b"XML:com.adobe.xmp")
+# No picture is cut into more tiles: the choice of a grid takes time for each of its candidates.
+MAX_TILES = 1024
 # ImageNet's mean and standard deviation of each channel, as in InternVL.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -156,15 +158,15 @@ def _candidates(min_tiles, max_tiles):
     """All grids (columns, rows) of min_tiles to max_tiles tiles, by their number of tiles.
 
     Grids of as many tiles come in the order of a Python set of tuples, as in the released code.
-    That order decides between grids that fit equally well, so it is part of the format.
+    That order decides between grids that fit equally well, so it is part of the format. It depends
+    on the order in which they enter the set: by their longer side, from min_tiles on.
     """
-    grids = set()
-    for n in range(min_tiles, max_tiles + 1):
-        for columns in range(1, n + 1):
-            for rows in range(1, n + 1):
-                if min_tiles <= columns * rows <= max_tiles:
-                    grids.add((columns, rows))
-    return sorted(grids, key=math.prod)
+    grids = []
+    for columns in range(1, max_tiles + 1):
+        for rows in range(math.ceil(min_tiles / columns), max_tiles // columns + 1):
+            grids.append((columns, rows))
+    grids.sort(key=lambda grid: (max(*grid, min_tiles), grid))
+    return sorted(set(grids), key=math.prod)
 
 
 @functools.lru_cache(65536)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from configurator import configure, run_script
+from configurator import configure, run_script, setting
 from inputs.files import read_jsonl
 
 # benchmark: beginnings of the questions that are shown, one picture each
@@ -32,9 +32,10 @@ RED = "#bb3322"
 
 @dataclass(slots=True)
 class Config:
-    demo: str = "out/demo"           # where `make demo` left its model, log and predictions
-    shards: str = "shards/toy"       # where it left its data
-    out: str = "assets/demo.png"     # the picture to write
+    # where `make demo` left its model, log and predictions
+    demo: str = setting("out/demo", filled=True)
+    shards: str = setting("shards/toy", filled=True)  # where it left its data
+    out: str = setting("assets/demo.png", filled=True)  # the picture to write
 
 
 def read_table(path):

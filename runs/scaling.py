@@ -25,14 +25,14 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import configure, run_script, subcommand
+from configurator import configure, run_script, setting, subcommand
 from inputs.files import read_json, read_jsonl
 from runs.plan import run_plan
 
 
 @dataclass(slots=True)
 class Config:
-    out_dir: str = "out/scaling"  # a folder for each point; scaling.png
+    out_dir: str = setting("out/scaling", filled=True)  # a folder for each point; scaling.png
     steps: str = ""  # budgets: steps of every stage of pretraining, separated by commas
     seeds: str = "1"  # each budget is run with each of them
     train: str = ""  # flags for train.py
@@ -40,7 +40,7 @@ class Config:
     sft: str = ""  # flags for sft.py; "": the pretrained model is evaluated
     model: str = ""  # which to evaluate: sft/STAGE or pretrain/STAGE; "": the last that is trained
     eval: str = ""  # flags for eval.py
-    processes: int = 1  # of torchrun on this machine
+    processes: int = setting(1, at_least=1, at_most=1024)  # of torchrun on this machine
     run: bool = False  # run the commands instead of printing them
 
 

@@ -55,6 +55,7 @@ training/compile
 training/optim
 training/lora
 training/output
+training/limits
 training/progress
 training/state_check
 training/metadata

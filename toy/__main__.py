@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from configurator import configure, run_script
+from configurator import configure, run_script, setting
 from inputs.files import atomic_write, write_atomic
 from inputs.tars import add_record
 from toy.draw import draw_picture, jpeg_bytes
@@ -36,10 +36,10 @@ WORLD_FILES = ("boards", "captions", "draw", "questions", "records", "__main__")
 
 @dataclass(slots=True)
 class Config:
-    out: str = "shards/toy"          # folder to write
-    n: int = 4000                    # samples of each training part
-    n_bench: int = 200               # questions of each benchmark
-    seed: int = 1                    # another seed: other samples, same world
+    out: str = setting("shards/toy", filled=True)  # folder to write
+    n: int = setting(4000, at_most=10**7)  # samples of each training part
+    n_bench: int = setting(200, at_most=10**7)  # questions of each benchmark
+    seed: int = setting(1, at_most=2**32 - 1)  # another seed: other samples, same world
     parts: str = "pretrain,knowledge,instruction,preference,bench"  # also: web, text, drill
 
 

@@ -22,9 +22,9 @@ from typing import Literal
 import torch
 import torch.nn as nn
 
-from configurator import configure, run_script, subcommand
+from configurator import configure, run_script, setting, subcommand
 from data import make_loader
-from inputs.images import normalize
+from inputs.images import MAX_TILES, normalize
 from inputs.packing import Packs, PackSettings
 from inputs.sources import open_sources
 from inputs.tokenizer import Tokenizer
@@ -58,33 +58,33 @@ TEMPLATE = "sailvl-chat"
 
 @dataclass(slots=True)
 class Config:
-    data: str = ""                   # .jsonl of words, or tars of pictures
-    out_dir: str = ""                # model folder to write
-    init_from: str = ""              # model folder to start from; "": random weights
+    data: str = ""  # .jsonl of words, or tars of pictures
+    out_dir: str = ""  # model folder to write
+    init_from: str = ""  # model folder to start from; "": random weights
     reads: Literal["words", "pictures"] = "words"  # words: a language model alone
     cell_labels: Literal["none", "also", "only"] = "none"  # whether visual tokens name their cells
-    noise: float = 0.0               # on what enters projector and LLM, see add_noise
-    tokens_per_pack: int = 800       # a step is one pack per rank
-    max_tiles_per_pack: int = 40
-    max_tiles: int = 4               # of a picture
-    shuffle: bool = True             # False: in the order of the file, whose first fifth is easier
+    noise: float = setting(0.0, at_most=100)  # on what enters projector and LLM, see add_noise
+    tokens_per_pack: int = setting(800, at_least=1, at_most=2**22)  # a step is one pack per rank
+    max_tiles_per_pack: int = setting(40, at_least=1, at_most=4096)
+    max_tiles: int = setting(4, at_least=1, at_most=MAX_TILES)  # of a picture
+    shuffle: bool = True  # False: in the order of the file, whose first fifth is easier
     loss_weight: Literal["token", "sample", "sqrt"] = "token"  # see data.answer_weight
-    steps: int = 4000
-    lr_vision: float = 0.0           # peak rates, 0: frozen
-    lr_projector: float = 0.0
-    lr_llm: float = 0.0
-    warmup_steps: int = 50
-    min_lr_ratio: float = 0.0        # the cosine ends at this fraction of the peak
-    weight_decay: float = 0.02
-    beta1: float = 0.9
-    beta2: float = 0.98
-    eps: float = 1e-8
-    grad_clip: float = 1.0
-    init_std: float = 0.05           # of random matrices; 0.02 is for wider models
-    seed: int = 1234
+    steps: int = setting(4000, at_least=1, at_most=10**9)
+    lr_vision: float = setting(0.0, at_most=1)  # peak rates, 0: frozen
+    lr_projector: float = setting(0.0, at_most=1)
+    lr_llm: float = setting(0.0, at_most=1)
+    warmup_steps: int = setting(50, at_most=10**9)
+    min_lr_ratio: float = setting(0.0, at_most=1)  # the cosine ends at this fraction of the peak
+    weight_decay: float = setting(0.02, at_most=1)
+    beta1: float = setting(0.9, below=1)
+    beta2: float = setting(0.98, below=1)
+    eps: float = setting(1e-8, above=0, at_most=1)
+    grad_clip: float = setting(1.0, at_most=1e9)
+    init_std: float = setting(0.05, above=0, at_most=1)  # of random matrices; wider ones: 0.02
+    seed: int = setting(1234, at_most=2**32 - 1)
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # float32: faster without AVX512-BF16, AMX
     compile: bool = True
-    print_every: int = 100
+    print_every: int = setting(100, at_least=1, at_most=10**9)
 
 
 # The language model. Long captions would drown short answers, if each token counted alike.

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from configurator import configure, run_script
+from configurator import configure, run_script, setting
 from evals.files import read_rows
 from evals.prompts import build_prompt
 from evals.score import score_rows
@@ -31,9 +31,9 @@ PROMPTS_AT_ONCE = 64
 
 @dataclass(slots=True)
 class Config:
-    model: str = "toy/llm"           # model folder of a language model
-    data_dir: str = "shards/toy"     # folder of the toy benchmarks
-    limit: int = 0                   # only the first rows of each benchmark; 0: all
+    model: str = setting("toy/llm", filled=True)  # model folder of a language model
+    data_dir: str = setting("shards/toy", filled=True)  # folder of the toy benchmarks
+    limit: int = setting(0, at_most=10**9)  # only the first rows of each benchmark; 0: all
 
 
 def word_prompt(row, question, tokenizer):

@@ -1,0 +1,19 @@
+"""Settings that must fit one another; configurator.py has checked each alone."""
+
+
+def check_together(cfg, origins, stages):
+    """ValueError if two settings of a run contradict each other.
+
+    A stage whose steps were cut on the command line may keep the longer warm-up of its recipe: that
+    is how a recipe is tried.
+    """
+    if cfg.min_tiles > cfg.max_tiles:
+        raise ValueError(f"min_tiles={cfg.min_tiles} is more than max_tiles={cfg.max_tiles}; "
+                         "change one of them")
+    for name, stage in stages:
+        flags = [key for key in ("steps", "warmup_steps")
+                 if origins[f"{name}.{key}"] == "command line"]
+        if stage.warmup_steps > stage.steps and flags != ["steps"]:
+            raise ValueError(
+                f"{name}.warmup_steps={stage.warmup_steps} is more than {name}.steps={stage.steps}:"
+                " the rates would never reach their peak; change one of them")
