@@ -330,19 +330,30 @@ class Config:
     tiles_per_pack: int = setting(48, at_least=1, at_most=4096)  # tiles of a pack
 
 
+def read_number(section, name, default, most):
+    """A number of a section of a model's config.json; ValueError if it is none or out of range."""
+    value = section.get(name) if isinstance(section, dict) else "no section"
+    value = default if value is None else value
+    if type(value) not in {int, type(default)} or not 0 < value <= most:
+        raise ValueError(f"config.json of --tokenizer: {name} = {repr(value)[:40]} must be above 0 "
+                         f"and at most {most:,}; copy it again")
+    return value
+
+
 def open_dataset(cfg, paths):
     """The PackedDataset of some files, with tiles and template of the model folder if it is one."""
     tokenizer = Tokenizer(cfg.tokenizer)
     about = Path(cfg.tokenizer, "config.json")
     about = read_json(about, dict) if about.exists() else {}
     template = about.get("template", "sailvl-chat")
-    side = cfg.tile_size or about.get("force_image_size", 448)
-    patches = side // about.get("vision_config", {}).get("patch_size", 14)
-    tokens_per_side = patches * about.get("downsample_ratio", 0.5)
+    vision = about.get("vision_config", {})
+    side = cfg.tile_size or read_number(about, "force_image_size", 448, 4096)
+    patches = side // read_number(vision, "patch_size", 14, 4096)
+    tokens_per_side = patches * read_number(about, "downsample_ratio", 0.5, 1)
     settings = PackSettings(
         tile_size=side,
         tokens_per_tile=int(tokens_per_side ** 2),
-        max_tiles=cfg.max_tiles or about.get("max_dynamic_patch", 12),
+        max_tiles=cfg.max_tiles or read_number(about, "max_dynamic_patch", 12, MAX_TILES),
         tokens_per_pack=cfg.tokens_per_pack,
         tiles_per_pack=cfg.tiles_per_pack,
     )

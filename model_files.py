@@ -1,9 +1,10 @@
 """The files of a model folder: which are ours, and whether they are as they were written."""
 import json
+import os
 import re
 from pathlib import Path
 
-from inputs.files import file_hash, json_hash, read_json, write_atomic
+from inputs.files import check_file, file_hash, json_hash, read_json, write_atomic
 
 TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "added_tokens.json", "tokenizer_config.json",
@@ -16,7 +17,40 @@ OTHER_FILES = (
     "configuration_internvl_chat.py",
 )
 WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+MAX_HEADER = 4 * 2**20  # bytes of a safetensors header; the largest models have about a million
 CHECKSUMS = "checksums.json"  # {"format": 1, "files": {name: sha256}}, written last
+
+
+def stored_files(folder):
+    """The safetensors files of a folder, sorted: those of its index, or the only one."""
+    index = Path(folder) / "model.safetensors.index.json"
+    if not index.exists():
+        return [index.with_name("model.safetensors")]
+    try:
+        names = {str(name) for name in read_json(index, dict)["weight_map"].values()}
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(
+            f"{index} has no weight_map from tensors to files; copy it again") from None
+    for name in names:
+        if name != os.path.basename(name) or not name.endswith(".safetensors"):
+            raise ValueError(f"{index}: {name[:80]!r} is not the name of a .safetensors file of "
+                             "this folder; copy it again")
+    return sorted(index.with_name(name) for name in names)
+
+
+def check_header(path):
+    """ValueError if a safetensors file is none, or its header is longer than that of any model.
+
+    Reading the header of a million tensors takes 17 s.
+    """
+    check_file(path)
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if size > MAX_HEADER:
+        raise ValueError(f"{path}: a header of {size:,} bytes, at most {MAX_HEADER:,} are read; "
+                         "damaged, or no model of this kind")
 
 
 def is_ours(path):

@@ -24,7 +24,13 @@ from inputs.images import MEAN, STD
 from inputs.tokenizer import Tokenizer
 from model import VLM, LanguageModel, LLMConfig, kept_rows
 from model_config import PREFIX, parse_config, read_configs
-from model_files import TOKENIZER_FILES, check_target, write_checksums
+from model_files import (
+    TOKENIZER_FILES,
+    check_header,
+    check_target,
+    stored_files,
+    write_checksums,
+)
 from vision import VisionConfig, ViT
 
 EMBEDDINGS = "language_model.model.embed_tokens.weight"
@@ -91,26 +97,11 @@ def parameter_shapes(vision, llm):
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def stored_files(folder):
-    """The safetensors files of a folder, sorted: those of its index, or the only one."""
-    index = Path(folder) / "model.safetensors.index.json"
-    if not index.is_file():
-        return [index.with_name("model.safetensors")]
-    try:
-        names = {str(name) for name in read_json(index, dict)["weight_map"].values()}
-    except (KeyError, TypeError, AttributeError):
-        raise ValueError(
-            f"{index} has no weight_map from tensors to files; copy it again") from None
-    for name in names:
-        if name != os.path.basename(name):
-            raise ValueError(f"{index}: {name} is not a file of this folder")
-    return sorted(index.with_name(name) for name in names)
-
-
 def read_headers(paths, prefix):
     """{our name: StoredTensor} of all tensors in these files; prefix: what their names lack."""
     tensors = {}
     for path in paths:
+        check_header(path)
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():

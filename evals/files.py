@@ -21,7 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from evals.scorers import as_list
-from inputs.files import file_hash, write_atomic
+from inputs.files import check_file, file_hash, write_atomic
 from inputs.images import load_image, open_image
 from inputs.locks import take_lock
 
@@ -125,6 +125,7 @@ def records(path, start=0):
 
     # Pictures are base64 columns.
     csv.field_size_limit(2**31 - 1)
+    check_file(path)
     with open(path, "rb") as f:
         f.seek(start)
         reader = csv.reader(lines(), delimiter="\t")

@@ -12,8 +12,30 @@ from pathlib import Path
 JOINERS = "\u200c\u200d"
 
 
-def read_json(path, kind=object):
-    """The content of a JSON file; ValueError if it is broken or not a `kind` (dict, list)."""
+MAX_JSON = 64 * 2**20  # bytes of a configuration or tokenizer; the largest known have 33 MB
+
+
+def check_file(path, most=None):
+    """ValueError if there is something else than a file here, or one of more than `most` bytes.
+
+    Whoever reads a pipe waits for a writer, and a device may have no end.
+    """
+    path = Path(path)
+    if not path.exists():
+        return
+    if not path.is_file():
+        raise ValueError(f"{path} is no file but a folder, pipe or device; put the file there")
+    size = path.stat().st_size
+    if most and size > most:
+        raise ValueError(f"{path} has {size:,} bytes, at most {most:,} are read; copy it again")
+
+
+def read_json(path, kind=object, most=MAX_JSON):
+    """The content of a JSON file; ValueError if it is broken or not a `kind` (dict, list).
+
+    most: the largest size that is read, None: any.
+    """
+    check_file(path, most)
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as e:  # a file of a million brackets recurses too deep
@@ -46,7 +68,8 @@ def json_hash(value):
 
 
 def file_hash(path, kind="sha256"):
-    """Digest of a file's bytes, in hexadecimal."""
+    """Digest of a file's bytes, in hexadecimal. ValueError if it is a pipe or a device."""
+    check_file(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, kind).hexdigest()
 

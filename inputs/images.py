@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from inputs.files import check_file
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 # Pictures, videos and sounds that are not read. A row beside one is refused, not trained without.
 MEDIA_SUFFIXES = (".tif", ".tiff", ".avif", ".heic", ".heif", ".jfif", ".jpe", ".jp2", ".j2k",
@@ -69,6 +71,8 @@ def open_image(source):
     if isinstance(source, bytes):
         name = f"image of {len(source)} bytes"
         file = io.BytesIO(source)
+    else:
+        check_file(source)
     try:
         with Image.open(file, formats=FORMATS) as image:
             n_pixels = image.width * image.height

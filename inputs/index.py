@@ -24,6 +24,7 @@ from inputs.building import Building
 from inputs.chat import image_names
 from inputs.files import (
     atomic_write,
+    check_file,
     file_crc,
     file_hash,
     json_hash,
@@ -69,6 +70,8 @@ def open_source(path, tokenizer, template, name="", root=None, sha256=""):
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"data source {path} does not exist")
+    if not path.is_dir():
+        check_file(path)
     if path.suffix.lower() in COMPRESSED:
         raise ValueError(f"{path} is compressed, and rows are read by their place in a file; "
                          "unpack it")
@@ -81,7 +84,7 @@ def open_source(path, tokenizer, template, name="", root=None, sha256=""):
             break
     else:
         source = make_index(sources, tokenizer, template)
-    source.meta = read_json(source.index / "meta.json", dict)
+    source.meta = read_json(source.index / "meta.json", dict, most=None)
     return source
 
 

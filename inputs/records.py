@@ -35,7 +35,7 @@ INDEX_FILES = {"rows.bin": ROW, "images.bin": IMAGE, "stats.bin": STAT}
 
 def array_rows(path):
     """The rows of LLaVA's one JSON array."""
-    return read_json(path, list)
+    return read_json(path, list, most=None)
 
 
 # Formats that are not lines of JSON: a function that yields the rows of such a file, by its suffix.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from inputs.chat import TEMPLATES
 from inputs.files import read_json
+from inputs.images import MAX_TILES
 from inputs.index import open_source
 from inputs.row_keys import TURNS_KEYS, short
 
@@ -21,6 +22,7 @@ META_KEYS = {
     "weight": (int, float),
     "sha256": (str,),
 }
+META_MOST = {"max_dynamic_patch": MAX_TILES, "repeat_time": 1e6, "weight": 1e12, "length": 2**63}
 
 
 def open_sources(spec, tokenizer, template):
@@ -155,8 +157,8 @@ def check_meta_entry(path, key, entry):
             wrong_keys.append("annotation")
         wrong = wrong_keys[0] if wrong_keys else None
     if wrong:
-        raise ValueError(f"{path}: {key}: {wrong} is missing, unknown, negative or of a wrong "
-                         f"type; there are {', '.join(META_KEYS)}, annotation being the path "
+        raise ValueError(f"{path}: {key}: {wrong} is missing, unknown, out of range or of a "
+                         f"wrong type; there are {', '.join(META_KEYS)}, annotation being the path "
                          "of its rows")
 
 
@@ -165,4 +167,4 @@ def is_meta_value(name, value):
     if type(value) not in META_KEYS.get(name, ()):
         return False
     # Written so that it is false for a NaN.
-    return isinstance(value, str) or value >= 0
+    return isinstance(value, str) or 0 <= value <= META_MOST.get(name, 1)

@@ -6,6 +6,8 @@ import os
 import re
 import tarfile
 
+from inputs.files import check_file
+
 # Limit of one row, one picture and one member of a tar.
 MAX_BYTES = 64 * 2 ** 20
 
@@ -28,7 +30,8 @@ class SizeLimitedFile(io.BufferedReader):
 
 @contextlib.contextmanager
 def open_tar(path):
-    """Open an uncompressed tar for reading; ValueError if it is damaged or cut off."""
+    """Open an uncompressed tar for reading; ValueError if it is damaged, cut off or no file."""
+    check_file(path)
     try:
         file = SizeLimitedFile(io.FileIO(path))
         with file, tarfile.open(fileobj=file, mode="r:") as tar:

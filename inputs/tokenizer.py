@@ -137,4 +137,8 @@ def read_vocabulary(folder):
     if not whole_numbers or len(set(ids)) < len(ids) or min(ids) < 0 or max(ids) >= 2 ** 31:
         raise ValueError(f"{folder}: token ids must be whole numbers, each of one token; "
                          "copy the tokenizer again")
+    lacking = sum(bytes([byte]) not in ranks for byte in range(256))
+    if lacking:
+        raise ValueError(f"{folder}: {lacking} of the 256 single bytes are not in the vocabulary, "
+                         "so that not every text could be split; copy the tokenizer again")
     return ranks, special, json_hash([sorted(pieces.items()), special])[:12]
