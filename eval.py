@@ -97,7 +97,10 @@ def make_prompt(assistant, b, row, pictures, text, max_tiles=0, blind=False):
         tiles = row_tiles(images, b, side, assistant.thumbnail, max_tiles)
     if blind:
         tiles = gray(tiles)
-    return assistant.prompt([(text, None)], tiles)
+    try:
+        return assistant.prompt([(text, None)], tiles)
+    except ValueError as e:  # such as a question that is too long
+        raise RowError(f"row {row['index']}: {e}") from None
 
 
 def prompts_ahead(pairs, prepare, cfg):

@@ -359,8 +359,8 @@ class Assistant:
         -> (ids (T,), tiles (N, 3, s, s) of all pictures or None).
         """
         counts = [len(t) for t in tiles]
-        per_tile = self.model.vision.tokens_per_tile
-        ids = chat_ids(self.tokenizer, self.template, turns, counts, per_tile)
+        ids = chat_ids(self.tokenizer, self.template, turns, counts,
+                       self.model.vision.tokens_per_tile, self.model.llm.max_positions)
         return ids, torch.cat(tiles) if tiles else None
 
     def ids_each(self, prompts, **settings):

@@ -4,6 +4,7 @@ Shapes: T tokens of a sample.
 """
 import functools
 import json
+import math
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from inputs.row_keys import (
     is_empty,
     short,
 )
+from inputs.tokenizer import MAX_TEXT
 
 # Facts of the released models' conversation files: the system message, and what follows the
 # <|im_end|> that closes the system turn and each answer.
@@ -65,15 +67,19 @@ def row_segments(row, tokenizer, template, n_tiles, tokens_per_tile):
     return segments(tokenizer, template, turns, images, system, supervised)
 
 
-def chat_ids(tokenizer, template, turns, n_tiles, tokens_per_tile):
+def chat_ids(tokenizer, template, turns, n_tiles, tokens_per_tile, most=math.inf):
     """Prompt ids, up to and including `assistant\\n`, of turns [(user, assistant), ...].
 
     The last assistant is None. n_tiles: tiles of each image, in the order of the `<image>`
-    placeholders. If no placeholder is written, the images go first.
+    placeholders. If no placeholder is written, the images go first. ValueError if there are more
+    than `most` ids.
     """
     images = image_ids(tokenizer, n_tiles, tokens_per_tile)
     turns = place_images(turns, len(images))
     ids, _ = join_segments(segments(tokenizer, template, turns, images))
+    if len(ids) > most:
+        raise ValueError(f"a prompt of {len(ids):,} tokens, the model has {most:,} positions; "
+                         "shorten it, or take fewer pictures or --max_tiles")
     return ids
 
 
@@ -120,6 +126,11 @@ def segments(tokenizer, template, turns, images, system=None, supervised=None):
     images: the ids between <img> and </img> of each `<image>` in the turns; system: a message in
     place of the template's; supervised: for each answer whether it is (None: all are).
     """
+    texts = [system or "", *(text or "" for turn in turns for text in turn)]
+    n_characters = sum(len(text) for text in texts)
+    if n_characters > MAX_TEXT:
+        raise ValueError(f"a dialogue that cannot be split into tokens: {n_characters:,} "
+                         f"characters, at most {MAX_TEXT:,} are read; shorten it")
     fixed = fixed_ids(tokenizer, template)
     encode = tokenizer.encode
     images = iter(images)

@@ -1,5 +1,7 @@
 """Qwen2.5's byte-level BPE with the special tokens of SAIL-VL."""
+import functools
 import re
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -32,6 +34,46 @@ SPLIT = (
     r"|\s+(?!\S)"
     r"|\s+"
 )
+
+
+# Longer texts are refused: no pack has room for their tokens, which take time and memory. Within
+# this length the slowest text, a million emojis, takes a second.
+MAX_TEXT = 1_000_000
+# A run of blanks beyond this length overflows the stack of tiktoken's regular expression.
+MAX_BLANKS = 100_000
+# Unicode puts the accents behind a letter in order, in a time that grows with their square. Its own
+# limit for streams is 30 (UAX 15).
+MAX_ACCENTS = 256
+
+
+@functools.cache
+def accents_pattern():
+    """Runs of what Unicode orders behind a letter."""
+    characters = map(chr, range(0x300, sys.maxunicode + 1))
+    accents = [character for character in characters if unicodedata.combining(character)]
+    return re.compile(f"[{''.join(accents)}]+")
+
+
+def check_length(text):
+    """ValueError, with the length and the limit, for a text that would take long to split."""
+    problem = ""
+    if len(text) > MAX_TEXT:
+        problem = f"{len(text):,} characters, at most {MAX_TEXT:,} are read"
+    if not problem and len(text) > MAX_BLANKS:
+        n = longest(r"\s+", text)
+        if n > MAX_BLANKS:
+            problem = f"{n:,} blanks in a row, at most {MAX_BLANKS:,} are read"
+    if not problem and len(text) > MAX_ACCENTS and not text.isascii():
+        n = longest(accents_pattern(), text)
+        if n > MAX_ACCENTS:
+            problem = f"{n:,} accents on one letter, at most {MAX_ACCENTS} are read"
+    if problem:
+        raise ValueError(f"a text that cannot be split into tokens: {problem}; shorten it")
+
+
+def longest(pattern, text):
+    """Length of the longest match of a pattern in a text, 0 if there is none."""
+    return max((len(match[0]) for match in re.finditer(pattern, text)), default=0)
 
 
 def byte_alphabet():
@@ -70,7 +112,8 @@ class Tokenizer:
         self.image_id = self.special["<IMG_CONTEXT>"]
 
     def encode(self, text):
-        """Token ids of a text in NFC; ValueError if it cannot be split."""
+        """Token ids of a text in NFC; ValueError for one that check_length refuses."""
+        check_length(text)
         ids = []
         # As Hugging Face's tokenizer has it, NFC comes after the split.
         for part in MARKUP_PATTERN.split(text):
