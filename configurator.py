@@ -21,7 +21,7 @@ import traceback
 import types
 import typing
 
-from inputs.files import printable
+from inputs.files import file_problem, printable
 from inputs.patience import DataGone
 
 
@@ -365,10 +365,7 @@ WORKER_KILLED = "DataLoader worker"  # PyTorch's message begins so when a data w
 
 def error_line(error):
     """An error that a user caused, in one line."""
-    text = str(error) or type(error).__name__
-    file = getattr(error, "filename", None)
-    if file:
-        text = f"{file}: {error.strerror}"
+    text = file_problem(error) or str(error) or type(error).__name__
     if text.startswith("Caught ") and "Traceback" in text:
         # Of a data worker: its traceback is in the text, and the last line is what it said.
         text = text.strip().splitlines()[-1].partition(": ")[2]

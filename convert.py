@@ -23,6 +23,7 @@ from inputs.images import MEAN, STD
 from inputs.tokenizer import Tokenizer
 from model import VLM, init_weights
 from model_config import config_json
+from model_files import check_content
 from weights import (
     HEAD,
     check_vocabulary,
@@ -176,11 +177,11 @@ def check_folder(folder):
         tensors = [t for name, t in about.tensors.items() if name.startswith(f"{part}.")]
         if tensors:
             numel = sum(math.prod(tensor.shape) for tensor in tensors)
-            dtypes = "/".join(sorted({tensor.dtype for tensor in tensors}))
-            words = f"  {part}: {numel:,} parameters, {len(tensors)} tensors, {dtypes} {cfg}"
-            print(words.rstrip())
+            kinds = "/".join(sorted({tensor.dtype for tensor in tensors}))
+            print(f"  {part}: {numel:,} parameters, {len(tensors)} tensors, {kinds} {cfg}".rstrip())
     if about.llm:
         print_tokens(folder, about)
+    check_content(folder, about.tensors)
     print("ok: every tensor used once, every parameter filled once")
 
 
@@ -382,9 +383,8 @@ def export_command(paths, flags):
                ("--layout=transformers",): "transformers"}
     if len(paths) != 2 or tuple(flags) not in layouts:
         raise ValueError(f"usage: {USAGE}")
-    source, target = paths
-    export(source, target, layouts[tuple(flags)])
-    print(f"{target}: written")
+    export(*paths, layouts[tuple(flags)])
+    print(f"{paths[1]}: written")
 
 
 COMMANDS = {"assemble": assemble_command, "check": check_command, "export": export_command}

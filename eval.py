@@ -36,6 +36,7 @@ from evals.tiling import gray, row_tiles
 from generate import Assistant
 from inputs.files import file_hash, json_hash, read_jsonl, write_atomic
 from inputs.images import MAX_TILES, Image, picture_uri
+from model_files import find_change
 from training.distributed import (
     barrier,
     close_distributed,
@@ -43,7 +44,7 @@ from training.distributed import (
     gather,
     setup_distributed,
 )
-from weights import TOKENIZER_FILES, weights_hash
+from weights import TOKENIZER_FILES, joined_hash, weights_hashes
 
 DESCRIBE = "Describe the image."
 
@@ -232,7 +233,11 @@ def hash_folder(folder):
     names = ("config.json", *TOKENIZER_FILES)
     paths = [Path(folder) / name for name in names]
     digests = {path.name: file_hash(path) for path in paths if path.is_file()}
-    return weights_hash(folder), json_hash(digests)
+    weights = weights_hashes(folder)
+    change = find_change(folder, known=digests | weights)
+    if change:
+        warn(f"{change}; the scores are those of the folder as it is now")
+    return joined_hash(weights), json_hash(digests)
 
 
 # ---- the run ------------------------------------------------------------------------------------

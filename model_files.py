@@ -1,8 +1,11 @@
 """The files of a model folder: which are ours, and whether they are as they were written."""
 import json
+import math
 import os
 import re
 from pathlib import Path
+
+from safetensors import safe_open
 
 from inputs.files import check_file, file_hash, json_hash, read_json, write_atomic
 
@@ -17,6 +20,7 @@ OTHER_FILES = (
     "configuration_internvl_chat.py",
 )
 WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+READ_NUMBERS = 2**24  # that are checked at a time
 MAX_HEADER = 4 * 2**20  # bytes of a safetensors header; the largest models have about a million
 CHECKSUMS = "checksums.json"  # {"format": 1, "files": {name: sha256}}, written last
 
@@ -82,21 +86,28 @@ def check_target(folder):
 
 
 def write_checksums(folder):
-    """Read the files of a folder back and write down their sha256."""
-    files = {path.name: file_hash(path) for path in sorted(folder.iterdir())}
-    text = json.dumps({"format": 1, "files": files, "all": json_hash(files)}, indent=1)
-    write_atomic(folder / CHECKSUMS, text + "\n")
+    """Read the files of a folder back and write down their sha256 and sizes."""
+    paths = sorted(folder.iterdir())
+    files = {path.name: file_hash(path) for path in paths}
+    record = {
+        "format": 1,
+        "files": files,
+        "sizes": {path.name: path.stat().st_size for path in paths},
+        "all": json_hash(files),
+    }
+    write_atomic(folder / CHECKSUMS, json.dumps(record, indent=1) + "\n")
 
 
-def find_change(folder, rank=0, world=1):
+def find_change(folder, rank=0, world=1, known=()):
     """Which file of a model folder is not as it was written, as text; None if all are.
 
     A folder of other programs has no checksums, and nothing is known of it. Hashing is slow, so
-    each rank takes its share of the files.
+    each rank takes its share of the files; known: {name: sha256} of files that were hashed already.
     """
     path = Path(folder) / CHECKSUMS
-    if not path.is_file():
+    if not path.exists():
         return None
+    known = dict(known)
     try:
         content = read_json(path, dict)
         files = content["files"]
@@ -106,8 +117,56 @@ def find_change(folder, rank=0, world=1):
             file = path.with_name(name)
             if not file.is_file():
                 return f"{file} is missing"
-            if file_hash(file) != digest:
+            if (known.get(name) or file_hash(file)) != digest:
                 return f"{file} has changed since it was written"
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
         return f"{path} cannot be read ({e})"
     return None
+
+
+IF_CHANGED = "copy the folder again, or, if it was changed on purpose, remove its checksums.json"
+
+
+def check_sizes_of_weights(folder):
+    """ValueError if a file of weights has another size than when it was written.
+
+    That takes no time. Whether all content is the same, find_change says.
+    """
+    path = Path(folder) / CHECKSUMS
+    if not path.exists():
+        return
+    sizes = read_json(path, dict).get("sizes", {})
+    for name, size in sizes.items() if isinstance(sizes, dict) else ():
+        file = path.with_name(os.path.basename(name) or CHECKSUMS)
+        have = file.stat().st_size if file.is_file() else 0
+        if WEIGHT_FILE.fullmatch(name) and have != size:
+            raise ValueError(f"{file} has {have:,} bytes, {size} when it was written; {IF_CHANGED}")
+
+
+def is_finite(stored):
+    """Whether a weights.StoredTensor holds no NaN and no infinity; read some rows at a time."""
+    rows = stored.shape[0] if stored.shape else 1
+    step = max(1, READ_NUMBERS * rows // max(1, math.prod(stored.shape)))
+    for start in range(0, rows, step):
+        # Opened anew, because what was read is let go only when the file is closed.
+        with safe_open(stored.file, framework="pt") as file:
+            part = file.get_slice(stored.name)
+            part = part[start:start + step] if stored.shape else file.get_tensor(stored.name)
+        if not part.isfinite().all():
+            return False
+    return True
+
+
+def check_content(folder, tensors):
+    """ValueError if a file has changed since it was written, or if a weight is not finite.
+
+    tensors: {name: weights.StoredTensor}. All of them are read.
+    """
+    change = find_change(folder)
+    if change:
+        raise ValueError(f"{change}; {IF_CHANGED}")
+    broken = [name for name, stored in tensors.items() if not is_finite(stored)]
+    if broken:
+        more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
+        raise ValueError(f"{folder}: not finite: {', '.join(broken[:5])}{more}; take an earlier "
+                         "checkpoint, or copy the folder again")

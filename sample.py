@@ -23,10 +23,10 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from configurator import configure, error_line, run_script, setting
+from configurator import configure, error_line, resolved, run_script, setting
 from generate import Assistant
 from inputs.chat import check_text, image_names
-from inputs.files import write_atomic
+from inputs.files import json_hash, read_jsonl, write_atomic
 from inputs.images import IMAGE_SUFFIXES, MAX_TILES
 from inputs.records import UNREADABLE, parse_row
 from inputs.row_keys import (
@@ -142,8 +142,6 @@ def read_prompts(assistant, rows, base, asked):
     has room, so pictures are not read before that.
     """
     for row in rows:
-        if "error" in row:
-            continue
         try:
             names = image_names(row)
             if not names:
@@ -158,37 +156,83 @@ def read_prompts(assistant, rows, base, asked):
         yield prompt
 
 
+def command_key(cfg):
+    """A hash of all that decides answers beside their rows: the settings and the model's files."""
+    settings = {name: value for name, value in resolved(cfg).items() if name != "batch_size"}
+    files = sorted(Path(cfg.model).iterdir()) if os.path.isdir(cfg.model) else []
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return json_hash([settings, stats])
+
+
+def question_key(row):
+    return json.dumps({name: value for name, value in row.items() if name != "answer"})
+
+
+def earlier_answers(cfg, mark):
+    """{question_key: answer} of a run of the same command that was interrupted.
+
+    mark: the file that says which command has left --out unfinished. ValueError if it was another.
+    """
+    if not (mark.exists() and os.path.exists(cfg.out)):
+        return {}
+    rows = [row for row in read_jsonl(cfg.out) if isinstance(row, dict) and "answer" in row]
+    if rows and mark.read_text() != command_key(cfg):
+        raise ValueError(f"{cfg.out} has answers of an interrupted run with another model or other "
+                         f"settings; repeat that command, or remove {mark} to lose them")
+    if rows:
+        note(f"{cfg.out}: {len(rows)} answers are there already, the run goes on")
+    return {question_key(row): row["answer"] for row in rows}
+
+
+def json_line(row):
+    """A row as a line of a file; what has no UTF-8 is escaped."""
+    line = json.dumps(row, ensure_ascii=False) + "\n"
+    return line.encode("utf-8", "backslashreplace").decode()
+
+
 def answer_file(cfg):
     """Answer every question of a folder or .jsonl.
 
     The rows of --out are the questions with an "answer", or with an "error". They are written as
-    they come, so that a run that is killed leaves them, and in their order at the end.
+    they come, so that a run that is killed leaves them and the same command goes on, and in their
+    order at the end.
     """
     rows, base = read_questions(cfg)
+    mark = Path(f"{cfg.out}.unfinished")
+    known = earlier_answers(cfg, mark)
     assistant = load(cfg)
     asked = []
     unknown = collections.Counter(key for row in rows for key in unknown_keys(row))
     for key in unknown.keys() - {"prompt", "error", *QUESTION_KEYS}:
         note(f"{key}: this key of {unknown[key]} rows is not read")
+    to_ask = []
     for row in rows:
         if "error" in row:
             note(f"{cfg.image[0]} {row['error']}")
+        elif question_key(row) in known:
+            row["answer"] = known[question_key(row)]
+        else:
+            to_ask.append(row)
+    answered = [row for row in rows if question_key(row) in known]
+    write_atomic(cfg.out, "".join(map(json_line, answered)))
+    write_atomic(mark, command_key(cfg))
     try:
-        with open(cfg.out, "w", encoding="utf-8", errors="backslashreplace") as file:
-            prompts = read_prompts(assistant, rows, base, asked)
+        with open(cfg.out, "a", encoding="utf-8") as file:
+            prompts = read_prompts(assistant, to_ask, base, asked)
             answers = assistant.answer_each(prompts, batch_size=cfg.batch_size)
-            for number, text in tqdm(answers, desc="answers", total=len(rows), disable=None):
+            for number, text in tqdm(answers, desc="answers", total=len(to_ask), disable=None):
                 asked[number]["answer"] = text
-                file.write(json.dumps(asked[number], ensure_ascii=False) + "\n")
+                file.write(json_line(asked[number]))
                 file.flush()
     finally:
         # Where nothing was answered, nothing is left behind.
         if os.path.exists(cfg.out) and os.path.getsize(cfg.out) == 0:
             os.remove(cfg.out)
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    text = "".join(lines).encode("utf-8", "backslashreplace").decode()
-    write_atomic(cfg.out, text)
-    note(f"wrote {len(asked)} answers to {cfg.out}, {len(rows) - len(asked)} failed")
+            mark.unlink(missing_ok=True)
+    write_atomic(cfg.out, "".join(map(json_line, rows)))
+    mark.unlink(missing_ok=True)
+    n_answers = len(answered) + len(asked)
+    note(f"wrote {n_answers} answers to {cfg.out}, {len(rows) - n_answers} failed")
 
 
 # ---- a chat --------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ The language model stays frozen in both. Fine-tuning (sft.py) runs through the s
 Everything a run produces is in --out_dir. To continue an interrupted run, repeat its command.
 """
 import math
-import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
@@ -156,7 +155,7 @@ def run_stages(cfg):
         for stage in all_stages(cfg).values():
             stage.steps = min(stage.steps, cfg.max_steps)
     if cfg.dry_run:
-        print_plan(cfg, stages, int(os.environ.get("WORLD_SIZE", 8)))
+        print_plan(cfg, stages, distributed.rank_variable("WORLD_SIZE", 8))
         return
 
     run = set_up(cfg, origins, values, stages)

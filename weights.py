@@ -27,6 +27,7 @@ from model_config import PREFIX, parse_config, read_configs
 from model_files import (
     TOKENIZER_FILES,
     check_header,
+    check_sizes_of_weights,
     check_target,
     stored_files,
     write_checksums,
@@ -75,6 +76,7 @@ def inspect_folder(folder):
         shapes = parameter_shapes(vision, llm)
     except ValueError as e:  # sizes that do not divide
         raise ValueError(f"{folder}/config.json: {e}") from None
+    check_sizes_of_weights(folder)
     tensors = read_headers(stored_files(folder), PREFIX[config["architectures"][0]])
     if llm:
         llm.tie_embeddings = HEAD not in tensors  # the weights decide, whatever config.json says
@@ -374,12 +376,23 @@ def write_shards(folder, tensors, dtype, target):
             "metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def weights_hash(folder):
-    """sha256 of a folder's safetensors file; of their digests joined, if there are several."""
-    digests = [file_hash(path) for path in sorted(Path(folder).glob("*.safetensors"))]
+def weights_hashes(folder):
+    """{name: sha256} of a folder's safetensors files."""
+    digests = {path.name: file_hash(path) for path in sorted(Path(folder).glob("*.safetensors"))}
     if not digests:
         raise FileNotFoundError(
             f"no *.safetensors in {folder!r}; give the model folder, --model=DIR")
+    return digests
+
+
+def weights_hash(folder):
+    """sha256 of a folder's safetensors file; of their digests joined, if there are several."""
+    return joined_hash(weights_hashes(folder))
+
+
+def joined_hash(digests):
+    """One hash of {name: sha256}."""
+    digests = list(digests.values())
     if len(digests) == 1:
         return digests[0]
     return hashlib.sha256("".join(digests).encode()).hexdigest()

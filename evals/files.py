@@ -24,6 +24,7 @@ from evals.scorers import as_list
 from inputs.files import check_file, file_hash, write_atomic
 from inputs.images import load_image, open_image
 from inputs.locks import take_lock
+from training.distributed import rank_variable
 
 # DATASET_URL of vlmeval/dataset/image_mcq.py and its like.
 ADDRESS = "https://opencompass.openxlab.space/utils"
@@ -77,7 +78,7 @@ def find_file(b, folder, may_download=False, base=""):
     path = Path(folder) / b.file_name
     # The first process fetches. If it fails, torchrun ends the others, which wait.
     while may_download and b.md5 and not path.exists():
-        if int(os.environ.get("RANK", 0)):
+        if rank_variable("RANK", 0):
             time.sleep(1)
         else:
             download(b, folder, base)

@@ -83,6 +83,23 @@ def file_crc(path):
     return crc
 
 
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def file_problem(error):
+    """What an OSError says of a file, "" for an error that names none.
+
+    Where something is forbidden the path is absolute: a relative one does not say in which folder.
+    """
+    file = getattr(error, "filename", None)
+    if not file:
+        return ""
+    if error.errno in FORBIDDEN:
+        return (f"{os.path.abspath(os.fsdecode(file))}: {error.strerror}; give this user the "
+                "permission, or choose another place")
+    return f"{file}: {error.strerror}"
+
+
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota used up, file too large
 
 

@@ -94,6 +94,7 @@ def read_description(path):
     for suffix in BESIDE:
         file = path.with_suffix(suffix)
         if file.exists():
+            check_file(file)
             check_size(file.stat().st_size, f"{file.name}, a row")
             found[suffix] = file.read_bytes()
     row = {"caption": ""}

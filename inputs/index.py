@@ -113,7 +113,7 @@ def indexes_of(source):
         for folder in place.glob(f"{glob.escape(same_source)}-*"):
             other = dataclasses.replace(source, index=folder)
             with contextlib.suppress(ValueError, OSError):
-                other.meta = read_json(folder / "meta.json", dict)
+                other.meta = read_json(folder / "meta.json", dict, most=None)
                 if folder != source.index and not index_damage(other):
                     found.append(other)
     return found
@@ -130,7 +130,7 @@ def index_problem(source, tokenizer, template):
     if not os.access(about, os.R_OK):
         return NOT_THERE
     try:
-        source.meta = read_json(about, dict)
+        source.meta = read_json(about, dict, most=None)
         damage = index_damage(source)
     except (ValueError, OSError) as e:
         damage = str(e)

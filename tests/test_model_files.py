@@ -1,14 +1,18 @@
 """What a model folder may hold, its checksums, what writing one may replace."""
 
+import contextlib
 import errno
+import io
 import json
 import os
 
 import pytest
 import torch
 from folders import save
+from safetensors.torch import load_file, save_file
 from small_model import tiny
 
+import convert
 import model_files
 import weights
 from inputs import files
@@ -145,3 +149,65 @@ def test_checksums_are_json_that_says_its_format(tmp_path):
     folder = save(tmp_path / "m", tiny())
     content = json.loads((folder / "checksums.json").read_text())
     assert content["format"] == 1 and "model.safetensors" in content["files"]
+
+
+def checked(folder):
+    """What convert.py check prints, and the error it ends with or "" """
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        try:
+            convert.check_folder(str(folder))
+        except (ValueError, OSError) as e:
+            return shown.getvalue(), str(e)
+    return shown.getvalue(), ""
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_check_names_the_weights_that_are_not_finite(tmp_path, value, dtype, monkeypatch):
+    monkeypatch.setattr(model_files, "READ_NUMBERS", 1000)  # so that a tensor takes several reads
+    folder = save(tmp_path / "m", tiny())
+    path = folder / "model.safetensors"
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
+    names = ("mlp1.1.bias", "language_model.model.embed_tokens.weight")
+    for name in names:
+        tensors[name].view(-1)[-1] = value
+    save_file(tensors, path, metadata={"format": "pt"})
+    (folder / model_files.CHECKSUMS).unlink()  # a folder of another program has none
+    shown, error = checked(folder)
+    assert "ok:" not in shown
+    assert all(name in error for name in names) and "not finite" in error and str(folder) in error
+
+
+def test_check_names_a_file_that_is_not_as_it_was_written(tmp_path):
+    folder = save(tmp_path / "m", tiny(), tokenizer="toy/tokenizer")
+    assert checked(folder)[1] == ""
+    for name in ("model.safetensors", "vocab.json"):
+        before = (folder / name).read_bytes()
+        if name == "vocab.json":
+            (folder / name).write_bytes(before.replace(b'": 5,', b'": 5 ,'))
+        else:
+            (folder / name).write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+        error = checked(folder)[1]
+        assert f"{folder / name} has changed since it was written; copy the folder again" in error
+        (folder / name).write_bytes(before)
+
+
+def test_weights_of_another_size_than_when_they_were_written_are_not_loaded(tmp_path):
+    """Which sample.py and eval.py see without reading them."""
+    folder = save(tmp_path / "m", tiny())
+    path = folder / "model.safetensors"
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="model.safetensors has [0-9,]+ bytes, .* when it was wri"):
+        weights.load_folder(folder)
+    (folder / model_files.CHECKSUMS).unlink()
+    weights.load_folder(folder)
+
+
+def test_checksums_of_an_earlier_version_which_have_no_sizes_are_read(tmp_path):
+    folder = save(tmp_path / "m", tiny())
+    content = json.loads((folder / model_files.CHECKSUMS).read_text())
+    del content["sizes"]
+    (folder / model_files.CHECKSUMS).write_text(json.dumps(content))
+    weights.load_folder(folder)
+    assert model_files.find_change(folder) is None

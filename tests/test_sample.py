@@ -247,6 +247,27 @@ def test_answers_are_written_as_they_come(world, tmp_path, monkeypatch):
         sample.main()
     assert json.loads(out.read_text())["answer"] == "First."
 
+    # Another command does not write over them.
+    with pytest.raises(ValueError, match="interrupted run with another model or other settings"):
+        monkeypatch.setattr(sys, "argv", [*sys.argv, "--seed=1"])
+        sample.main()
+    # A kill in the middle of a line, then the same command: only what is missing is asked.
+    out.write_text(out.read_text() + '{"image": "torn')
+    monkeypatch.setattr(sys, "argv", sys.argv[:-1])
+
+    def second(self, prompts, **settings):
+        yield from ((number, "Second.") for number, _ in enumerate(prompts))
+
+    monkeypatch.setattr(generate.Assistant, "answer_each", second)
+    sample.main()
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["answer"] for row in rows] == ["First.", "Second."]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", source.name]
+    # A run that has ended is not gone on with.
+    sample.main()
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["answer"] for row in rows] == ["Second.", "Second."]
+
 
 def test_a_model_of_nan_prints_no_answer_and_names_its_folder(world, tmp_path):
     shutil.copytree(world / "model", tmp_path / "model")

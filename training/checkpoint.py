@@ -22,7 +22,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import DTensor
 
 from inputs.files import file_hash, write_atomic
-from training.distributed import ALONE, gather, say, unwrap
+from training.distributed import ALONE, gather, rank_variable, say, unwrap
 from training.metadata import MetadataReader
 from training.progress import read_progress
 from training.state_check import find_fault, layout_of, refuse_fault
@@ -204,7 +204,7 @@ def split_work(tensors, dist):
 def memory_for(tensors):
     """Whether each rank of this machine can copy its `tensors` and leave as much again free."""
     need = sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors.values())
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    ranks_here = rank_variable("LOCAL_WORLD_SIZE", 1)
     return 2 * need * ranks_here < available_memory()
 
 

@@ -30,12 +30,21 @@ class Dist:
 ALONE = Dist()  # one process on the CPU
 
 
+def rank_variable(name, default):
+    """A number that torchrun sets in the environment; an empty one counts as not set."""
+    text = os.environ.get(name, "").strip()
+    if text and not text.isdecimal():
+        raise ValueError(f"{name} is {text[:40]!r} and not a number; start with torchrun, or "
+                         f"unset it for a single process")
+    return int(text) if text else default
+
+
 def own_device(device="auto"):
     """The device of this process: its GPU, made the current one, or the CPU.
 
     ValueError if the machine has fewer GPUs than processes.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_rank = rank_variable("LOCAL_RANK", 0)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
@@ -50,11 +59,17 @@ def own_device(device="auto"):
 
 def setup_distributed(device="auto", timeout_s=600):
     """Join torchrun's process group if there is one (nccl on GPUs, else gloo). Returns Dist."""
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank = rank_variable("RANK", -1)
+    world = rank_variable("WORLD_SIZE", 1)
+    if rank < 0 and world > 1:  # as Kubernetes and MPI leave it
+        raise ValueError(f"WORLD_SIZE is {world}, but RANK is not set; start with torchrun, or "
+                         "unset WORLD_SIZE for a single process")
+    if rank >= world:
+        raise ValueError(f"RANK is {rank}, which needs a WORLD_SIZE above it, not {world}; start "
+                         "with torchrun")
     device = own_device(device)
-    if "RANK" not in os.environ:
-        return Dist(rank, world, device)
+    if rank < 0:
+        return Dist(device=device)
 
     # Later than the watchdog of run_folder.py, which says more about where a rank hangs.
     timeout = datetime.timedelta(seconds=timeout_s + 60)

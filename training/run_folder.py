@@ -16,7 +16,7 @@ import torch.distributed as td
 
 from inputs.files import naming, read_json, write_atomic
 from inputs.locks import take_lock
-from model_files import check_target, find_change
+from model_files import IF_CHANGED, check_target, find_change
 from training.checkpoint import (
     check_room,
     checkpoints_in,
@@ -299,8 +299,7 @@ def check_model_folder(folder, dist):
     changes = gather(find_change(folder, dist.rank, dist.world), dist)
     changes = [change for change in changes if change]
     if changes:
-        raise ValueError(f"{changes[0]}; copy the folder again, or, if it was changed on purpose, "
-                         "remove its checksums.json")
+        raise ValueError(f"{changes[0]}; {IF_CHANGED}")
 
 
 def where_to_start(run, name):
