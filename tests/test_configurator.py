@@ -1,5 +1,7 @@
 """configurator.py: three layers, strict types, one-line refusals."""
 
+import errno
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -11,6 +13,7 @@ import pytest
 from configurator import (
     ConfigError,
     configure,
+    error_line,
     resolved,
     run_script,
     setting,
@@ -334,3 +337,13 @@ def test_a_subcommand_is_the_first_word_that_is_no_flag(capsys):
         subcommand(commands, "U", Limited(), argv=["--help"])
     shown = capsys.readouterr().out
     assert e.value.code == 0 and "usage: U" in shown and "--rounds=3" in shown
+
+
+def test_where_something_is_forbidden_the_whole_path_is_told(monkeypatch, tmp_path):
+    """A relative one does not say in which folder; the folder of the run may be another."""
+    monkeypatch.chdir(tmp_path)
+    for number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        line = error_line(OSError(number, os.strerror(number), "shards"))
+        assert line.startswith(f"{tmp_path}/shards: {os.strerror(number)}; give this user")
+    line = error_line(OSError(errno.ENOENT, os.strerror(errno.ENOENT), "shards"))
+    assert line == "shards: No such file or directory"

@@ -43,3 +43,33 @@ def test_without_torchrun_there_is_one_rank_and_no_process_group():
     assert distributed.setup_distributed("cpu") == ALONE and not td.is_initialized()
     with pytest.raises(ValueError, match="device must be one of auto, cuda, cpu, got 'tpu'"):
         configure(RunConfig(), ["--device=tpu"])
+
+
+@pytest.mark.parametrize(
+    "variables, words",
+    [
+        ({"WORLD_SIZE": "8"}, "WORLD_SIZE is 8, but RANK is not set; start with torchrun"),
+        ({"WORLD_SIZE": "8", "RANK": ""}, "WORLD_SIZE is 8, but RANK is not set"),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK is 'x' and not a number; start with torchrun"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK is '-1' and not a number"),
+        ({"RANK": "3", "WORLD_SIZE": "2"}, "RANK is 3, which needs a WORLD_SIZE above it, not 2"),
+        ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE is 'two' and not a number"),
+        ({"LOCAL_RANK": "0x1"}, "LOCAL_RANK is '0x1' and not a number"),
+    ],
+)
+def test_variables_of_ranks_that_are_half_set_or_no_numbers_are_named(
+    variables, words, monkeypatch
+):
+    """Kubernetes and MPI set WORLD_SIZE alone, a shell script leaves RANK empty."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=words):
+        distributed.setup_distributed("cpu")
+    assert not td.is_initialized()
+
+
+@pytest.mark.parametrize("variables", [{"RANK": ""}, {"WORLD_SIZE": "1"}, {"WORLD_SIZE": " "}])
+def test_empty_variables_of_ranks_and_a_world_of_one_are_a_single_process(variables, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.setup_distributed("cpu") == ALONE and not td.is_initialized()
