@@ -42,7 +42,7 @@ def stored_files(folder):
     return sorted(index.with_name(name) for name in names)
 
 
-def check_header(path):
+def check_tensor_header(path):
     """ValueError if a safetensors file is none, or its header is longer than that of any model.
 
     Reading the header of a million tensors takes 17 s.

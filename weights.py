@@ -26,9 +26,9 @@ from model import VLM, LanguageModel, LLMConfig, kept_rows
 from model_config import PREFIX, parse_config, read_configs
 from model_files import (
     TOKENIZER_FILES,
-    check_header,
     check_sizes_of_weights,
     check_target,
+    check_tensor_header,
     stored_files,
     write_checksums,
 )
@@ -103,7 +103,7 @@ def read_headers(paths, prefix):
     """{our name: StoredTensor} of all tensors in these files; prefix: what their names lack."""
     tensors = {}
     for path in paths:
-        check_header(path)
+        check_tensor_header(path)
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():

@@ -24,10 +24,9 @@ def check_file(path, most=None):
     if not path.exists():
         return
     if not path.is_file():
-        raise ValueError(f"{path} is no file but a folder, pipe or device; put the file there")
-    size = path.stat().st_size
-    if most and size > most:
-        raise ValueError(f"{path} has {size:,} bytes, at most {most:,} are read; copy it again")
+        raise ValueError(f"{path} is no file but a directory, pipe or device; put the file there")
+    if most and path.stat().st_size > most:
+        raise ValueError(f"{path} has more than {most:,} bytes; copy it again")
 
 
 def read_json(path, kind=object, most=MAX_JSON):
