@@ -14,12 +14,12 @@ import dataclasses
 import difflib
 import functools
 import inspect
-import operator
 import re
 import sys
 import traceback
 import types
 import typing
+from operator import ge, gt, le, lt
 
 from inputs.files import file_problem, printable
 from inputs.patience import DataGone
@@ -50,12 +50,10 @@ def setting(default, at_least=0, at_most=None, above=None, below=None, files=Fal
     """
     at_least = None if above is not None else at_least
     ends = {"at least": at_least, "above": above, "at most": at_most, "below": below}
-    rules = {"range": ends, "files": files, "filled": filled}
-    return dataclasses.field(default=default, metadata=rules)
+    return dataclasses.field(default=default, metadata=dict(range=ends, files=files, filled=filled))
 
 
-HOLDS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le,
-         "below": operator.lt}
+HOLDS = {"at least": ge, "above": gt, "at most": le, "below": lt}
 
 
 def range_problem(field, value):

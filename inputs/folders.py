@@ -3,6 +3,7 @@ import os
 from pathlib import Path
 
 from inputs.chat import image_names
+from inputs.files import check_file
 from inputs.images import IMAGE_SUFFIXES
 from inputs.records import add_caption, parse_row
 from inputs.row_keys import short
