@@ -27,7 +27,8 @@ class AttentionShape:
 
 
 LENGTHS_DEMO = [60, 45, 110, 80, 75, 62, 51, 97, 70, 55, 48, 47]
-LENGTHS_MIXED = [700, 3000, 1024, 1500, 4096, 2992, 2048, 1024]
+LENGTHS_MIXED_8K = [700, 3000, 1024, 1500, 1968]
+LENGTHS_MIXED_16K = [700, 3000, 1024, 1500, 4096, 2992, 2048, 1024]
 ATTENTION_SHAPES_CPU = {
     "vit_1025": AttentionShape([1025] * 2, 4, 4, 64, False),
     "vit_demo": AttentionShape([37] * 40, 6, 6, 32, False),
@@ -37,10 +38,13 @@ ATTENTION_SHAPES_CPU = {
 ATTENTION_SHAPES_CUDA = {
     "vit_1024": AttentionShape([1024] * 64, 16, 16, 64, False),
     "vit_1025": AttentionShape([1025] * 64, 16, 16, 64, False),
-    "llm_2b": AttentionShape([2048] * 8, 12, 2, 128, True),
-    "llm_8b": AttentionShape([2048] * 8, 28, 4, 128, True),
-    "llm_2b_mixed": AttentionShape(LENGTHS_MIXED, 12, 2, 128, True),
-    "llm_2b_one": AttentionShape([16384], 12, 2, 128, True),
+    # packs of 8k, which the configs train on, and of 16k
+    "llm_2b_8k": AttentionShape([2048] * 4, 12, 2, 128, True),
+    "llm_2b_8k_mixed": AttentionShape(LENGTHS_MIXED_8K, 12, 2, 128, True),
+    "llm_8b_8k": AttentionShape([2048] * 4, 28, 4, 128, True),
+    "llm_2b_16k": AttentionShape([2048] * 8, 12, 2, 128, True),
+    "llm_2b_16k_mixed": AttentionShape(LENGTHS_MIXED_16K, 12, 2, 128, True),
+    "llm_2b_16k_one": AttentionShape([16384], 12, 2, 128, True),
 }
 
 

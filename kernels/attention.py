@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import attention_triton
+from kernels import attention_launch
 
 SHORT_DOCUMENT = 128  # on a CPU, up to this length two batched matmuls are faster than SDPA
 
@@ -37,7 +37,7 @@ def attention(q, k, v, cu_seqlens, max_seqlen, causal):
     K = k.shape[1]
     if H % K:
         raise ValueError(f"{H} query heads do not divide over {K} key/value heads")
-    against = attention_triton.reason_against(q.shape[2])
+    against = attention_launch.reason_against(q.shape[2])
     path = os.environ.get("ATTENTION")
     if not path:
         path = "triton" if q.is_cuda and q.element_size() == 2 and not against else "sdpa"
@@ -77,7 +77,7 @@ def _reference(q, k, v, cu_seqlens, max_seqlen, causal):
 def _sdpa(q, k, v, cu_seqlens, max_seqlen, causal):
     T, H, D = q.shape
     if q.is_cuda and not os.environ.get("ATTENTION"):
-        against = attention_triton.reason_against(D)
+        against = attention_launch.reason_against(D)
         _warn_slow(against or f"{q.dtype} has no tensor cores to run on")
 
     S = len(cu_seqlens) - 1
@@ -197,7 +197,7 @@ def _operation(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool
                path: str) -> tuple[Tensor, Tensor]:
     """-> out (T, H, D), lse (H, T), which is 0 where the path does not need it."""
     if path == "triton":
-        return attention_triton.run_forward(q, k, v, cu_seqlens, causal)
+        return attention_launch.run_forward(q, k, v, cu_seqlens, causal)
     T, H, _ = q.shape
     out = PYTORCH_PATHS[path](q, k, v, cu_seqlens, _longest(cu_seqlens), causal)
     return out.contiguous(), q.new_zeros((H, T), dtype=torch.float32)
@@ -215,7 +215,7 @@ def _backward_operation(
         cu_seqlens: Tensor, causal: bool, path: str) -> tuple[Tensor, Tensor, Tensor]:
     """-> dq (T, H, D), dk and dv (T, K, D)."""
     if path == "triton":
-        return attention_triton.run_backward(dout, q, k, v, out, lse, cu_seqlens, causal)
+        return attention_launch.run_backward(dout, q, k, v, out, lse, cu_seqlens, causal)
 
     def forward(q, k, v):
         return PYTORCH_PATHS[path](q, k, v, cu_seqlens, _longest(cu_seqlens), causal)

@@ -2,9 +2,11 @@
 
     python tests/sm90.py
 
-For each kernel it prints registers and bytes of stack per thread, shared memory of a block, and
-which instructions there are. Stack above 0 means that registers were spilled; Hopper has 227 KB of
-shared memory for a block. fp32 is meant for tests of the kernels, not for speed, and left out.
+For each kernel it prints registers and bytes of stack per thread, shared memory of a block, which
+instructions there are, and how many of them a warp runs for a full block. Stack above 0 means that
+registers were spilled; Hopper has 227 KB of shared memory for a block. A descriptor that a kernel
+makes takes 13 tensormap.replace and a fence. fp32 is meant for tests of the kernels, not for speed,
+and left out. docs/speed.md holds the table.
 """
 
 import re
@@ -19,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from kernels import attention_launch as L  # noqa: E402
 from kernels import attention_triton as A  # noqa: E402
 from kernels import cross_entropy as C  # noqa: E402
 
@@ -33,9 +36,13 @@ SHAPES = dict(
     d256=(8, 4, 256, True, False),
 )
 
+# What a warp may run for a full block up to head dim 128, by Triton 3.6 or 3.7. The forward pass of
+# 516: within a tenth of the 469 that a block of the ViT took when only it had no mask.
+MOST_INSTRUCTIONS = dict(_forward=516, _backward_q=485, _backward_kv=460)
 
-def compiled(fn, constants, options, number="bf16"):
-    """-> dict of registers, stack (bytes), shared (KB), wgmma, tma, specialised."""
+
+def signature_of(fn, constants, blocks, numbers):
+    """{argument: its type}. blocks: rows and columns of a block that a descriptor loads."""
     kinds = dict(
         lse="*fp32",
         delta="*fp32",
@@ -51,25 +58,61 @@ def compiled(fn, constants, options, number="bf16"):
         k_row="i32",
         v_row="i32",
     )
-    signature = {
-        name: "constexpr" if name in constants else kinds.get(name, f"*{number}")
-        for name in fn.arg_names
-    }
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, kind in enumerate(signature.values())
-        if kind[0] == "*"
-    }
-    source = ASTSource(
-        fn, signature, {(fn.arg_names.index(n),): x for n, x in constants.items()}, aligned
-    )
-    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    for name in ("k_blocks", "v_blocks", "q_blocks", "g_blocks"):
+        kinds[name] = f"tensordesc<bf16[{blocks[0]},{blocks[1]}]>"
+    kinds["k_starts"] = f"tensordesc<bf16[16,{blocks[1]}]>"
+    signature = {}
+    for name in fn.arg_names:
+        kind = numbers.get(name) or kinds.get(name, "*bf16")
+        signature[name] = "constexpr" if name in constants else kind
+    return signature
+
+
+def compiled(fn, constants, options, blocks=(0, 0), numbers=()):
+    """-> the compiled kernel. numbers: {argument: type} where it is not bf16."""
+    signature = signature_of(fn, constants, blocks, dict(numbers))
+    # what Triton finds at a launch: tensors and rows start at multiples of 16
+    aligned = {}
+    for i, (name, kind) in enumerate(signature.items()):
+        if kind[0] == "*" or name.endswith("_row"):
+            aligned[(i,)] = [["tt.divisibility", 16]]
+    values = {(fn.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn, signature, values, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def run_cuobjdump(kernel, option):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         Path(f.name).write_bytes(kernel.asm["cubin"])
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        usage = subprocess.run(
-            [tool, "-res-usage", f.name], capture_output=True, text=True, check=True
-        ).stdout
+        done = subprocess.run([tool, option, f.name], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def full_block_instructions(kernel):
+    """Instructions a warp runs for a full block: the last innermost loop with a wgmma.
+
+    With warp specialisation there is one such loop for each group of consumers; they are the same.
+    """
+    instructions = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", run_cuobjdump(kernel, "-sass"))
+    code = [(int(place, 16), text) for place, text in instructions]
+    loops = []
+    for place, text in code:
+        jump = re.search(r"BRA\S*\s+(?:\S+,\s*)*`?\(?0x([0-9a-f]+)", text)
+        if jump and int(jump[1], 16) < place:
+            loops.append((int(jump[1], 16), place))
+    lengths = []
+    for first, last in loops:
+        body = [text for place, text in code if first <= place <= last]
+        holds_another = any((a, b) != (first, last) and first <= a <= b <= last for a, b in loops)
+        if not holds_another and any("HGMMA" in text for text in body):
+            lengths.append(len(body))
+    return lengths[-1] if lengths else 0
+
+
+def measure(kernel):
+    """-> dict of registers, stack (bytes), shared (KB) and counts."""
+    usage = run_cuobjdump(kernel, "-res-usage")
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     count = kernel.asm["ptx"].count
     return dict(
@@ -78,32 +121,42 @@ def compiled(fn, constants, options, number="bf16"):
         shared=kernel.metadata.shared / 1024,
         wgmma=count("wgmma.mma_async"),
         tma=count("cp.async.bulk.tensor"),
+        replaced=count("tensormap.replace"),
+        fences=count("fence.proxy.tensormap"),
+        loop=full_block_instructions(kernel),
         specialised="warp_specialize" in kernel.asm["ttgir"],
     )
 
 
 def main():
-    print("kernel shape BM BN warps: registers, stack, shared KB, wgmma, tma, warp-specialised")
+    print(
+        "kernel shape BM BN warps: registers, stack, shared KB, wgmma, tma, tensormap.replace,",
+        "fences, instructions of a full block per warp, warp-specialised",
+    )
     for name, (H, K, D, causal, fold) in SHAPES.items():
         for fn in (A._forward, A._backward_q, A._backward_kv):
             kernel = fn.fn.__name__
-            BM, BN, options = A.launch_settings(kernel, D, torch.bfloat16, (9, 0))
+            BM, BN, options = L.launch_settings(kernel, D, torch.bfloat16, (9, 0), fold)
             for small in (False, True) if fold else (False,):  # the blocks of the folded token
+                walked = BM if kernel == "_backward_kv" else BN
                 if small:
                     BM, BN = (BM, 16) if kernel == "_backward_kv" else (16, BN)
-                constants = dict(
-                    H=H, K=K, D=D, BM=BM, BN=BN, CAUSAL=causal, FOLD=fold, DOT=options["DOT"]
-                )
+                constants = dict(H=H, K=K, D=D, BM=BM, BN=BN, CAUSAL=causal, FOLD=fold)
+                constants |= {key: options[key] for key in ("STEP", "DOT")}
                 if kernel == "_forward":
                     constants["WARPS"] = options.get("WARPS", False) and not small
-                got = compiled(fn, constants, {k: options[k] for k in ("num_warps", "num_stages")})
+                launch = {key: options[key] for key in ("num_warps", "num_stages")}
+                partial = dict(dk="*fp32", dv="*fp32") if H != K else {}
+                got = measure(compiled(fn, constants, launch, (walked, D), partial))
                 print(
                     f"{kernel} {name} {BM} {BN} {options['num_warps']}:", *got.values(), flush=True
                 )
                 assert got["stack"] == 0 and got["shared"] <= 227 and got["tma"] > 0
                 assert small or got["wgmma"] > 0
                 assert got["specialised"] == bool(constants.get("WARPS"))
-    got = compiled(C._to_gradient, dict(BLOCK=4096), dict(num_warps=8))
+                assert got["replaced"] == (13 if fold and kernel == "_forward" else 0)
+                assert D > 128 or got["loop"] <= MOST_INSTRUCTIONS[kernel]
+    got = measure(compiled(C._to_gradient, dict(BLOCK=4096), dict(num_warps=8)))
     print("_to_gradient", *got.values())
     assert got["stack"] == 0
 
