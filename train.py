@@ -20,6 +20,7 @@ from configurator import configure, resolved, run_script, setting
 from data import held_out, make_loader, model_inputs, stage_dataset
 from inputs.images import MAX_TILES
 from inputs.tokenizer import Tokenizer
+from kernels.attention import choose_attention
 from model import LLMConfig, train_flops
 from model_config import config_json
 from training import checkpoint, distributed, limits, metrics, optim, run_folder
@@ -82,6 +83,7 @@ class RunConfig:
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: a GPU if there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPUs, else float32
     parallel: Literal["ddp", "fsdp"] = "ddp"  # each rank holds the whole model, or a share of it
+    attention: Literal["auto", "triton", "varlen", "sdpa"] = "auto"  # docs/speed.md: which to pick
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile the blocks; auto: on GPUs only
     # save memory: compute again all but expensive operations (selective), or whole blocks (full)
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
@@ -182,6 +184,7 @@ def set_up(cfg, origins, values, stages):
     preemption = run_folder.Preemption()
     forgive_output()
     dist = distributed.setup_distributed(cfg.device, cfg.timeout_s)
+    choose_attention(cfg.attention, dist.device)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     run_folder.check_start(cfg, origins, stages)

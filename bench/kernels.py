@@ -88,13 +88,8 @@ def varlen_sides(lengths, causal, device):
     """{name: f(q, k, v)} of the packed kernels that are installed."""
     L = max(lengths)
     ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
-    window = (-1, 0 if causal else -1)
-    sides = {}
-    # PyTorch's own, of flash-attn 2 or what is installed
-    with contextlib.suppress(ImportError):
-        from torch.nn.attention.varlen import varlen_attn
-        sides["varlen"] = lambda *qkv: varlen_attn(
-            *qkv, ends, ends, L, L, window_size=window, enable_gqa=True)
+    # PyTorch's own, of flash-attn 2
+    sides = {"varlen": lambda *qkv: attention.attend_varlen(*qkv, ends, L, causal)}
     with contextlib.suppress(ImportError):
         from flash_attn_interface import flash_attn_varlen_func as flash_3
         sides["flash-attn 3"] = lambda *qkv: flash_3(*qkv, ends, ends, L, L, causal=causal)

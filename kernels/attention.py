@@ -2,17 +2,20 @@
 
     out_i = sum_j softmax_j(q_i . k_j / sqrt(D)) v_j
 
-over the keys j of the same document (causal: j <= i). There are three paths to it:
+over the keys j of the same document (causal: j <= i). There are four paths to it:
     triton      16-bit numbers on CUDA: the kernels of attention_triton.py
     sdpa        elsewhere: documents of similar length as a batch of PyTorch's own attention
+    varlen      16-bit numbers on CUDA: PyTorch's own kernel for packs, if it is asked for
     reference   the definition, for tests
-The environment variable ATTENTION=reference|sdpa|triton overrides the choice.
+The environment variable ATTENTION=reference|sdpa|triton|varlen overrides the choice.
 
 Shape letters: T tokens of a pack, H query heads, K key/value heads (H is a multiple of K), D head
 dim, S documents (samples, or tiles in the ViT), L tokens of the longest document of a group.
 cu_seqlens (S+1,) int32 holds the borders, 0 and T included; keep it on the CPU when you can.
 """
 import functools
+import importlib.util
+import inspect
 import itertools
 import os
 import sys
@@ -20,6 +23,8 @@ import sys
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import activate_flash_attention_impl
+from torch.nn.attention.varlen import varlen_attn
 
 from kernels import attention_launch
 
@@ -44,8 +49,15 @@ def attention(q, k, v, cu_seqlens, max_seqlen, causal):
 
     if path == "triton" and against:
         raise ValueError(f"ATTENTION=triton: {against}")
-    if path not in ("triton", *PYTORCH_PATHS):
-        raise ValueError(f"ATTENTION={path!r} is not a known path; use reference, sdpa or triton")
+    if path == "varlen" and not (q.is_cuda and q.element_size() == 2):
+        raise ValueError(
+            f"ATTENTION=varlen: {q.dtype} on {q.device.type}, but it needs bfloat16 on a CUDA GPU; "
+            "use --attention=auto")
+    if path not in ("triton", "varlen", *PYTORCH_PATHS):
+        raise ValueError(
+            f"ATTENTION={path!r} is not a known path; use reference, sdpa, triton or varlen")
+    if path == "varlen":
+        return attend_varlen(q, k, v, cu_seqlens, max_seqlen, causal)
 
     # torch.compile has to see a single operation. The borders of documents are data: if they were
     # traced, every new pack would compile anew.
@@ -53,6 +65,33 @@ def attention(q, k, v, cu_seqlens, max_seqlen, causal):
         out, lse = _operation(q, k, v, cu_seqlens, causal, path)
         return out
     return PYTORCH_PATHS[path](q, k, v, cu_seqlens, max_seqlen, causal)
+
+
+def choose_attention(path, device):
+    """Take this path from now on (--attention); auto leaves the choice to attention()."""
+    if path == "auto":
+        return
+    if path in ("triton", "varlen") and device.type != "cuda":
+        raise ValueError(f"--attention={path} needs a CUDA GPU; on a {device.type} use auto")
+    os.environ["ATTENTION"] = path
+    installed = importlib.util.find_spec("flash_attn_interface")
+    if path == "varlen" and installed and torch.cuda.get_device_capability(device) == (9, 0):
+        activate_flash_attention_impl("FA3")
+
+
+# ---- varlen: PyTorch's own kernel for packs ------------------------------------------------------
+
+# PyTorch 2.13 wants to be told that query heads share key heads; 2.11 has no word for it.
+GROUPED = {}
+if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+    GROUPED["enable_gqa"] = True
+
+
+def attend_varlen(q, k, v, cu_seqlens, max_seqlen, causal):
+    borders = cu_seqlens.to(q.device, non_blocking=True)
+    window = (-1, 0) if causal else (-1, -1)
+    return varlen_attn(
+        q, k, v, borders, borders, max_seqlen, max_seqlen, window_size=window, **GROUPED)
 
 
 # ---- reference: the definition, one document at a time -------------------------------------------

@@ -91,6 +91,38 @@ def test_padding_of_a_group_stays_below_five_eighths():
 def test_an_unknown_path_is_refused(monkeypatch):
     monkeypatch.setenv("ATTENTION", "flash")
     with pytest.raises(
-        ValueError, match="'flash' is not a known path; use reference, sdpa or triton"
+        ValueError, match="'flash' is not a known path; use reference, sdpa, triton or varlen"
     ):
         attention(*qkv([4]), 4, True)
+
+
+@pytest.mark.parametrize("path", ["triton", "varlen"])
+def test_a_path_that_needs_a_gpu_is_refused_without_one(monkeypatch, path):
+    monkeypatch.setenv("ATTENTION", "sdpa")  # so that nothing stays set
+    with pytest.raises(ValueError, match=f"--attention={path} needs a CUDA GPU; on a cpu use auto"):
+        A.choose_attention(path, torch.device("cpu"))
+    monkeypatch.setenv("ATTENTION", "varlen")
+    with pytest.raises(ValueError, match="needs bfloat16 on a CUDA GPU; use --attention=auto"):
+        attention(*qkv([4]), 4, True)
+
+
+def test_the_chosen_path_is_taken(monkeypatch):
+    monkeypatch.setenv("ATTENTION", "sdpa")
+    args = qkv([60, 3, 41])
+    before = attention(*args, 60, True)
+    A.choose_attention("auto", torch.device("cpu"))
+    assert torch.equal(attention(*args, 60, True), before)
+    monkeypatch.setattr(A, "PYTORCH_PATHS", {"sdpa": A._reference})
+    A.choose_attention("sdpa", torch.device("cpu"))
+    assert torch.equal(attention(*args, 60, True), A._reference(*args, 60, True))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_pytorchs_kernel_for_packs_takes_grouped_heads(causal):
+    """On tensors without numbers: the arguments are what this PyTorch wants."""
+    q, k, v, cu = (x.to("meta") for x in qkv([60, 3, 41], 4, 2, 64, torch.bfloat16))
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    out = A.attend_varlen(*inputs, cu, 60, causal)
+    assert out.shape == q.shape
+    gradients = torch.autograd.grad(out, inputs, torch.empty_like(out))
+    assert [x.shape for x in gradients] == [x.shape for x in inputs]

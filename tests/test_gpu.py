@@ -44,11 +44,12 @@ def error(ours, exact):
     )
 
 
-def test_the_model_on_our_kernels_errs_at_most_twice_as_much_as_on_pytorchs(monkeypatch):
+@pytest.mark.parametrize("path", ["triton", "varlen"])
+def test_the_model_on_packed_kernels_errs_at_most_twice_as_much_as_on_pytorchs(monkeypatch, path):
     model, _, batch = toy()
     monkeypatch.setenv("ATTENTION", "reference")
     exact, theirs = gradients(model, batch, torch.float32), gradients(model, batch, torch.bfloat16)
-    monkeypatch.setenv("ATTENTION", "triton")
+    monkeypatch.setenv("ATTENTION", path)
     ours = gradients(model, batch, torch.bfloat16)
     assert error(ours, exact) <= 2 * error(theirs, exact), (
         error(ours, exact),
