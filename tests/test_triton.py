@@ -249,8 +249,17 @@ MUTATIONS = {
 }
 
 
+@pytest.fixture
+def new_memory_holds_nan():
+    """What a kernel does not write is then never right by chance, from a result before."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_a_broken_line_is_noticed(name, tmp_path, monkeypatch):
+def test_a_broken_line_is_noticed(name, tmp_path, monkeypatch, new_memory_holds_nan):
     old, new, case, noticed = MUTATIONS[name]
     places = {attention_triton: attention_launch, attention_launch: A}  # {module: who calls it}
     module, caller = next(
