@@ -37,6 +37,7 @@ from inputs.row_keys import (
     short,
     unknown_keys,
 )
+from model_files import check_sizes_of_weights
 from training.distributed import compute_dtype, setup_distributed
 
 HELP = ("/image PATH adds a picture, /tiles N limits later ones (0: as at first), "
@@ -74,6 +75,7 @@ def load(cfg):
         if not os.path.isfile(path) and not cfg.out:
             raise ValueError(f"{path}: no such picture; "
                              "a folder of them needs --out=answers.jsonl too")
+    check_sizes_of_weights(cfg.model)
     device = setup_distributed(cfg.device).device
     return Assistant(
         cfg.model, device, compute_dtype(cfg.dtype, device), cfg.max_tiles,
