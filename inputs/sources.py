@@ -86,6 +86,8 @@ def expand_paths(spec):
     `year=2026/*.jsonl` is a path where there are such files.
     """
     entries = [entry.strip() for entry in spec.split(",")]
+    if entries == [""]:
+        return  # the caller says what is missing
     if "" in entries:
         raise ValueError(f"--data={spec}: a path is empty; is a variable unset?")
     for entry in entries:
