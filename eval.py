@@ -11,6 +11,7 @@ goes on at the first row that has no prediction yet. Shapes: T tokens of a promp
 import collections
 import contextlib
 import dataclasses
+import glob
 import hashlib
 import json
 import sys
@@ -26,12 +27,13 @@ import configurator
 from configurator import setting
 from evals.endpoint import connect_judge
 from evals.files import RowError, find_file, lock_folder, open_picture, read_rows, write_tsv
+from evals.own import OWN_SCORERS, choose_benchmarks
 from evals.prompts import build_prompt, placeholder_problem
 from evals.report import print_results, question_cards, report_html
 from evals.results import build_results, run_protocol_hash, score_all
 from evals.score import never_right_warning
 from evals.score_file import score_file, warn
-from evals.table import PAPER_PROTOCOL, TOY, Benchmark, parse_benchmarks
+from evals.table import PAPER_PROTOCOL, TOY, Benchmark
 from evals.tiling import gray, row_tiles
 from generate import Assistant
 from inputs.files import file_hash, json_hash, read_jsonl, write_atomic
@@ -53,7 +55,12 @@ DESCRIBE = "Describe the image."
 class Config:
     model: str = ""  # model folder
     data_dir: str = ""  # folder of the benchmark files, such as VLMEvalKit's LMUData
-    benchmarks: str = "toy"  # names joined by commas, or: toy | all (the 18 of the paper)
+    # names joined by commas, or: toy | all (the 18 of the paper) | a .tsv or .jsonl of your own
+    benchmarks: str = "toy"
+    # of files of your own: choice|yes_no|exact|contains|anls|relaxed|judge; auto: by what is there
+    scorer: Literal["auto", *OWN_SCORERS] = "auto"
+    # what they add to a question: nothing, "...a single word or phrase.", "... yes or no. ..."
+    prompt: Literal["plain", "short", "yes_no"] = "plain"
     protocol: str = PAPER_PROTOCOL  # sailvl-2024-12 (the paper's) | vlmevalkit-2026-08
     # predictions, results.json and report.html go here
     out_dir: str = setting("out/eval", filled=True)
@@ -64,7 +71,8 @@ class Config:
     controls: bool = False  # also score the same rows blind: gray tiles in place of the pictures
     untrained: str = ""  # control: model folder whose projector was never trained, same rows
     trained_blind: str = ""  # control: model folder trained on gray tiles, asked with gray tiles
-    limit: int = setting(0, at_most=10**9)  # only the first rows of each benchmark; 0 = all
+    # questions of each benchmark, a sample spread over its file; 0 = all
+    limit: int = setting(0, at_most=10**9)
     max_tiles: int = setting(0, at_most=MAX_TILES)  # 0 = the protocol's number for each benchmark
     max_new_tokens: int = setting(0, at_most=2**17)  # 0 = the protocol's for each benchmark
     batch_size: int = setting(64, at_least=1, at_most=2**16)  # prompts generated together
@@ -95,7 +103,8 @@ def make_prompt(assistant, b, row, pictures, text, max_tiles=0, blind=False):
     if pictures:
         images = [open_picture(row, picture, b.jpeg) for picture in pictures]
         side = assistant.model.vision.image_size
-        tiles = row_tiles(images, b, side, assistant.thumbnail, max_tiles)
+        most = max_tiles or b.tiles or assistant.max_tiles
+        tiles = row_tiles(images, b, side, assistant.thumbnail, most)
     if blind:
         tiles = gray(tiles)
     try:
@@ -129,7 +138,7 @@ def predict(b, pairs, assistant, key, cfg, dist, variant="model"):
     folder.mkdir(parents=True, exist_ok=True)
     keys = {row["index"]: row_key(key, pictures) for row, pictures in pairs}
     done = {}
-    for path in sorted(folder.glob(f"{b.name}.{variant}.rank*.jsonl")):
+    for path in sorted(folder.glob(f"{glob.escape(b.name)}.{variant}.rank*.jsonl")):
         for entry in read_jsonl(path):
             if entry.get("key", "") == keys.get(entry.get("index")):
                 done[entry["index"]] = entry["prediction"]
@@ -223,7 +232,7 @@ def answer_all(tasks, failed, folder_hashes, cfg, dist):
 
 def answer_key(task, assistant, folder_hash, dtype, cfg):
     """A hash of all that decides an answer beside its row: only runs with the same share them."""
-    protocol = run_protocol_hash([task.b.name], cfg)
+    protocol = run_protocol_hash([task.b], cfg)
     facts = [folder_hash, task.md5, protocol, assistant.template, dtype, assistant.thumbnail]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
@@ -262,9 +271,13 @@ def read_tasks(cfg):
 
     Raises ValueError if no benchmark can be asked.
     """
-    benchmarks = parse_benchmarks(cfg.benchmarks, cfg.protocol)
+    benchmarks = choose_benchmarks(cfg.benchmarks, cfg.protocol, cfg.scorer, cfg.prompt)
     paths = {name: find_file(b, cfg.data_dir, cfg.download, cfg.download_from)
              for name, b in benchmarks.items()}
+    for name, path in paths.items():
+        if (Path(cfg.out_dir) / f"{name}.tsv").resolve() == path.resolve():
+            raise ValueError(f"{path}: the predictions would be written over this file; choose "
+                             "another --out_dir")
     tasks = []
     failed = {}
     for name, b in benchmarks.items():
@@ -291,6 +304,8 @@ def main():
     configurator.configure(cfg)
 
     # What is missing or wrong shows here, before anything is written.
+    if cfg.scorer == "judge" and not cfg.judge:
+        raise ValueError("--scorer=judge needs --judge=URL and --judge_model=NAME")
     judge = connect_judge(cfg.judge, cfg.judge_model, Path(cfg.out_dir) / "judge.jsonl")
     tasks, failed = read_tasks(cfg)
     folder_hashes = {folder: hash_folder(folder) for _, folder in variants(cfg)}

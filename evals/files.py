@@ -1,16 +1,18 @@
 """Benchmark files: fetching them, their rows, their pictures; the folder of an evaluation.
 
 A file is a .tsv of VLMEvalKit's: columns index, question, answer and others, pictures as base64.
-Gigabytes of pictures stay in the file; of each only its place is kept.
+Gigabytes of pictures stay in the file; of each only its place is kept. A file of one's own may
+also be a .jsonl (evals/json_rows.py).
 """
 import base64
 import binascii
 import csv
-import dataclasses
 import http.client
 import io
+import itertools
 import os
 import platform
+import random
 import re
 import shutil
 import sys
@@ -20,7 +22,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from evals.json_rows import PictureCell, json_pictures, read_json_rows
 from evals.scorers import as_list
+from evals.totals import together
 from inputs.files import check_file, file_hash, write_atomic
 from inputs.images import load_image, open_image
 from inputs.locks import take_lock
@@ -32,14 +36,11 @@ ADDRESS = "https://opencompass.openxlab.space/utils"
 DATA_URI = re.compile(r"data:[^,]{,99};base64,", re.IGNORECASE)
 # An image cell of at most so many characters names the row that holds the picture.
 REFERENCE_LENGTH = 64
+# Of the rows that --limit takes.
+SAMPLE_SEED = 1
 
 
-@dataclasses.dataclass(frozen=True)
-class PictureCell:
-    """Where a picture is: picture `number` of the row that begins at this byte of a .tsv."""
-    path: Path
-    offset: int
-    number: int
+QUESTION_FILES = (".tsv", ".jsonl", ".xlsx", ".xls")  # the last two are refused with what to do
 
 
 class RowError(ValueError):
@@ -75,7 +76,7 @@ def download(b, folder, base=""):
 
 def find_file(b, folder, may_download=False, base=""):
     """The path of a benchmark's file in `folder`, which is fetched if it may be."""
-    path = Path(folder) / b.file_name
+    path = Path(b.path or Path(folder) / b.file_name)
     # The first process fetches. If it fails, torchrun ends the others, which wait.
     while may_download and b.md5 and not path.exists():
         if rank_variable("RANK", 0):
@@ -167,13 +168,20 @@ def read_tsv(path, columns=()):
             raise ValueError(f"{path} line {line}: index {index!r} stands twice")
         if len(row.get("image", "")) > REFERENCE_LENGTH:
             n_pictures = len(as_list(row["image"]))
-            cells[index] = [PictureCell(path, offset, k) for k in range(n_pictures)]
+            cells[index] = [PictureCell(Path(path), offset, k) for k in range(n_pictures)]
             row["image"] = index
         rows[index] = row
     if not rows:
         problem = "no rows under the line of column names" if header else "an empty file"
         raise ValueError(f"{path}: {problem}")
     return list(rows.values()), cells
+
+
+def read_benchmark(path, columns=()):
+    """The rows of a file of any kind, as read_tsv gives them."""
+    if Path(path).suffix.lower() == ".jsonl":
+        return read_json_rows(path)
+    return read_tsv(path, columns)
 
 
 def refuse_other_files(path):
@@ -200,9 +208,9 @@ def read_rows(path, b, limit=0):
     """The rows of a benchmark's split: [(row, pictures)], each picture a PictureCell or a Path.
 
     Under VLMEvalKit's protocols rows whose image cell is empty are left out (ImageBaseDataset of
-    vlmeval/dataset/image_base.py). limit: only the first rows, 0 = all.
+    vlmeval/dataset/image_base.py). limit: so many questions, spread over the file; 0 = all.
     """
-    all_rows, cells = read_tsv(path, b.columns)
+    all_rows, cells = read_benchmark(path, b.columns)
     rows = [row for row in all_rows if not b.split or row.get("split", b.split) == b.split]
     if not rows:
         raise ValueError(f"{path}: no rows of split {b.split!r}")
@@ -215,7 +223,29 @@ def read_rows(path, b, limit=0):
     if n_blank:
         print(f"warning: {path}: {n_blank} rows without a picture are left out, as in VLMEvalKit",
               file=sys.stderr)
-    return [(row, row_pictures(path, row, cells)) for row in asked[:limit or None]]
+    if limit:
+        asked = spread_sample(asked, limit, b)
+    return [(row, row_pictures(path, row, cells)) for row in asked]
+
+
+def spread_sample(rows, limit, b):
+    """The rows of `limit` questions: a random one, always the same, of each stretch of the file.
+
+    What counts together stays together, such as the rotations of a question (totals.together).
+    """
+    questions = {}
+    for row in rows:
+        questions.setdefault(together(b.total, row), []).append(row)
+    kept = list(questions)
+    if limit < len(kept):
+        rng = random.Random(SAMPLE_SEED)
+        ends = [len(kept) * k // limit for k in range(limit + 1)]
+        kept = [kept[rng.randrange(start, end)] for start, end in itertools.pairwise(ends)]
+    if rank_variable("RANK", 0) == 0:
+        print(f"{b.name}: {len(kept)} of {len(questions)} questions are asked, spread over the "
+              "file; --limit=0 asks all")
+    chosen = set(kept)
+    return [row for row in rows if together(b.total, row) in chosen]
 
 
 def row_pictures(path, row, cells):
@@ -267,9 +297,12 @@ def open_picture(row, place, jpeg=False):
 
 def cell_bytes(place):
     """The bytes of the picture file that a PictureCell points at."""
-    _, _, header = next(records(place.path))
-    _, _, fields = next(records(place.path, place.offset))
-    images = as_list(fields[header.index("image")])
+    if place.path.suffix.lower() == ".jsonl":
+        images = json_pictures(place)
+    else:
+        _, _, header = next(records(place.path))
+        _, _, fields = next(records(place.path, place.offset))
+        images = as_list(fields[header.index("image")])
     return decode_base64(images[place.number])
 
 

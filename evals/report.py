@@ -6,7 +6,7 @@ from pathlib import Path
 from evals.files import open_picture
 from evals.score import read_answers
 from evals.scorers import options
-from evals.table import PAPER
+from evals.table import PAPER, TOY
 from inputs.images import picture_uri
 
 FOLDER = Path(__file__).resolve().parent
@@ -76,6 +76,8 @@ def print_results(results, controls):
     for name in (*names, "overall"):
         others = [results[control][name] for control in controls]
         print_row(name, results["n"].get(name, ""), results[name], *others)
+        if name in results["scorers"] and name not in PAPER | TOY:
+            print_own(results, name)
     if results["published"]:
         print_published(results)
     for name, reason in results["left_out"].items():
@@ -83,6 +85,13 @@ def print_results(results, controls):
     for name, details in results["details"].items():
         if "warning" in details:
             print(f"warning: {name}: {details['warning']}")
+
+
+def print_own(results, name):
+    """How a file of one's own was scored, and the score of each of its categories."""
+    print(f"  scorer {results['scorers'][name]}")
+    for category, score in results["details"][name].get("categories", {}).items():
+        print_row(f"  {category or '(no category)'}", "", score)
 
 
 def print_published(results):
@@ -95,8 +104,11 @@ def print_published(results):
     absent = ", ".join(name for name in PAPER if results.get(name) is None)
     if not absent and results["limit"]:
         absent = "all rows"
+    added = ", ".join(name for name in results["n"] if name not in PAPER)
     if absent:
         print(f"not comparable with the published averages: without {absent}")
+    elif added:
+        print(f"not comparable with the published averages: with {added}")
 
 
 def print_row(name, *cells):

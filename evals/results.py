@@ -2,10 +2,16 @@
 from evals.score import averages, chance_level, published_scores, score_rows
 from evals.table import PAPER, protocol_hash
 
+# What results.json has beside the scores of benchmarks, which stand under their names.
+RESULT_KEYS = {
+    "overall", "untrained", "trained_blind", "blind", "chance", "groups", "left_out", "n",
+    "details", "scorers", "model", "model_sha256", "protocol", "protocol_name", "judge",
+    "files_md5", "published", "limit", "dtype", "torch", "seconds"}
 
-def run_protocol_hash(names, cfg):
+
+def run_protocol_hash(benchmarks, cfg):
     """The hash of what an evaluation with these settings asks and how it scores."""
-    return protocol_hash(names, cfg.max_tiles, cfg.max_new_tokens, cfg.protocol)
+    return protocol_hash(benchmarks, cfg.max_tiles, cfg.max_new_tokens)
 
 
 def score_all(tasks, answered, judge):
@@ -38,8 +44,9 @@ def build_results(tasks, failed, scores, details, cfg):
         "left_out": failed | {name: details[name]["reason"] for name in means["left_out"]},
         "n": {name: details[name]["n"] for name in names},
         "details": details,
+        "scorers": {task.b.name: task.b.scorer.__name__ for task in tasks},
         "model": cfg.model,
-        "protocol": run_protocol_hash(names, cfg),
+        "protocol": run_protocol_hash([task.b for task in tasks], cfg),
         "protocol_name": cfg.protocol,
         "judge": cfg.judge_model or None,
         "files_md5": {task.b.name: task.md5 for task in tasks},

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from evals.prompts import judge_prompt
 from evals.scorers import as_list, graded, options, yes_no
-from evals.table import PAPER, TOY
+from evals.table import OWN, PAPER, TOY
 from evals.totals import rates
 from inputs.files import read_json
 
@@ -132,7 +132,7 @@ def averages(scores):
     table = PAPER | TOY
     groups = collections.defaultdict(list)
     for name, score in scores.items():
-        group = groups[table[name].group]
+        group = groups[table[name].group if name in table else OWN]
         if score is not None:
             group.append(score)
     return {

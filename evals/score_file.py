@@ -1,17 +1,21 @@
 """`eval.py score`: a predictions file -> its score, without a model."""
 import dataclasses
 import sys
+from typing import Literal
 
 import configurator
 from evals.endpoint import connect_judge
 from evals.files import read_tsv
+from evals.own import OWN_SCORERS, choose_benchmarks
 from evals.score import never_right_warning, score_rows
-from evals.table import PAPER_PROTOCOL, find_benchmark, protocol_hash
+from evals.table import PAPER_PROTOCOL, protocol_hash
 
 
 @dataclasses.dataclass(slots=True)
 class ScoreConfig:
-    benchmark: str = ""  # name in evals/table.py
+    benchmark: str = ""  # name in evals/table.py, or a .tsv or .jsonl of your own
+    # of a file of your own: choice|yes_no|exact|contains|anls|relaxed|judge; auto: by what is there
+    scorer: Literal["auto", *OWN_SCORERS] = "auto"
     predictions: str = ""  # .tsv with the benchmark's columns and `prediction`
     protocol: str = PAPER_PROTOCOL  # sailvl-2024-12 | vlmevalkit-2026-08
     judge: str = ""  # OpenAI-compatible endpoint, http://.../v1; its key: JUDGE_API_KEY
@@ -31,7 +35,11 @@ def score_file(argv):
     configurator.configure(cfg, argv)
     if not (cfg.benchmark and cfg.predictions):
         raise ValueError("give --benchmark=NAME and --predictions=FILE.tsv")
-    b = find_benchmark(cfg.benchmark, cfg.protocol)
+    chosen = choose_benchmarks(cfg.benchmark, cfg.protocol, cfg.scorer)
+    if len(chosen) != 1:
+        raise ValueError(f"--benchmark={cfg.benchmark} names {len(chosen)}; give one, and the file "
+                         "with its predictions")
+    b, = chosen.values()
     rows, _ = read_tsv(cfg.predictions, ("prediction", *b.columns))
     judge = connect_judge(cfg.judge, cfg.judge_model, f"{cfg.predictions}.judge.jsonl")
     try:
@@ -47,6 +55,6 @@ def score_file(argv):
     return result | {
         "details": details,
         "judge": cfg.judge_model or None,
-        "protocol": protocol_hash([b.name], protocol=cfg.protocol),
+        "protocol": protocol_hash([b]),
         "protocol_name": cfg.protocol,
     }

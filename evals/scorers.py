@@ -294,6 +294,19 @@ def ocrbench(prediction, row):
     return prediction.strip(), any(normal(text) in said for text in as_list(row["answer"]))
 
 
+def contains(prediction, row):
+    """A reference occurs in the prediction, in any case and in whole words.
+
+    Letters beside it that are not Latin make no word: Chinese is written without spaces.
+    """
+    read = " ".join(prediction.split())
+    for text in as_list(row["answer"]):
+        words = re.escape(" ".join(text.split()))
+        if words and re.search(rf"(?<!\w){words}(?!\w)", read, re.ASCII | re.IGNORECASE):
+            return read, True
+    return read, False
+
+
 def ocr_text(text):
     return text.lower().strip().replace("\n", " ")
 
@@ -319,16 +332,16 @@ def graded(grade, row):
 # ---- toy ----------------------------------------------------------------------------------------
 
 def exact_match(prediction, row):
-    """Equal but for case, runs of white space and a closing full stop.
+    """Equal to one of the references but for case, runs of white space and a closing full stop.
 
-    One full stop is dropped where the reference has none.
+    One full stop is dropped where no reference has one.
     """
+    references = [" ".join(text.split()) for text in as_list(row["answer"])]
     said = prediction.strip()
-    if not row["answer"].strip().endswith("."):
+    if not any(text.endswith(".") for text in references):
         said = said.removesuffix(".")
     read = " ".join(said.split())
-    reference = " ".join(row["answer"].split())
-    return read, reference != "" and read.lower() == reference.lower()
+    return read, read != "" and read.lower() in [text.lower() for text in references]
 
 
 def exact_number(prediction, row):

@@ -35,12 +35,14 @@ from evals.totals import capabilities, circular, hallusion, mean, mme, ocrbench_
 
 # Version of the scorers' code and of how pictures are read. It goes up when either changes.
 RULES = 5
+# The group of files of one's own.
+OWN = "own"
 
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
     name: str
-    # Averages are taken over groups: general, ocr, math, hallucination, toy.
+    # Averages are taken over groups: general, ocr, math, hallucination, toy, own.
     group: str
     # Kind of prompt: mcq, or a key of prompts.TAIL.
     prompt: str
@@ -53,7 +55,8 @@ class Benchmark:
     judge: str = "no"
     # Columns that scorer or total look at, beside index, question and answer.
     columns: tuple = ()
-    # The most tiles of one picture, thumbnail not counted; 64 over all pictures of a row.
+    # The most tiles of one picture, thumbnail not counted; 64 over all pictures of a row. 0: as
+    # many as the model folder says.
     tiles: int = 6
     max_new_tokens: int = 4096
     # One closing full stop of the answer is dropped.
@@ -73,6 +76,8 @@ class Benchmark:
     md5: str = ""
     # Where the file is below files.ADDRESS. It decides no score.
     folder: str = "VLMEval"
+    # Of a file of one's own (evals/own.py); "": the file is in --data_dir.
+    path: str = ""
 
     @property
     def file_name(self):
@@ -258,7 +263,8 @@ def find_benchmark(name, protocol=PAPER_PROTOCOL):
         if name in (b.name, b.file or b.name):
             return b
     known = ", ".join(PROTOCOLS[protocol])
-    raise ValueError(f"unknown benchmark {name!r}; there are: toy, all, {known}")
+    raise ValueError(f"unknown benchmark {name!r}; there are: toy, all, {known}; "
+                     "or the path of a .tsv or .jsonl of your own")
 
 
 def parse_benchmarks(text, protocol=PAPER_PROTOCOL):
@@ -275,16 +281,15 @@ def parse_benchmarks(text, protocol=PAPER_PROTOCOL):
     return chosen
 
 
-def protocol_hash(names, max_tiles=0, max_new_tokens=0, protocol=PAPER_PROTOCOL):
-    """sha256 over everything that decides a score apart from the model and the rows.
+def protocol_hash(benchmarks, max_tiles=0, max_new_tokens=0):
+    """sha256 over everything that decides the scores apart from the model and the rows.
 
     0 = the table's own value. Scorers and totals count by their names. The order of the values is
     part of the hash: a new field that decides scores goes behind the others.
     """
     rules = {}
-    for name in names:
-        b = PROTOCOLS[protocol][name]
-        rules[name] = [
+    for b in benchmarks:
+        rules[b.name] = [
             b.md5, b.group, b.prompt, b.scorer.__name__, b.total.__name__, b.judge,
             max_tiles or b.tiles, max_new_tokens or b.max_new_tokens, b.period, b.upscale, b.split,
             b.jpeg, b.recent, b.file or b.name, "", b.two_scales]

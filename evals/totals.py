@@ -20,6 +20,17 @@ REASONING = (
     "code_reasoning", "commonsense_reasoning", "numerical_calculation", "text_translation")
 
 
+def together(total, row):
+    """What a row shares with those that `total` counts with it; the index of one that is alone."""
+    if total is circular:
+        return row.get("g_index") or _index_number(row, row["index"]) % 1_000_000
+    if total is mme:
+        return row["category"], row["image_path"]
+    if total is hallusion:
+        return row["l2-category"], _figure_names(row)[0]
+    return row["index"]
+
+
 def percent(part, whole):
     return round(100 * part / whole, 2) if whole else 0.0
 
@@ -157,12 +168,10 @@ def hallusion(rows, reads, points):
     figures = collections.defaultdict(list)
     questions = collections.defaultdict(list)
     for row, p in zip(rows, points, strict=True):
-        parts = row["index"].split("_")
-        if len(parts) < 6:
-            raise ValueError(f"index {row['index']!r} does not name set, figure and question")
-        subject = (row["l2-category"], parts[3])
-        figures[subject, parts[4]].append(p)
-        questions[subject, parts[5]].append(p)
+        names = _figure_names(row)
+        subject = (row["l2-category"], names[0])
+        figures[subject, names[1]].append(p)
+        questions[subject, names[2]].append(p)
     answers_right = sum(points) / len(rows)
     figures_right = sum(map(all, figures.values())) / len(figures)
     questions_right = sum(map(all, questions.values())) / len(questions)
@@ -170,6 +179,14 @@ def hallusion(rows, reads, points):
     three = {"aAcc": percent(answers_right, 1), "fAcc": percent(figures_right, 1),
              "qAcc": percent(questions_right, 1)}
     return percent(answers_right + figures_right + questions_right, 3), three | details
+
+
+def _figure_names(row):
+    """[set, figure, question] of an index of HallusionBench."""
+    parts = row["index"].split("_")
+    if len(parts) < 6:
+        raise ValueError(f"index {row['index']!r} does not name set, figure and question")
+    return parts[3:6]
 
 
 # ---- OCRBench -----------------------------------------------------------------------------------

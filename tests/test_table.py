@@ -6,8 +6,6 @@ import pytest
 
 from evals import scorers, table
 
-PAPER_PROTOCOL = "sailvl-2024-12"
-
 
 def test_the_table_is_the_papers():
     groups = [b.group for b in table.PAPER.values()]
@@ -44,7 +42,7 @@ def test_the_protocol_that_was_no_version_of_vlmevalkit_is_refused_with_the_new_
         table.parse_benchmarks("toy", "vlmevalkit-2025-04")
 
 
-def test_addresses_are_where_vlmevalkit_has_the_files_and_decide_no_score(monkeypatch):
+def test_addresses_are_where_vlmevalkit_has_the_files_and_decide_no_score():
     moved = {
         "MMBench_DEV": "benchmarks/MMBench",
         "SEEDBench_IMG": "benchmarks/SEEDBench",
@@ -52,13 +50,10 @@ def test_addresses_are_where_vlmevalkit_has_the_files_and_decide_no_score(monkey
     }
     folders = {name: b.folder for name, b in table.PAPER.items()}
     assert folders == dict.fromkeys(table.PAPER, "VLMEval") | moved
-    before = table.protocol_hash(["MME"])
     mme = table.PAPER["MME"]
-    protocol = table.PROTOCOLS[PAPER_PROTOCOL]
-    monkeypatch.setitem(protocol, "MME", dataclasses.replace(mme, folder="elsewhere"))
-    assert table.protocol_hash(["MME"]) == before
-    monkeypatch.setitem(protocol, "MME", dataclasses.replace(mme, tiles=5))
-    assert table.protocol_hash(["MME"]) != before
+    before = table.protocol_hash([mme])
+    assert table.protocol_hash([dataclasses.replace(mme, folder="elsewhere")]) == before
+    assert table.protocol_hash([dataclasses.replace(mme, tiles=5)]) != before
 
 
 def test_names_of_benchmarks_and_of_their_files():
@@ -77,15 +72,16 @@ def test_names_of_benchmarks_and_of_their_files():
 
 
 def test_protocol_hash_follows_the_rules():
-    base = table.protocol_hash(["toy_ocr"])
-    assert base == table.protocol_hash(["toy_ocr"]) and len(base) == 64
-    assert base == table.protocol_hash(["toy_ocr"], max_tiles=4)
+    toy_ocr = table.TOY["toy_ocr"]
+    base = table.protocol_hash([toy_ocr])
+    assert base == table.protocol_hash([toy_ocr]) and len(base) == 64
+    assert base == table.protocol_hash([toy_ocr], max_tiles=4)
     others = {
-        table.protocol_hash(["toy_chart"]),
-        table.protocol_hash(["toy_ocr"], max_tiles=9),
-        table.protocol_hash(["toy_ocr"], max_new_tokens=1),
-        table.protocol_hash(["MME"]),
-        table.protocol_hash(["MME"], protocol="vlmevalkit-2026-08"),
+        table.protocol_hash([table.TOY["toy_chart"]]),
+        table.protocol_hash([toy_ocr], max_tiles=9),
+        table.protocol_hash([toy_ocr], max_new_tokens=1),
+        table.protocol_hash([table.PAPER["MME"]]),
+        table.protocol_hash([table.find_benchmark("MME", "vlmevalkit-2026-08")]),
     }
     assert len(others | {base}) == 6
 
@@ -95,7 +91,7 @@ def test_protocol_hash_is_that_of_results_written_before():
 
     They are at version 5: ANLS, ChartQA, options and empty references as VLMEvalKit has them.
     """
-    toy = table.protocol_hash(table.TOY)
+    toy = table.protocol_hash(table.TOY.values())
     assert toy == "0ceac8da4e96df508a999c921e2173d2447d1c34290fb9a9eccda24c6d6c0782"
-    paper = table.protocol_hash(table.PAPER)
+    paper = table.protocol_hash(table.PAPER.values())
     assert paper == "95f54ec29b5f5621666bfced9d2983e134b3e1007f7f88f6abb8a028e2217ba1"
