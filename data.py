@@ -214,19 +214,22 @@ class Loader(torch.utils.data.DataLoader):
         if self.num_workers and any(len(source.images) for source in dataset.packs.sources):
             slots = self.share_slots(dataset.packs.settings)
             dataset.slots = slots
+        # Workers start here, in the thread that makes the iterator, and not with the first batch.
         batches = super().__iter__()
+        dataset.slots = None
         if self.num_workers:
             self.end_workers_at_exit(batches)
-        try:
-            for batch in batches:
-                # DataLoader made a list of the pair (slot, n).
-                if isinstance(batch["tiles"], list):
-                    slot, n = batch["tiles"]
-                    tiles = slots[slot, :n]
-                    batch["tiles"] = tiles.pin_memory() if self.pin_memory else tiles.clone()
-                yield batch
-        finally:
-            dataset.slots = None
+        return self.with_tiles(batches, slots)
+
+    def with_tiles(self, batches, slots):
+        """Yield the batches; tiles that lie in a slot are copied from there."""
+        for batch in batches:
+            # DataLoader made a list of the pair (slot, n).
+            if isinstance(batch["tiles"], list):
+                slot, n = batch["tiles"]
+                tiles = slots[slot, :n]
+                batch["tiles"] = tiles.pin_memory() if self.pin_memory else tiles.clone()
+            yield batch
 
     def share_slots(self, settings):
         """uint8 (slots, tiles of a pack, 3, s, s) in shared memory."""

@@ -9,6 +9,7 @@ The language model stays frozen in both. Fine-tuning (sft.py) runs through the s
 Everything a run produces is in --out_dir. To continue an interrupted run, repeat its command.
 """
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
@@ -27,6 +28,7 @@ from training import checkpoint, distributed, limits, metrics, optim, run_folder
 from training.compile import compile_blocks
 from training.dry_run import print_plan
 from training.output import forgive_output
+from training.prefetch import Prefetcher
 from training.progress import Progress
 from training.quarantine import Quarantine
 from vision import VisionConfig
@@ -143,6 +145,7 @@ class Run:
     preemption: run_folder.Preemption
     watchdog: run_folder.Watchdog
     saver: checkpoint.Saver
+    at_end: ExitStack | None = None  # what to close when a stage ends or fails
     log: object = None  # log.jsonl, rank 0 only
     track: object = None  # the function of --track, rank 0 only
 
@@ -168,7 +171,8 @@ def run_stages(cfg):
             distributed.say(run.dist, f"{name}: finished before, in {run.out / name}; "
                                       "remove that folder to train it again")
             continue
-        stopped = train_stage(run, name, stage, later_steps)
+        with ExitStack() as run.at_end:
+            stopped = train_stage(run, name, stage, later_steps)
         if stopped:
             distributed.close_distributed()
             return
@@ -253,8 +257,7 @@ def train_stage(run, name, stage, later_steps):
     optim.make_moments(optimizer)
 
     # ---- start, or resume from a checkpoint of this stage ----
-    packs_per_step = packs.settings.packs_per_step
-    fresh = Progress(name, packs.fingerprint, packs_per_step, run.planned_world)
+    fresh = Progress(name, packs.fingerprint, packs.settings.packs_per_step, run.planned_world)
     progress = run_folder.resume(run.checkpoint, fresh, steps, model, optimizer)
     run_folder.check_disk(cfg, name, steps - progress.step, model)
     if dist.is_main:
@@ -266,11 +269,12 @@ def train_stage(run, name, stage, later_steps):
         optim.print_stage_table(name, model, stage)
         metrics.print_data(packs, progress)
     quarantine = Quarantine(packs, run.out, dist)
-    batches = iter(make_loader(dataset, dist.rank, dist.world, cfg.num_workers,
-                               progress.position, progress.counts))
+    loader = make_loader(dataset, dist.rank, dist.world, cfg.num_workers,
+                         progress.position, progress.counts)
+    batches = Prefetcher(iter(loader), accum, dist.device, cfg.num_workers)
+    run.at_end.callback(batches.close)
     peak = metrics.peak_flops(dist.device)  # of one GPU; None on a CPU
-    bar = tqdm(total=steps, initial=progress.step, desc=name,
-               disable=None if dist.is_main else True)
+    bar = tqdm(total=steps, initial=progress.step, desc=name, disable=not dist.is_main or None)
 
     for step in range(progress.step, steps):
         done = step + 1  # steps, when this one is over
@@ -278,7 +282,7 @@ def train_stage(run, name, stage, later_steps):
 
         # ---- data: the micro-batches of this step ----
         run.watchdog.note(f"{name} step {done}: waiting for data")
-        micro = [next(batches) for _ in range(accum)]
+        micro = batches.next_step()
         clock.lap("data")
         ids = [i for batch in micro for i in batch["ids"]]
         run.watchdog.note(f"{name} step {done}: samples {', '.join(ids)}")
@@ -299,7 +303,7 @@ def train_stage(run, name, stage, later_steps):
 
         # ---- forward and backward ----
         loss_sum = torch.zeros((), device=dist.device)
-        for k, batch in enumerate(micro):
+        for k, batch in enumerate(batches.on_device()):
             # The number of the pack in the step, so that any number of ranks draws the same noise.
             pack_number = k * dist.world + dist.rank
             optim.seed_everything(cfg.seed, first_step + step, pack_number)
@@ -361,8 +365,7 @@ def train_stage(run, name, stage, later_steps):
         stop = run.preemption.stop_requested(dist)
         if stop or too_bad or (done % cfg.save_every == 0 and finite):
             run.watchdog.note(f"{name} step {done}: checkpoint")
-            wait = bool(stop or too_bad)
-            run.saver.save(first_step + done, model, optimizer, progress, wait)
+            run.saver.save(first_step + done, model, optimizer, progress, bool(stop or too_bad))
         if too_bad:
             raise ValueError(f"{too_bad}; step {done} is saved, the same command goes on from it")
         if stop:

@@ -9,6 +9,7 @@
     python -m bench pack      # packs from lengths: fill, balance of 8 ranks, time, other methods
     python -m bench image     # JPEG to tiles on one core, beside Pillow and transformers
     python -m bench loader    # images/s of whole batches, beside what an H200 needs
+    python -m bench waiting   # share of its time that a pretended GPU waits for packs
     python -m bench warmup    # seconds to the first compiled step, graphs for 20 more packs
 
 Rows come as they are measured. At the end, whatever happened, come device and versions, a markdown
@@ -90,6 +91,7 @@ def bench_parts(device):
         "pack": (loading.packing_rows, packs),
         "image": (loading.image_rows, {"images_per_s_core": ()}),
         "loader": (loading.loader_rows, {"loader_2_workers": (2,), "loader_1_worker": (1,)}),
+        "waiting": (loading.waiting_rows, {"wait_accum_1": (1,), "wait_accum_64": (64,)}),
         "decode": (decoding_rows, decoding_table()),
     }
 

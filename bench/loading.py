@@ -1,4 +1,4 @@
-"""Rows of `pack`, `image` and `loader`: data on its way to the model.
+"""Rows of `pack`, `image`, `loader` and `waiting`: data on its way to the model.
 
 Shape letters: T tokens a pack may have, N tiles it may have."""
 import contextlib
@@ -20,6 +20,7 @@ from bench.samples import TOKENIZER_FOLDER, batches_of_8, length_file
 from inputs import images, packing, sources
 from inputs.tokenizer import Tokenizer
 from model import LLMConfig, train_flops
+from training.prefetch import Prefetcher
 from vision import VisionConfig
 
 H200_IMAGES_PER_S = 15.0
@@ -142,6 +143,13 @@ def noise_photo(seed, width=1024, height=768):
     return file.getvalue()
 
 
+def write_photos(folder, n, width=1024, height=768):
+    """n photos, each with a caption beside it."""
+    for i in range(n):
+        Path(folder, f"{i:02d}.jpg").write_bytes(noise_photo(i, width, height))
+        Path(folder, f"{i:02d}.txt").write_text("a photo of nothing in particular, " * 24)
+
+
 def tiles_by_pillow(jpeg):
     """Six tiles of 448 and a thumbnail by Pillow's resize alone, uint8 (7, 3, 448, 448)."""
     image = images.load_image(jpeg)
@@ -204,9 +212,7 @@ def loader_rows(cfg, device, name, workers):
     tokenizer = Tokenizer(TOKENIZER_FOLDER)
     rates = []
     with tempfile.TemporaryDirectory() as folder:
-        for i in range(64):
-            Path(folder, f"{i:02d}.jpg").write_bytes(noise_photo(i))
-            Path(folder, f"{i:02d}.txt").write_text("a photo of nothing in particular, " * 24)
+        write_photos(folder, 64)
         opened = sources.open_sources(folder, tokenizer, "sailvl-chat")
         settings = packing.PackSettings(tile_size=448, tokens_per_tile=256, max_tiles=6)
         dataset = data.PackedDataset(packing.Packs(opened, settings), tokenizer, "sailvl-chat")
@@ -224,3 +230,75 @@ def loader_rows(cfg, device, name, workers):
     ours = median(rates)
     yield dict(row=name, value=ours, unit="images/s", peer="need of one H200",
                peer_value=H200_IMAGES_PER_S, ratio=ours / H200_IMAGES_PER_S)
+
+
+# ---- waiting -------------------------------------------------------------------------------------
+
+GPU_S = 0.17  # a pack of 2B alignment on an H100, the fastest of the plan
+
+
+def waiting_rows(cfg, device, name, accum):
+    """The share of its time that a GPU which needs GPU_S for a pack waits for two workers' packs.
+
+    The GPU is pretended: the loop sleeps. Packs are small, so that the loader keeps up with it. The
+    peer asks the loader for the packs of a step when the step before has ended.
+    """
+    tokenizer = Tokenizer(TOKENIZER_FOLDER)
+    steps = max(2, 64 // accum)
+    with tempfile.TemporaryDirectory() as folder:
+        write_photos(folder, 64, 320, 240)
+        opened = sources.open_sources(folder, tokenizer, "sailvl-chat")
+        settings = packing.PackSettings(tile_size=224, tokens_per_tile=64, max_tiles=2,
+                                        tokens_per_pack=1024, tiles_per_pack=12)
+        dataset = data.PackedDataset(packing.Packs(opened, settings), tokenizer, "sailvl-chat")
+        loader = data.make_loader(dataset, num_workers=2)
+        pack_s = seconds_per_pack(iter(loader))
+        between = between_steps(iter(loader), accum)
+        theirs = share_waited(between, accum, steps)
+        between.close()
+        ahead = Prefetcher(iter(loader), accum, torch.device("cpu"), 2)
+        ours = share_waited(prefetched(ahead), accum, steps)
+        ahead.close()
+    yield dict(row=name, value=100 * ours, unit="% of the time", peer="fetched between steps",
+               peer_value=100 * theirs, ratio=theirs / ours, loader_s_per_pack=pack_s)
+
+
+def seconds_per_pack(batches):
+    """How long the loader needs for a pack when nobody waits."""
+    # what the workers fetch ahead does not count
+    for _ in range(9):
+        next(batches)
+    start = time.perf_counter()
+    for _ in range(20):
+        next(batches)
+    return (time.perf_counter() - start) / 20
+
+
+def between_steps(batches, accum):
+    """Yield each step as a list of its packs, asked for when the step before has ended."""
+    while True:
+        yield [next(batches) for _ in range(accum)]
+
+
+def prefetched(batches):
+    """Yield each step of a Prefetcher as an iterator of its packs."""
+    while True:
+        batches.next_step()
+        yield batches.on_device()
+
+
+def share_waited(steps, accum, n):
+    """The share of the time of n steps in which the pretended GPU had nothing to do."""
+    # in the first packs the workers start
+    for _ in range(max(1, 16 // accum)):
+        for _ in next(steps):
+            time.sleep(GPU_S)
+    start = time.perf_counter()
+    waited = 0.0
+    for _ in range(n):
+        asked = time.perf_counter()
+        step = next(steps)
+        waited += time.perf_counter() - asked
+        for _ in step:
+            time.sleep(GPU_S)
+    return waited / (time.perf_counter() - start)

@@ -51,6 +51,7 @@ model_files
 weights
 generate
 training/distributed
+training/prefetch
 training/compile
 training/optim
 training/lora

@@ -322,6 +322,24 @@ def kill_inside_a_save(zygote, shards, tmp_path, mode, points):
     assert killed == sum(map(len, points.values()))
 
 
+KILLED = """
+import os, signal, data, torch
+batch_of = data.PackedDataset.__getitem__
+def deadly(self, pack):
+    if torch.utils.data.get_worker_info() and pack.number == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return batch_of(self, pack)
+data.PackedDataset.__getitem__ = deadly
+"""
+
+
+def test_a_worker_that_is_killed_ends_the_run_with_one_line(zygote, shards, tmp_path):
+    arguments = one_stage(tmp_path / "r", shards, "--num_workers=1", "--grad_accum_steps=2")
+    assert zygote.run("train", arguments, 1, tmp_path / "1", KILLED) == [2]
+    last = (tmp_path / "1").read_text().splitlines()[-1]
+    assert last.startswith("error: DataLoader worker") and last.endswith("fewer --num_workers")
+
+
 # ---- signals, stalls, orphans --------------------------------------------------------------------
 
 
@@ -349,14 +367,15 @@ train.model_inputs = sleepy
 
 
 @pytest.mark.parametrize(
-    "place, note",
+    "place, workers, note",
     [
-        ("make_loader", "alignment step 1: waiting for data"),
-        ("model_inputs", "alignment step 1: samples pretrain-"),
+        ("make_loader", 0, "alignment step 1: waiting for data"),
+        ("make_loader", 1, "alignment step 1: waiting for data"),
+        ("model_inputs", 0, "alignment step 1: samples pretrain-"),
     ],
 )
 def test_a_run_of_one_process_that_hangs_in_its_data_or_a_step_ends_and_says_where(
-    zygote, shards, tmp_path, place, note
+    zygote, shards, tmp_path, place, workers, note
 ):
     if place == "make_loader":
         code = "def hang(*args):\n    time.sleep(600)\n    yield\n"
@@ -364,9 +383,8 @@ def test_a_run_of_one_process_that_hangs_in_its_data_or_a_step_ends_and_says_whe
         code = "def hang(*args):\n    time.sleep(600)\n"
     code = f"import time\n{code}train.{place} = hang"
     start = time.monotonic()
-    assert zygote.run(
-        "train", one_stage(tmp_path / "r", shards, "--timeout_s=2"), 1, tmp_path / "1", code
-    ) == [1]
+    arguments = one_stage(tmp_path / "r", shards, "--timeout_s=2", f"--num_workers={workers}")
+    assert zygote.run("train", arguments, 1, tmp_path / "1", code) == [1]
     text = (tmp_path / "r/last_step/rank_0.txt").read_text()
     assert time.monotonic() - start < 30 and text.startswith(note) and "train.py" in text, text
 

@@ -2,10 +2,12 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -257,6 +259,21 @@ def test_the_loss_falls(tmp_path, shards, monkeypatch):
     )
     losses = [r["loss"] for r in log(tmp_path / "s")]
     assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_stage_that_ends_or_fails_leaves_neither_thread_nor_worker(
+    tmp_path, shards, monkeypatch, fails
+):
+    arguments = argv(tmp_path / "r", shards, "--num_workers=1", stages=("alignment",), steps=2)
+    if fails:
+        monkeypatch.setattr(train.optim, "clip_grad_norm", None)
+        with pytest.raises(TypeError):
+            run(train, arguments, monkeypatch)
+    else:
+        run(train, arguments, monkeypatch)
+    assert "prefetch" not in [thread.name for thread in threading.enumerate()]
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize(
