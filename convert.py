@@ -22,8 +22,8 @@ from inputs.files import read_json
 from inputs.images import MEAN, STD
 from inputs.tokenizer import Tokenizer
 from model import VLM, init_weights
-from model_config import config_json
-from model_files import check_content
+from model_config import config_json, transformers_config
+from model_files import check_content, stored_names, stored_shape
 from weights import (
     HEAD,
     check_vocabulary,
@@ -171,10 +171,14 @@ def check_folder(folder):
     """Print what a folder is; ValueError unless all tensors and parameters are accounted for."""
     about = inspect_folder(folder)
     kind = about.config["architectures"][0]
-    n_files = len({tensor.file for tensor in about.tensors.values()})
-    print(f"{folder}: {kind}, {len(about.tensors)} tensors in {n_files} file(s)")
+    stored = [piece for pieces in about.tensors.values() for piece in pieces]
+    n_files = len({piece.file for piece in stored})
+    print(f"{folder}: {kind}, {len(stored)} tensors in {n_files} file(s)")
     for part, cfg in (("vision_model", about.vision), ("mlp1", ""), ("language_model", about.llm)):
-        tensors = [t for name, t in about.tensors.items() if name.startswith(f"{part}.")]
+        tensors = []
+        for name, pieces in about.tensors.items():
+            if name.startswith(f"{part}."):
+                tensors += pieces
         if tensors:
             numel = sum(math.prod(tensor.shape) for tensor in tensors)
             kinds = "/".join(sorted({tensor.dtype for tensor in tensors}))
@@ -200,24 +204,6 @@ def print_tokens(folder, about):
 
 # ---- export --------------------------------------------------------------------------------------
 
-# our name -> that of the released "-hf" checkpoints (transformers 4.52 and later), one by one
-RENAMED = {
-    "vision_model.": "vision_tower.",
-    ".class_embedding": ".cls_token",
-    ".position_embedding": ".position_embeddings",
-    ".patch_embedding.": ".patch_embeddings.projection.",
-    ".encoder.layers.": ".encoder.layer.",
-    ".attn.": ".attention.",
-    ".proj.": ".projection_layer.",
-    ".norm1.": ".layernorm_before.",
-    ".norm2.": ".layernorm_after.",
-    ".ls1": ".lambda_1",
-    ".ls2": ".lambda_2",
-    "mlp1.0.": "multi_modal_projector.layer_norm.",
-    "mlp1.1.": "multi_modal_projector.linear_1.",
-    "mlp1.3.": "multi_modal_projector.linear_2.",
-}
-
 # configuration_internvl_chat.py of the internvl layout: transformers does not know this
 # model_type, and vLLM reads config.json through it
 CONFIGURATION = '''\
@@ -232,6 +218,20 @@ class InternVLChatConfig(PretrainedConfig):
         self.vision_config = PretrainedConfig(**(vision_config or {}))
         self.llm_config = Qwen2Config(**(llm_config or {}))
         super().__init__(**others)
+'''
+
+
+# modeling_sailvl.py of transformers' layout: its own InternVL cannot have an AIMv2
+MODELING = '''\
+"""transformers' InternVL with an AIMv2, for trust_remote_code=True."""
+from transformers import Aimv2VisionConfig, InternVLConfig, InternVLForConditionalGeneration
+
+class SailVLConfig(InternVLConfig):
+    sub_configs_defaults = InternVLConfig.sub_configs_defaults | {
+        "vision_config": Aimv2VisionConfig}
+
+class SailVLForConditionalGeneration(InternVLForConditionalGeneration):
+    config_class = SailVLConfig
 '''
 
 
@@ -264,7 +264,7 @@ def export(source, target, layout):
         export_internvl(model, about.config, template, source, target, files)
     else:
         files |= transformers_prompt_files(tokenizer_config, template)
-        export_transformers(model, about.config, source, target, files)
+        export_transformers(model, about.config, template, source, target, files)
 
 
 def dtype_of(model):
@@ -274,11 +274,12 @@ def dtype_of(model):
 def export_internvl(model, source_config, template, source, target, files):
     config = config_json(model.vision, model.llm, dtype_of(model), template, source_config)
     config["auto_map"] = {"AutoConfig": "configuration_internvl_chat.InternVLChatConfig"}
-    files = files | {"configuration_internvl_chat.py": CONFIGURATION}
+    code = CONFIGURATION.replace("Qwen2", "Qwen3") if model.llm.qwen3 else CONFIGURATION
+    files = files | {"configuration_internvl_chat.py": code}
     save_folder(model.state_dict(), config, target, source, files)
 
 
-def export_transformers(model, source_config, source, target, files):
+def export_transformers(model, source_config, template, source, target, files):
     vision = model.vision
     side = vision.image_size
     processor = {"processor_class": "InternVLProcessor"}
@@ -301,38 +302,16 @@ def export_transformers(model, source_config, source, target, files):
     state = model.state_dict()
     if model.llm.tie_embeddings:
         state.pop(HEAD)
-    write_folder(transformers_tensors(state), transformers_config(model), target, source, files)
-
-
-def transformers_config(model):
-    """config.json for transformers' InternVLForConditionalGeneration."""
-    vision = model.vision
-    dtype = dtype_of(model)
-    vision_section = config_json(vision, None, dtype) | {
-        "architectures": ["InternVLVisionModel"],
-        "model_type": "internvl_vision",
-        "image_size": [vision.image_size] * 2,
-        "patch_size": [vision.patch_size] * 2,
-        "attention_bias": vision.qkv_bias,
-        "use_qk_norm": False,
-        "layer_scale_init_value": vision.init_values,
-        "use_absolute_position_embeddings": True,
-        "use_mean_pooling": True,
-    }
-    return {
-        "architectures": ["InternVLForConditionalGeneration"],
-        "model_type": "internvl",
-        "image_token_id": model.image_token_id,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        "image_seq_length": vision.tokens_per_tile,
-        "downsample_ratio": 1 / vision.downsample,
-        "projector_hidden_act": "gelu",
-        "vision_feature_layer": -1,
-        "vision_feature_select_strategy": "default",
-        "tie_word_embeddings": model.llm.tie_embeddings,
-        "text_config": config_json(None, model.llm, dtype),
-        "vision_config": vision_section,
-    }
+    config = transformers_config(vision, model.llm, dtype_of(model), template, source_config)
+    config["image_token_id"] = model.image_token_id
+    if vision.kind == "aimv2":
+        config["auto_map"] = {
+            "AutoConfig": "modeling_sailvl.SailVLConfig",
+            "AutoModelForImageTextToText": "modeling_sailvl.SailVLForConditionalGeneration",
+        }
+        files |= {"modeling_sailvl.py": MODELING}
+    tensors = transformers_tensors(state, config["architectures"][0])
+    write_folder(tensors, config, target, source, files)
 
 
 def transformers_prompt_files(tokenizer_config, template):
@@ -346,20 +325,13 @@ def transformers_prompt_files(tokenizer_config, template):
     return prompt_files(config, template, "<IMG_CONTEXT>")
 
 
-def transformers_tensors(state):
+def transformers_tensors(state, architecture):
     """Rename the tensors of the model, and cut each fused qkv of the ViT into its three parts."""
     out = {}
     for name, tensor in state.items():
-        if not name.startswith("language_model."):
-            for ours, theirs in RENAMED.items():
-                name = name.replace(ours, theirs)
-        if name.startswith("mlp1."):
-            raise ValueError(f"{name}: transformers has no such projector; use --layout=internvl")
-        if ".qkv." in name:
-            for part, rows in zip(("q_proj", "k_proj", "v_proj"), tensor.chunk(3), strict=True):
-                out[name.replace("qkv", part)] = rows
-        else:
-            out[name] = tensor
+        names = stored_names(name, architecture, "")
+        for stored, rows in zip(names, tensor.chunk(len(names)), strict=True):
+            out[stored] = rows.view(stored_shape(stored, tensor.shape, len(names)))
     return out
 
 

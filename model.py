@@ -6,7 +6,8 @@ released InternVL / SAIL-VL checkpoints; the ModuleDicts are there for these nam
 
 Shape letters: T tokens of a pack, S its documents, C width, H query heads, K key/value heads,
 D head dim, V vocabulary, N tiles, s their side.
-Source of the decoder: Qwen2 (arXiv 2407.10671), modeling_qwen2.py in huggingface/transformers.
+Sources of the decoder: Qwen2 (arXiv 2407.10671) and Qwen3 (arXiv 2505.09388), modeling_qwen2.py and
+modeling_qwen3.py in huggingface/transformers.
 """
 import functools
 import math
@@ -17,12 +18,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 
+from aimv2 import AIMv2Block, vision_encoder
 from configurator import setting
 from inputs.chat import IGNORE
 from inputs.images import normalize
 from kernels.attention import attention
 from kernels.cross_entropy import linear_cross_entropy
-from vision import Projector, VisionBlock, ViT, pixel_shuffle, vision_flops, working_dtype
+from vision import Projector, RMSNorm, VisionBlock, pixel_shuffle, vision_flops
 
 
 @dataclass(slots=True)
@@ -38,24 +40,22 @@ class LLMConfig:
     norm_eps: float = setting(1e-6, above=0, at_most=1)
     tie_embeddings: bool = False  # the head shares the embedding table
     max_positions: int = setting(32768, at_least=1, at_most=2**24)
+    qwen3: bool = False  # Qwen3's attention: queries and keys get a norm, their matrices no bias
     PRESETS = {
         "qwen2.5-1.5b": {},  # untied, as SAIL-VL-2B is released
         "qwen2.5-0.5b": dict(dim=896, n_layers=24, n_heads=14, head_dim=64, ffn_dim=4864,
                              tie_embeddings=True),
         "qwen2.5-7b": dict(vocab_size=152064, dim=3584, n_heads=28, n_kv_heads=4, ffn_dim=18944),
+        "qwen3-1.7b": dict(dim=2048, n_heads=16, n_kv_heads=8, ffn_dim=6144, tie_embeddings=True,
+                           max_positions=40960, qwen3=True),
+        "qwen3-8b": dict(dim=4096, n_layers=36, n_heads=32, n_kv_heads=8, ffn_dim=12288,
+                         max_positions=40960, qwen3=True),
         "toy": dict(vocab_size=1056, dim=128, n_layers=6, n_heads=4, n_kv_heads=2, head_dim=32,
                     ffn_dim=384, rope_theta=1e4, tie_embeddings=True, max_positions=2048),
     }
 
 
 # ---- the language model --------------------------------------------------------------------------
-
-class RMSNorm(nn.RMSNorm):
-    def forward(self, x):
-        """Compute in fp32, return the dtype of the matmul that follows."""
-        y = F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps)
-        return y.to(working_dtype(x))
-
 
 def rope_table(positions, head_dim, theta):
     """Angles of the rotary embedding: positions (T,) -> (cos, sin), each (T, 1, D) in fp32.
@@ -91,13 +91,18 @@ class Block(nn.Module):
         super().__init__()
         C = cfg.dim
         D = cfg.head_dim
+        bias = not cfg.qwen3
         self.head_dim = D
         self.self_attn = nn.ModuleDict({
-            "q_proj": nn.Linear(C, cfg.n_heads * D),
-            "k_proj": nn.Linear(C, cfg.n_kv_heads * D),
-            "v_proj": nn.Linear(C, cfg.n_kv_heads * D),
+            "q_proj": nn.Linear(C, cfg.n_heads * D, bias),
+            "k_proj": nn.Linear(C, cfg.n_kv_heads * D, bias),
+            "v_proj": nn.Linear(C, cfg.n_kv_heads * D, bias),
             "o_proj": nn.Linear(cfg.n_heads * D, C, bias=False),
         })
+        self.qk_norm = cfg.qwen3
+        if self.qk_norm:
+            self.self_attn["q_norm"] = RMSNorm(D, cfg.norm_eps)
+            self.self_attn["k_norm"] = RMSNorm(D, cfg.norm_eps)
         self.mlp = nn.ModuleDict({
             "gate_proj": nn.Linear(C, cfg.ffn_dim, bias=False),
             "up_proj": nn.Linear(C, cfg.ffn_dim, bias=False),
@@ -118,6 +123,9 @@ class Block(nn.Module):
         q = attn.q_proj(y).view(T, -1, self.head_dim)  # (T, H, D)
         k = attn.k_proj(y).view(T, -1, self.head_dim)  # (T, K, D)
         v = attn.v_proj(y).view(T, -1, self.head_dim)  # (T, K, D)
+        if self.qk_norm:
+            q = attn.q_norm(q)
+            k = attn.k_norm(k)
         q = rotate(q, *rope)
         k = rotate(k, *rope)
         attention_out = attend(q, k, v).flatten(1)  # (T, H*D)
@@ -239,7 +247,7 @@ class VLM(nn.Module):
         # Set under FSDP: each rank has to gather the weights of the ViT in every forward pass,
         # even if its pack has no tile and the ViT is frozen, because the other ranks wait for it.
         self.always_run_vision = False
-        self.vision_model = ViT(vision)
+        self.vision_model = vision_encoder(vision)
         self.mlp1 = Projector(vision, llm.dim)
         self.language_model = LanguageModel(llm)
 
@@ -260,7 +268,7 @@ class VLM(nn.Module):
         """
         train_vit = needs_gradients(self.vision_model)
         with torch.set_grad_enabled(train_vit):
-            dtype = self.vision_model.embeddings.patch_embedding.weight.dtype
+            dtype = next(self.vision_model.parameters()).dtype
             x = self.vision_model(normalize(tiles, dtype))  # (N, P, C of the ViT)
             x = pixel_shuffle(x, self.vision.downsample)
         with torch.set_grad_enabled(train_vit or needs_gradients(self.mlp1)):
@@ -317,7 +325,7 @@ def init_weights(module, seed, std=0.02, layer_scale=1.0):
     Biases are 0, norms 1, layer scales as given. The numbers are drawn on the CPU, parameter by
     parameter: they depend neither on the device nor on the number of ranks.
     """
-    vit_layers = sum(isinstance(m, VisionBlock) for m in module.modules())
+    vit_layers = sum(isinstance(m, (VisionBlock, AIMv2Block)) for m in module.modules())
     llm_layers = sum(isinstance(m, Block) for m in module.modules())
     generator = torch.Generator().manual_seed(seed)
     for name, p in module.named_parameters():

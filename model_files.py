@@ -1,11 +1,14 @@
-"""The files of a model folder: which are ours, and whether they are as they were written."""
+"""The files of a model folder: which are ours, whether they are as they were written, and what they
+call the tensors.
+"""
 import json
 import math
 import os
 import re
 from pathlib import Path
+from typing import NamedTuple
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from inputs.files import check_file, file_hash, json_hash, read_json, write_atomic
 
@@ -17,7 +20,7 @@ TOKENIZER_FILES = (
 OTHER_FILES = (
     "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
     "video_preprocessor_config.json", "model.safetensors.index.json",
-    "configuration_internvl_chat.py",
+    "configuration_internvl_chat.py", "modeling_sailvl.py",
 )
 WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 READ_NUMBERS = 2**24  # that are checked at a time
@@ -56,6 +59,102 @@ def check_tensor_header(path):
         raise ValueError(f"{path}: a header of {size:,} bytes, at most {MAX_HEADER:,} are read; "
                          "damaged, or no model of this kind")
 
+
+class StoredTensor(NamedTuple):
+    """Where a tensor lies, and what its file's header says of it."""
+    file: Path
+    name: str
+    shape: tuple
+    dtype: str  # safetensors' word, see weights.DTYPES
+
+
+def read_headers(paths):
+    """{stored name: StoredTensor} of all tensors in these files."""
+    tensors = {}
+    for path in paths:
+        check_tensor_header(path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():
+                    if name in tensors:
+                        raise ValueError(f"{path}: {name} is stored in an earlier file too")
+                    header = file.get_slice(name)
+                    shape = tuple(header.get_shape())
+                    tensors[name] = StoredTensor(path, name, shape, header.get_dtype())
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path}: missing; the folder is incomplete, copy it again "
+                                    "(of weights, only .safetensors files are read)") from None
+        except SafetensorError as e:
+            raise ValueError(f"{path}: damaged or cut short ({e}); copy it again") from None
+    return tensors
+
+
+# ---- transformers' names of tensors --------------------------------------------------------------
+
+# our name -> that of the released "-hf" checkpoints (transformers 4.52 and later), one by one
+RENAMED = {
+    "InternVLForConditionalGeneration": {
+        "vision_model.": "vision_tower.",
+        ".class_embedding": ".cls_token",
+        ".position_embedding": ".position_embeddings",
+        ".patch_embedding.": ".patch_embeddings.projection.",
+        ".encoder.layers.": ".encoder.layer.",
+        ".attn.": ".attention.",
+        ".proj.": ".projection_layer.",
+        ".norm1.": ".layernorm_before.",
+        ".norm2.": ".layernorm_after.",
+        ".ls1": ".lambda_1",
+        ".ls2": ".lambda_2",
+    },
+    "SailVLForConditionalGeneration": {
+        "vision_model.": "vision_tower.",
+        ".preprocessor.patchifier.proj.": ".embeddings.patch_embed.",
+        ".preprocessor.patchifier.norm.": ".embeddings.rms_norm.",
+        ".preprocessor.pos_embed": ".embeddings.position_embedding.weight",
+        ".trunk.post_trunk_norm.": ".rms_norm.",
+        ".trunk.blocks.": ".encoder.layers.",
+        ".attn.proj.": ".attention.out_proj.",
+        ".attn.": ".attention.",
+        ".mlp.fc1.": ".ffn.gate_proj.",
+        ".mlp.fc2.": ".ffn.down_proj.",
+        ".mlp.fc3.": ".ffn.up_proj.",
+        ".norm_1.": ".rms_norm1.",
+        ".norm_2.": ".rms_norm2.",
+    },
+}
+PROJECTOR_RENAMED = {
+    "mlp1.0.": "multi_modal_projector.layer_norm.",
+    "mlp1.1.": "multi_modal_projector.linear_1.",
+    "mlp1.3.": "multi_modal_projector.linear_2.",
+}
+
+
+def stored_names(name, architecture, prefix):
+    """What a folder of an architecture calls our tensor `name` -> a list of names.
+
+    prefix: what its names lack of ours. They are three in transformers' layout where the ViT's
+    queries, keys and values have one matrix here. ValueError for a projector it does not have.
+    """
+    if architecture not in RENAMED:
+        return [name.removeprefix(prefix)]
+    if not name.startswith("language_model."):
+        for ours, theirs in (RENAMED[architecture] | PROJECTOR_RENAMED).items():
+            name = name.replace(ours, theirs)
+    if name.startswith("mlp1."):
+        raise ValueError(f"{name}: transformers has no such projector; use --layout=internvl")
+    if ".qkv." in name:
+        return [name.replace("qkv", part) for part in ("q_proj", "k_proj", "v_proj")]
+    return [name]
+
+
+def stored_shape(name, shape, n_pieces):
+    """The shape of one of the n_pieces that our tensor of this shape has in a folder."""
+    if name.endswith("vision_tower.embeddings.position_embedding.weight"):
+        return shape[1:]  # an AIMv2's positions, a plain table in transformers
+    return (shape[0] // n_pieces, *shape[1:]) if shape else shape
+
+
+# ---- whether they are as they were written -------------------------------------------------------
 
 def is_ours(path):
     """Whether a file of a model folder is one that this program writes."""
@@ -144,7 +243,7 @@ def check_sizes_of_weights(folder):
 
 
 def is_finite(stored):
-    """Whether a weights.StoredTensor holds no NaN and no infinity; read some rows at a time."""
+    """Whether a StoredTensor holds no NaN and no infinity; read some rows at a time."""
     rows = stored.shape[0] if stored.shape else 1
     step = max(1, READ_NUMBERS * rows // max(1, math.prod(stored.shape)))
     for start in range(0, rows, step):
@@ -160,12 +259,12 @@ def is_finite(stored):
 def check_content(folder, tensors):
     """ValueError if a file has changed since it was written, or if a weight is not finite.
 
-    tensors: {name: weights.StoredTensor}. All of them are read.
+    tensors: {name: [StoredTensor, ...]}. All of them are read.
     """
     change = find_change(folder)
     if change:
         raise ValueError(f"{change}; {IF_CHANGED}")
-    broken = [name for name, stored in tensors.items() if not is_finite(stored)]
+    broken = [name for name, pieces in tensors.items() if not all(map(is_finite, pieces))]
     if broken:
         more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
         raise ValueError(f"{folder}: not finite: {', '.join(broken[:5])}{more}; take an earlier "

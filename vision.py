@@ -1,5 +1,7 @@
 """Vision: tiles -> ViT -> pixel shuffle -> projector -> visual tokens.
 
+The ViT is InternViT; AIMv2, the other kind, is in aimv2.py.
+
 Shape letters: N tiles (thumbnail included), s tile side in pixels, P patches per tile, C width,
 H heads, D head dim, f the downsample factor, L = 1 + P: the class token and the patches.
 Sources: InternVL's modeling_intern_vit.py and modeling_internvl_chat.py (OpenGVLab/InternVL).
@@ -7,6 +9,7 @@ The ModuleDicts give parameters the names that released checkpoints have.
 """
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -25,13 +28,15 @@ class VisionConfig:
     n_heads: int = setting(16, at_least=1, at_most=2**16)
     ffn_dim: int = setting(4096, at_least=1, at_most=2**20)
     norm_eps: float = setting(1e-6, above=0, at_most=1)
-    qkv_bias: bool = True
-    # layer scale of a fresh model (InternVL: initializer_factor)
+    qkv_bias: bool = True  # of InternViT
+    # layer scale of a fresh InternViT (InternVL: initializer_factor)
     init_values: float = setting(1.0, above=0, at_most=1e3)
     # patches per side that become one visual token
     downsample: int = setting(2, at_least=1, at_most=64)
+    kind: Literal["internvit", "aimv2"] = "internvit"
     PRESETS = {
         "internvit-300m": {},
+        "aimv2-huge": dict(kind="aimv2", dim=1536, n_heads=12, norm_eps=1e-5),
         "toy": dict(image_size=84, dim=192, n_layers=3, n_heads=6, ffn_dim=768),
     }
 
@@ -39,6 +44,11 @@ class VisionConfig:
     def n_patches(self):
         """P, of a whole tile."""
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def rows_per_tile(self):
+        """L: InternViT has a class token beside the patches."""
+        return self.n_patches + (self.kind == "internvit")
 
     @property
     def tokens_per_tile(self):
@@ -67,6 +77,13 @@ class LayerNorm(nn.LayerNorm):
         return y.to(working_dtype(x))
 
 
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x):
+        """Compute in fp32, return the dtype of the matmul that follows."""
+        y = F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps)
+        return y.to(working_dtype(x))
+
+
 # ---- the ViT -------------------------------------------------------------------------------------
 
 class VisionEmbeddings(nn.Module):
@@ -81,24 +98,24 @@ class VisionEmbeddings(nn.Module):
     def forward(self, tiles):
         """tiles (N, 3, s, s) -> (N, L, C)."""
         x = self.patch_embedding(tiles)  # (N, C, rows, columns)
-        positions = self.positions(x.shape[2:])  # (1, L, C)
-        patches = x.flatten(2).transpose(1, 2) + positions[:, 1:]  # (N, P, C)
-        class_token = (self.class_embedding + positions[:, :1]).expand(len(x), -1, -1)  # (N, 1, C)
+        table = self.position_embedding
+        positions = resize_positions(table[:, 1:], x.shape[2:])  # (1, P, C)
+        patches = x.flatten(2).transpose(1, 2) + positions  # (N, P, C)
+        class_token = (self.class_embedding + table[:, :1]).expand(len(x), -1, -1)  # (N, 1, C)
         return torch.cat([class_token, patches], 1)
 
-    def positions(self, grid):
-        """Position embeddings (1, L, C) for a grid of (rows, columns) patches.
 
-        Tiles of another size than the ViT was trained on get interpolated ones.
-        """
-        table = self.position_embedding
-        side = math.isqrt(table.shape[1] - 1)
-        if grid == (side, side):
-            return table
-        trained = table[:, 1:].float().view(1, side, side, -1).permute(0, 3, 1, 2)  # (1, C, ., .)
-        resized = F.interpolate(trained, size=grid, mode="bicubic", align_corners=False)
-        resized = resized.flatten(2).transpose(1, 2).to(table.dtype)  # (1, P, C)
-        return torch.cat([table[:, :1], resized], 1)
+def resize_positions(table, grid):
+    """Position embeddings (1, P, C) of patches for a grid of (rows, columns) patches.
+
+    Tiles of another size than the ViT was trained on get interpolated ones.
+    """
+    side = math.isqrt(table.shape[1])
+    if grid == (side, side):
+        return table
+    trained = table.float().view(1, side, side, -1).permute(0, 3, 1, 2)  # (1, C, ., .)
+    resized = F.interpolate(trained, size=grid, mode="bicubic", align_corners=False)
+    return resized.flatten(2).transpose(1, 2).to(table.dtype)
 
 
 class VisionBlock(nn.Module):
@@ -126,17 +143,21 @@ class VisionBlock(nn.Module):
 
         keep (2, N*L): what stochastic depth multiplies the two branches by, see keep_factors.
         """
-        rows, C = x.shape
-        L = rows // (len(cu_seqlens) - 1)
         qkv = self.attn.qkv(self.norm1(x))
-        q, k, v = qkv.view(rows, 3, self.n_heads, C // self.n_heads).unbind(1)  # (N*L, H, D) each
-        attention_out = attention(q, k, v, cu_seqlens, L, causal=False).reshape(rows, C)
-        branch = self.attn.proj(attention_out) * self.ls1
+        branch = self.attn.proj(attend_tiles(qkv, self.n_heads, cu_seqlens)) * self.ls1
         x = x + (branch if keep is None else branch * keep[0, :, None])
 
         hidden = F.gelu(self.mlp.fc1(self.norm2(x)))
         branch = self.mlp.fc2(hidden) * self.ls2
         return x + (branch if keep is None else branch * keep[1, :, None])
+
+
+def attend_tiles(qkv, n_heads, cu_seqlens):
+    """Attention inside each tile: qkv (N*L, 3*C), queries first -> (N*L, C)."""
+    rows = len(qkv)
+    L = rows // (len(cu_seqlens) - 1)
+    q, k, v = qkv.view(rows, 3, n_heads, -1).unbind(1)  # (N*L, H, D) each
+    return attention(q, k, v, cu_seqlens, L, causal=False).flatten(1)
 
 
 def keep_factors(n_layers, n_tiles, length, rate, like):
@@ -162,31 +183,43 @@ class ViT(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        if cfg.dim % cfg.n_heads:
-            raise ValueError(f"dim {cfg.dim} does not divide by n_heads {cfg.n_heads}")
-        if cfg.image_size % (cfg.patch_size * cfg.downsample):
-            raise ValueError(f"image_size {cfg.image_size} does not divide by "
-                             f"patch_size {cfg.patch_size} x downsample {cfg.downsample}")
+        check_division(cfg)
         self.embeddings = VisionEmbeddings(cfg)
         blocks = [VisionBlock(cfg) for _ in range(cfg.n_layers)]
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(blocks)})
         self.drop_path = 0.0  # rate of the last block; it grows linearly from 0 over the depth
 
+    @property
+    def blocks(self):
+        return self.encoder.layers
+
     def forward(self, tiles):
         """Normalised tiles (N, 3, s, s) -> patch vectors (N, P, C), without the class token."""
-        x = self.embeddings(tiles)
-        N, L, C = x.shape
-        # (N*L, C): tiles end to end, as documents are in the language model. A copy, because
-        # torch.compile makes another graph for a block whose input is a view.
-        x = x.flatten(0, 1).clone()
-        cu_seqlens = L * torch.arange(N + 1, dtype=torch.int32)
-        blocks = self.encoder.layers
-        keep = [None] * len(blocks)
-        if self.training and self.drop_path:
-            keep = keep_factors(len(blocks), N, L, self.drop_path, x)
-        for block, keep_here in zip(blocks, keep, strict=True):
-            x = block(x, cu_seqlens, keep_here)
-        return x.view(N, L, C)[:, 1:]
+        return run_blocks(self, self.embeddings(tiles))[:, 1:]
+
+
+def check_division(cfg):
+    """ValueError for sizes of a ViT that do not divide."""
+    if cfg.dim % cfg.n_heads:
+        raise ValueError(f"dim {cfg.dim} does not divide by n_heads {cfg.n_heads}")
+    if cfg.image_size % (cfg.patch_size * cfg.downsample):
+        raise ValueError(f"image_size {cfg.image_size} does not divide by "
+                         f"patch_size {cfg.patch_size} x downsample {cfg.downsample}")
+
+
+def run_blocks(vit, x):
+    """x (N, L, C) -> (N, L, C): the blocks of a ViT, with stochastic depth while it trains."""
+    N, L, C = x.shape
+    # (N*L, C): tiles end to end, as documents are in the language model. A copy, because
+    # torch.compile makes another graph for a block whose input is a view.
+    x = x.flatten(0, 1).clone()
+    cu_seqlens = L * torch.arange(N + 1, dtype=torch.int32)
+    keep = [None] * len(vit.blocks)
+    if vit.training and vit.drop_path:
+        keep = keep_factors(len(vit.blocks), N, L, vit.drop_path, x)
+    for block, keep_here in zip(vit.blocks, keep, strict=True):
+        x = block(x, cu_seqlens, keep_here)
+    return x.view(N, L, C)
 
 
 # ---- from patches to visual tokens ---------------------------------------------------------------
@@ -232,8 +265,9 @@ def vision_flops(vision, llm_dim, n_tiles, train_vit, train_projector):
 def vit_flops(vision, n_tiles, train_vit):
     """Those of the ViT. Pixels need no gradient."""
     C = vision.dim
-    L = vision.n_patches + 1
-    block_weights = 4 * C * C + 2 * C * vision.ffn_dim  # qkv and proj, fc1 and fc2
+    L = vision.rows_per_tile
+    mlp_matrices = 3 if vision.kind == "aimv2" else 2
+    block_weights = 4 * C * C + mlp_matrices * C * vision.ffn_dim  # qkv and proj, then the MLP
     block = 2 * L * block_weights + 4 * L * L * C  # of one tile, attention last
     patch_weights = 3 * vision.patch_size**2 * C
     patch_embedding = 2 * patch_weights * vision.n_patches

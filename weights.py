@@ -12,13 +12,13 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from aimv2 import vision_encoder
 from inputs.files import file_hash, naming, read_json
 from inputs.images import MEAN, STD
 from inputs.tokenizer import Tokenizer
@@ -27,11 +27,13 @@ from model_config import PREFIX, parse_config, read_configs
 from model_files import (
     TOKENIZER_FILES,
     check_target,
-    check_tensor_header,
+    read_headers,
     stored_files,
+    stored_names,
+    stored_shape,
     write_checksums,
 )
-from vision import VisionConfig, ViT
+from vision import VisionConfig
 
 EMBEDDINGS = "language_model.model.embed_tokens.weight"
 HEAD = "language_model.lm_head.weight"
@@ -47,21 +49,15 @@ SHARD_BYTES = 5 * 10**9
 
 # ---- reading and checking ------------------------------------------------------------------------
 
-class StoredTensor(NamedTuple):
-    """Where a tensor lies, and what its file's header says of it."""
-    file: Path
-    name: str
-    shape: tuple
-    dtype: str  # safetensors' word, see DTYPES
-
-
 @dataclass
 class ModelFolder:
     """A folder whose headers have been read and checked; no weight has been read yet."""
     vision: VisionConfig | None
     llm: LLMConfig | None
     config: dict  # config.json
-    tensors: dict  # {our name: StoredTensor}; a head that shares the embedding table is not in it
+    # {our name: [StoredTensor, ...]}: the pieces whose rows it has, one after the other, mostly a
+    # single one; a head that shares the embedding table is not in it
+    tensors: dict
 
 
 def inspect_folder(folder):
@@ -75,12 +71,15 @@ def inspect_folder(folder):
         shapes = parameter_shapes(vision, llm)
     except ValueError as e:  # sizes that do not divide
         raise ValueError(f"{folder}/config.json: {e}") from None
-    tensors = read_headers(stored_files(folder), PREFIX[config["architectures"][0]])
-    if llm:
-        llm.tie_embeddings = HEAD not in tensors  # the weights decide, whatever config.json says
-    if HEAD not in tensors:
-        shapes.pop(HEAD, None)
-    check_names(folder, shapes, tensors)
+    stored = read_headers(stored_files(folder))
+    architecture = config["architectures"][0]
+    names = {name: stored_names(name, architecture, PREFIX[architecture]) for name in shapes}
+    if llm:  # the weights decide, whatever config.json says
+        llm.tie_embeddings = names[HEAD][0] not in stored
+        if llm.tie_embeddings:
+            names.pop(HEAD)
+    check_names(folder, {name for pieces in names.values() for name in pieces}, stored)
+    tensors = {name: [stored[piece] for piece in pieces] for name, pieces in names.items()}
     check_shapes(folder, shapes, tensors)
     return ModelFolder(vision, llm, config, tensors)
 
@@ -93,35 +92,14 @@ def parameter_shapes(vision, llm):
         elif llm:
             model = nn.ModuleDict({"language_model": LanguageModel(llm)})
         else:
-            model = nn.ModuleDict({"vision_model": ViT(vision)})
+            model = nn.ModuleDict({"vision_model": vision_encoder(vision)})
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def read_headers(paths, prefix):
-    """{our name: StoredTensor} of all tensors in these files; prefix: what their names lack."""
-    tensors = {}
-    for path in paths:
-        check_tensor_header(path)
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():
-                    if prefix + name in tensors:
-                        raise ValueError(f"{path}: {name} is stored in an earlier file too")
-                    header = file.get_slice(name)
-                    shape = tuple(header.get_shape())
-                    tensors[prefix + name] = StoredTensor(path, name, shape, header.get_dtype())
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{path}: missing; the folder is incomplete, copy it again "
-                                    "(of weights, only .safetensors files are read)") from None
-        except SafetensorError as e:
-            raise ValueError(f"{path}: damaged or cut short ({e}); copy it again") from None
-    return tensors
-
-
-def check_names(folder, shapes, tensors):
+def check_names(folder, expected, stored):
     sides = []
-    for names, what in ((shapes.keys() - tensors.keys(), "parameters without a tensor"),
-                        (tensors.keys() - shapes.keys(), "tensors without a parameter")):
+    for names, what in ((expected - stored.keys(), "parameters without a tensor"),
+                        (stored.keys() - expected, "tensors without a parameter")):
         if names:
             sides.append(f"{len(names)} {what}: {some_of(sorted(names), ', ')}")
     if sides:
@@ -130,12 +108,14 @@ def check_names(folder, shapes, tensors):
 
 def check_shapes(folder, shapes, tensors):
     wrong = []
-    for name, tensor in tensors.items():
-        if tensor.dtype not in DTYPES:
-            known = ", ".join(DTYPES)
-            wrong.append(f"{name} is stored as {tensor.dtype}, which is none of {known}")
-        elif tensor.shape != shapes[name]:
-            wrong.append(f"{name} has shape {tensor.shape}, config.json asks for {shapes[name]}")
+    for name, pieces in tensors.items():
+        for _, stored, shape, dtype in pieces:
+            expected = stored_shape(stored, shapes[name], len(pieces))
+            if dtype not in DTYPES:
+                known = ", ".join(DTYPES)
+                wrong.append(f"{stored} is stored as {dtype}, which is none of {known}")
+            elif shape != expected:
+                wrong.append(f"{stored} has shape {shape}, config.json asks for {expected}")
     if wrong:
         raise ValueError(f"{folder}: {some_of(wrong, '; ')}")
 
@@ -184,12 +164,12 @@ def open_folder(folder, dtype=None):
                              "convert.py assemble")
     with torch.device("meta"):
         model = VLM(about.vision, about.llm, image_token_id(folder))
-    return model.to(dtype or DTYPES[about.tensors[EMBEDDINGS].dtype]), about
+    return model.to(dtype or DTYPES[about.tensors[EMBEDDINGS][0].dtype]), about
 
 
 @torch.no_grad()
 def fill(model, tensors, prefix=""):
-    """Fill the parameters of a model from {our name: StoredTensor}; names it lacks are left alone.
+    """Fill a model from {our name: [StoredTensor, ...]}; names it lacks are left alone.
 
     prefix: what the model's names lack of ours, as "language_model." for a LanguageModel. A rank
     reads only the rows it keeps. Beside the model this takes the memory of one tensor: the file is
@@ -197,10 +177,21 @@ def fill(model, tensors, prefix=""):
     """
     for name, parameter in model.state_dict().items():
         local, rows = kept_rows(parameter)
-        stored = tensors.get(prefix + name)  # none for a tied head
-        if stored and len(local):
-            with safe_open(stored.file, framework="pt") as file:
-                local.copy_(file.get_slice(stored.name)[rows])
+        pieces = tensors.get(prefix + name)  # none for a tied head
+        if pieces and len(local):
+            local.copy_(read_rows(pieces, parameter.shape, rows))
+
+
+def read_rows(pieces, shape, rows):
+    """These rows (a slice) of the tensor of this shape that has these pieces."""
+    if len(pieces) == 1 and pieces[0].shape == shape:
+        with safe_open(pieces[0].file, framework="pt") as file:
+            return file.get_slice(pieces[0].name)[rows]
+    whole = []
+    for piece in pieces:
+        with safe_open(piece.file, framework="pt") as file:
+            whole.append(file.get_tensor(piece.name))
+    return torch.cat(whole).view(shape)[rows]
 
 
 def load_folder(folder, device="cpu", dtype=None):

@@ -109,7 +109,7 @@ def vit_features(cfg, shards):
     NaN where there is no picture, or none that decodes.
     """
     model = load_assistant(cfg).model
-    weight = model.vision_model.embeddings.patch_embedding.weight
+    weight = next(model.vision_model.parameters())
     features = [torch.empty(0, model.vision.dim)]
     for shard in shards:
         for block in in_blocks(read_records(shard, COMPARED_FIELDS), VIT_BATCH):

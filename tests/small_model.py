@@ -27,9 +27,9 @@ LLM = {
 IMG = 319  # id of <IMG_CONTEXT>
 
 
-def tiny(seed=0, std=0.2, **llm):
+def tiny(seed=0, std=0.2, kind="internvit", **llm):
     """A small random VLM; the wide std makes mistakes visible."""
-    vlm = VLM(VisionConfig(**VISION), LLMConfig(**{**LLM, **llm}), IMG)
+    vlm = VLM(VisionConfig(**VISION, kind=kind), LLMConfig(**{**LLM, **llm}), IMG)
     vlm.init_weights(seed, std=std)
     stir(vlm, seed + 1)
     return vlm

@@ -41,6 +41,10 @@ class Vision(nn.Module):
         )  # (N, P, C)
         return self.encoder.layers[0](x * self.ls1)
 
+    @property
+    def blocks(self):
+        return self.encoder.layers
+
 
 class Tiny(nn.Module):
     """A stand-in with the three parts of a VLM; tied embedding as in the small language models.

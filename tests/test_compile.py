@@ -9,8 +9,8 @@ import torch.distributed as td
 from small_model import pack, tiny
 from torch._dynamo.utils import counters
 
-from model import compile_blocks
 from training import distributed
+from training.compile import compile_blocks
 
 DROP = 0.5
 

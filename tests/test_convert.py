@@ -231,9 +231,9 @@ def test_transformers_reads_the_configuration_of_the_internvl_layout(
     assert run("export", assembled(tmp_path, tokenizer), tmp_path / "out").returncode == 0
     raw = json.loads((tmp_path / "out/config.json").read_text())
     config = t.AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True)
-    for name in model_config.VISION_NAMES:
+    for name in model_config.INTERNVIT.names:
         assert getattr(config.vision_config, name) == raw["vision_config"][name]
-    for name in set(model_config.LLM_NAMES) - {"rope_theta"}:
+    for name in set(model_config.QWEN2.names) - {"rope_theta"}:
         assert getattr(config.llm_config, name) == raw["llm_config"][name]
     assert config.llm_config.rope_parameters["rope_theta"] == 1e6 and isinstance(
         config.llm_config, t.Qwen2Config

@@ -19,8 +19,9 @@ import weights
             "model_type = 'aimv2' is not supported, only 'intern_vit_6b'",
         ),
         (
-            dict(vision_config__architectures=["AIMv2Model"]),
-            r"vision encoder: architectures = \['AIMv2Model'\] is not sup",
+            dict(vision_config__architectures=["CLIPVisionModel"]),
+            r"vision encoder: architectures = \['CLIPVisionModel'\] is not supported, only "
+            r"\['InternVisionModel'\] or \['AIMv2Model'\]",
         ),
         (
             dict(llm_config__architectures=["InternLM2ForCausalLM"]),
@@ -47,7 +48,7 @@ import weights
         ),
         (
             dict(architectures=["InternVLForConditionalGeneration"]),
-            "transformers' own layout is only written here",
+            "vision encoder: model_type = 'intern_vit_6b' is not supported, only 'internvl_vision'",
         ),
         (
             dict(llm_config__vocab_size="330"),

@@ -45,6 +45,7 @@ inputs/check
 inputs/preview
 data
 vision
+aimv2
 model
 model_config
 model_files

@@ -2,6 +2,7 @@
 import torch
 import torch.fx.experimental._config as fx_config
 
+from aimv2 import AIMv2Block
 from model import Block
 from vision import VisionBlock
 
@@ -20,5 +21,5 @@ def compile_blocks(model, backend="inductor"):
     # Two sizes that are equal in the first pack are not the same size.
     fx_config.use_duck_shape = False
     for module in model.modules():
-        if isinstance(module, (VisionBlock, Block)):
+        if isinstance(module, (VisionBlock, AIMv2Block, Block)):
             module.compile(dynamic=True, backend=backend)

@@ -165,7 +165,7 @@ def checkpoint_activations(model, how):
                                                    expensive_operations())
     blocks = list(model.language_model.model.layers)
     if getattr(model, "vision_model", None) is not None:
-        blocks += model.vision_model.encoder.layers
+        blocks += model.vision_model.blocks
     for block in blocks:
         block.forward = checkpointed(block.forward, settings)
 

@@ -34,6 +34,8 @@ def activation_bytes(vision, llm, tokens, tiles, trained, checkpointing="none"):
     attention_out = 2 * H * D
     log_sums = 4 * H
     heads = qkv + attention_out + log_sums
+    if llm.qwen3:  # the norms of queries and keys compute in fp32
+        heads += 4 * (H + K) * (D + 1)
     if trained[2]:
         whole = 12 * C + heads + 8 * llm.ffn_dim + 8
     else:
@@ -44,9 +46,13 @@ def activation_bytes(vision, llm, tokens, tiles, trained, checkpointing="none"):
 
     if vision and trained[0]:
         C, H = vision.dim, vision.n_heads
-        rows = tiles * (vision.n_patches + 1)
-        whole = 24 * C + 4 * vision.ffn_dim + 4 * H + 16
-        selective = 16 * C + 2 * vision.ffn_dim + 4 * H
+        rows = tiles * vision.rows_per_tile
+        if vision.kind == "aimv2":
+            whole = 20 * C + 8 * vision.ffn_dim + 4 * H + 8
+            selective = 16 * C + 4 * vision.ffn_dim + 4 * H
+        else:
+            whole = 24 * C + 4 * vision.ffn_dim + 4 * H + 16
+            selective = 16 * C + 2 * vision.ffn_dim + 4 * H
         per_row = {"none": whole, "selective": selective, "full": 4 * C}
         kept_bytes += rows * vision.n_layers * per_row[checkpointing]
         one_block = max(one_block, rows * whole)

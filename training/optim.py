@@ -12,7 +12,7 @@ from training.distributed import unwrap
 RATES = {"vision_model": "lr_vision", "mlp1": "lr_projector", "language_model": "lr_llm"}
 
 # Parameters without weight decay, besides everything with one dimension (norms, biases, scales).
-NO_DECAY = ("embed_tokens.weight", "class_embedding", "position_embedding")
+NO_DECAY = ("embed_tokens.weight", "class_embedding", "position_embedding", "pos_embed")
 
 # ---- what trains ---------------------------------------------------------------------------------
 
