@@ -230,8 +230,17 @@ class SailVLConfig(InternVLConfig):
     sub_configs_defaults = InternVLConfig.sub_configs_defaults | {
         "vision_config": Aimv2VisionConfig}
 
+def put_in_order(module, inputs, output):
+    # The pixel shuffle takes views, and the rows of an AIMv2 do not lie one after the other.
+    output.last_hidden_state = output.last_hidden_state.contiguous()
+    return output
+
 class SailVLForConditionalGeneration(InternVLForConditionalGeneration):
     config_class = SailVLConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.vision_tower.register_forward_hook(put_in_order)
 '''
 
 

@@ -107,6 +107,7 @@ RENAMED = {
         ".ls2": ".lambda_2",
     },
     "SailVLForConditionalGeneration": {
+        "language_model.lm_head.": "lm_head.",
         "vision_model.": "vision_tower.",
         ".preprocessor.patchifier.proj.": ".embeddings.patch_embed.",
         ".preprocessor.patchifier.norm.": ".embeddings.rms_norm.",
@@ -137,9 +138,8 @@ def stored_names(name, architecture, prefix):
     """
     if architecture not in RENAMED:
         return [name.removeprefix(prefix)]
-    if not name.startswith("language_model."):
-        for ours, theirs in (RENAMED[architecture] | PROJECTOR_RENAMED).items():
-            name = name.replace(ours, theirs)
+    for ours, theirs in (RENAMED[architecture] | PROJECTOR_RENAMED).items():
+        name = name.replace(ours, theirs)
     if name.startswith("mlp1."):
         raise ValueError(f"{name}: transformers has no such projector; use --layout=internvl")
     if ".qkv." in name:

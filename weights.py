@@ -23,7 +23,7 @@ from inputs.files import file_hash, naming, read_json
 from inputs.images import MEAN, STD
 from inputs.tokenizer import Tokenizer
 from model import VLM, LanguageModel, LLMConfig, kept_rows
-from model_config import PREFIX, parse_config, read_configs
+from model_config import PREFIX, TRANSFORMERS, parse_config, read_configs
 from model_files import (
     TOKENIZER_FILES,
     check_target,
@@ -73,6 +73,8 @@ def inspect_folder(folder):
         raise ValueError(f"{folder}/config.json: {e}") from None
     stored = read_headers(stored_files(folder))
     architecture = config["architectures"][0]
+    if architecture in TRANSFORMERS:  # some of its versions put "model." before most names
+        stored = {name.removeprefix("model."): piece for name, piece in stored.items()}
     names = {name: stored_names(name, architecture, PREFIX[architecture]) for name in shapes}
     if llm:  # the weights decide, whatever config.json says
         llm.tie_embeddings = names[HEAD][0] not in stored
@@ -179,10 +181,10 @@ def fill(model, tensors, prefix=""):
         local, rows = kept_rows(parameter)
         pieces = tensors.get(prefix + name)  # none for a tied head
         if pieces and len(local):
-            local.copy_(read_rows(pieces, parameter.shape, rows))
+            local.copy_(read_pieces(pieces, parameter.shape, rows))
 
 
-def read_rows(pieces, shape, rows):
+def read_pieces(pieces, shape, rows):
     """These rows (a slice) of the tensor of this shape that has these pieces."""
     if len(pieces) == 1 and pieces[0].shape == shape:
         with safe_open(pieces[0].file, framework="pt") as file:

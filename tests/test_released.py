@@ -1,6 +1,5 @@
 """SAIL-VL-1.5, 1.6 and SAIL-VL2: AIMv2 and Qwen3 equal transformers' own, whole and in parts."""
 
-import json
 import math
 import types
 
@@ -8,9 +7,10 @@ import command_line
 import pytest
 import torch
 import torch.nn.functional as F
-from folders import edit, same_state, save, sparse_folder
+from folders import same_state, save, sparse_folder
 from small_model import pack, tiny
-from test_parity import conversation, text_config
+from test_convert import tokenizer  # noqa: F401, a fixture
+from test_parity import text_config
 
 import convert
 import weights
@@ -84,7 +84,8 @@ def aimv2_twin(vit, v):
 def test_aimv2_equals_transformers_forward_and_in_every_gradient(size):
     vlm = tiny(kind="aimv2")
     if size == "full width":
-        preset = VisionConfig(**VisionConfig.PRESETS["aimv2-huge"] | {"n_layers": 1, "image_size": 112})
+        smaller = {"n_layers": 1, "image_size": 112}
+        preset = VisionConfig(**VisionConfig.PRESETS["aimv2-huge"] | smaller)
         vlm.vision, vlm.vision_model = preset, convert.VLM(preset, vlm.llm, 0).vision_model
         convert.init_weights(vlm.vision_model, seed=0, std=0.05)
     vit = vlm.vision_model
@@ -254,3 +255,56 @@ SAIL_VL_1_6_8B = {
         "use_bias": False,
     },
 }
+
+
+# ---- from parts to transformers ------------------------------------------------------------------
+
+
+def assembled(tmp_path, words, kind):
+    """A whole model with its tokenizer, of parts as they are released -> its folder."""
+    vlm = tiny(vocab_size=330, rope_theta=1e6, **KINDS[kind])
+    save(tmp_path / "vit", vlm, "vit")
+    save(tmp_path / "llm", vlm, "llm", words)
+    parts = (f"--vision={tmp_path}/vit", f"--llm={tmp_path}/llm")
+    done = run("assemble", *parts, f"--out={tmp_path}/m", "--dtype=float32")
+    assert done.returncode == 0, done.stderr
+    return tmp_path / "m"
+
+
+def logits_of(vlm):
+    tokens, _, positions, cu, tiles = pack((30,), (3,))
+    tokens[tokens == 319] = vlm.image_token_id
+    with torch.no_grad():
+        return tokens, tiles, vlm.eval().logits(tokens, positions, cu, tiles)
+
+
+@pytest.mark.parametrize("kind", ["InternVL", *KINDS])
+def test_transformers_reads_the_export_and_it_comes_back_bit_for_bit(
+    tmp_path, tokenizer, monkeypatch, kind  # noqa: F811
+):
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
+    monkeypatch.setitem(KINDS, "InternVL", {})
+    folder = assembled(tmp_path, tokenizer, kind)
+    vlm, raw = weights.load_folder(folder)
+    done = run("export", folder, tmp_path / "hf", "--layout=transformers")
+    assert done.returncode == 0, done.stderr
+    theirs, info = t.AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "hf", output_loading_info=True, trust_remote_code=True, dtype=torch.float32
+    )
+    assert not any(info.values()), info
+    tokens, tiles, ours = logits_of(vlm)
+    with torch.no_grad():
+        its = theirs.eval()(input_ids=tokens[None], pixel_values=normalize(tiles)).logits[0]
+    assert_equal(ours, its)
+
+    back, again = weights.load_folder(tmp_path / "hf")
+    assert same_state(vlm, back) and (back.vision, back.llm) == (vlm.vision, vlm.llm)
+    assert back.image_token_id == vlm.image_token_id and again["template"] == raw["template"]
+    assert run("check", tmp_path / "hf").stdout.endswith("every parameter filled once\n")
+    assert run("export", tmp_path / "hf", tmp_path / "again").returncode == 0
+    assert weights.weights_hash(tmp_path / "again") == weights.weights_hash(folder)
+
+    theirs.save_pretrained(tmp_path / "saved")  # as transformers itself writes it
+    assert same_state(vlm, weights.load_folder(tmp_path / "saved")[0])
