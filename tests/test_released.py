@@ -1,5 +1,6 @@
 """SAIL-VL-1.5, 1.6 and SAIL-VL2: AIMv2 and Qwen3 equal transformers' own, whole and in parts."""
 
+import json
 import math
 import types
 
@@ -8,11 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from folders import same_state, save, sparse_folder
+from PIL import Image
 from small_model import pack, tiny
 from test_convert import tokenizer  # noqa: F401, a fixture
 from test_parity import text_config
 
 import convert
+import sample
+import sft
 import weights
 from inputs.images import normalize
 from model import LLMConfig, packed
@@ -308,3 +312,71 @@ def test_transformers_reads_the_export_and_it_comes_back_bit_for_bit(
 
     theirs.save_pretrained(tmp_path / "saved")  # as transformers itself writes it
     assert same_state(vlm, weights.load_folder(tmp_path / "saved")[0])
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Eight rows about one picture each."""
+    folder = tmp_path_factory.mktemp("rows")
+    for k in range(8):
+        Image.new("RGB", (56, 56), (30 * k, 10, 200)).save(folder / f"{k}.png")
+        row = {
+            "image": f"{k}.png",
+            "conversations": [
+                {"from": "human", "value": "<image>\nwhat?"},
+                {"from": "gpt", "value": f"number {k}"},
+            ],
+        }
+        with open(folder / "rows.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+    return folder / "rows.jsonl"
+
+
+@pytest.mark.parametrize("kind", ["SAIL-VL-1.5", "SAIL-VL2"])
+def test_from_parts_over_training_and_an_answer_to_transformers(
+    tmp_path, tokenizer, rows, monkeypatch, kind  # noqa: F811
+):
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
+    folder = assembled(tmp_path, tokenizer, kind)
+    assert run("check", folder).stdout.endswith("every parameter filled once\n")
+    flags = [
+        f"--init_from={folder}",
+        f"--data={rows}",
+        f"--out_dir={tmp_path}/run",
+        "--stages=instruction",
+        "--instruction.steps=5",
+        "--instruction.lr_vision=1e-3",
+        "--instruction.lr_projector=1e-3",
+        "--instruction.lr_llm=1e-3",
+        "--instruction.drop_path=0.1",
+        "--tokens_per_pack=400",
+        "--max_tiles=1",
+        "--max_tiles_per_pack=8",
+        "--activation_checkpointing=selective",
+        "--num_workers=0",
+        "--threads=1",
+        "--dtype=float32",
+        "--grad_accum_steps=1",
+    ]
+    code, _, errors = command_line.run(sft.main, ["sft.py", *flags])
+    assert code == 0, errors
+    lines = (tmp_path / "run/log.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines if "loss" in json.loads(line)]
+    assert len(losses) == 5 and losses[-1] < losses[0]
+
+    trained = tmp_path / "run/instruction"
+    before, after = (weights.load_folder(f)[0].state_dict() for f in (folder, trained))
+    unchanged = [name for name in before if torch.equal(before[name], after[name])]
+    assert not unchanged, unchanged
+    question = [f"--image={rows.parent}/3.png", "--prompt=what?", "--max_new_tokens=4"]
+    code, answer, errors = command_line.run(
+        sample.main, ["sample.py", f"--model={trained}", "--device=cpu", *question]
+    )
+    assert code == 0 and errors == "" and answer.endswith("\n")
+    assert run("export", trained, tmp_path / "hf", "--layout=transformers").returncode == 0
+    _, info = t.AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "hf", output_loading_info=True, trust_remote_code=True
+    )
+    assert not any(info.values()), info
