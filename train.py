@@ -331,7 +331,7 @@ def train_stage(run, name, stage, later_steps):
 
         # ---- log ----
         bar.update()
-        too_bad = quarantine.add(micro, totals)
+        fault = quarantine.add(micro, totals)
         seconds, parts = clock.split()
         row = {"stage": name, "step": done, "steps": steps, "loss": loss, "grad_norm": norm.item()}
         row |= {f"grad_norm_{module}": value.item() for module, value in norms.items()}
@@ -357,17 +357,17 @@ def train_stage(run, name, stage, later_steps):
             metrics.log_line(run.log, row, run.track)
             if done % cfg.print_every == 0 or "epoch" in row:
                 bar.write(metrics.format_step(row))
-        if progress.bad_steps >= 3 and not too_bad:
+        if progress.bad_steps >= 3 and not fault:
             raise ValueError("three steps in a row without a finite loss or gradient, "
                              f"see {run.out}/log.jsonl")
 
         # ---- save ----
         stop = run.preemption.stop_requested(dist)
-        if stop or too_bad or (done % cfg.save_every == 0 and finite):
+        if stop or fault or (done % cfg.save_every == 0 and finite):
             run.watchdog.note(f"{name} step {done}: checkpoint")
-            run.saver.save(first_step + done, model, optimizer, progress, bool(stop or too_bad))
-        if too_bad:
-            raise ValueError(f"{too_bad}; step {done} is saved, the same command goes on from it")
+            run.saver.save(first_step + done, model, optimizer, progress, wait=bool(stop or fault))
+        if fault:
+            raise ValueError(f"{fault}; step {done} is saved, the same command goes on from it")
         if stop:
             distributed.say(dist, f"stopped by a signal after {name} {done}, saved; "
                                   "run the same command to continue")
