@@ -16,6 +16,7 @@ grad_accum_steps = 4                    # [I] 8 GPUs x 4 packs: about 160 captio
 beta1 = 0.9                             # [IVL]
 beta2 = 0.999                           # [IVL]
 parallel = "fsdp"                       # without effect on one process
+activation_checkpointing = "selective"  # [I] 8 ranks of an 8B then fit into 80 GB
 save_every = 500                        # [I]
 
 instruction.steps = 2000                # [I] one to two times through 200,000 references

@@ -63,7 +63,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             dW = torch.zeros(weight.shape, dtype=weights.dtype, device=h.device)
         to_gradient = _by_triton if h.is_cuda and triton else _by_pytorch
 
-        step = _rows_at_once(len(weight))
+        step = rows_at_once(len(weight))
         with torch.autocast(h.device.type, enabled=False):
             for start in range(0, len(h), step):
                 part = slice(start, start + step)
@@ -94,7 +94,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return dh, dW, None, None, None, None
 
 
-def _rows_at_once(V):
+def rows_at_once(V):
     """Rows of a chunk: at least one, and whole blocks of 128 if there are that many."""
     rows = LOGITS_AT_ONCE // V
     if rows >= 128:

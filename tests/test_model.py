@@ -7,12 +7,9 @@ import torch.distributed as td
 from small_model import IMG, LLM, VISION, pack, tiny
 from torch.distributed.fsdp import fully_shard
 
-import model
-import vision
 from inputs.chat import IGNORE
 from model import VLM, LanguageModel, LLMConfig, init_weights, llm_flops, packed, train_flops
 from training.distributed import ALONE, checkpoint_activations, parallelize
-from training.dry_run import activation_bytes
 from vision import VisionConfig
 
 torch.set_num_threads(1)
@@ -208,67 +205,3 @@ def test_strict_flops_count_attention_only_inside_documents():
     cfg = LLMConfig(**LLM)
     one, two = (llm_flops(cfg, lengths, 10, True, True) for lengths in ([64], [32, 32]))
     assert one - two == 3 * 3 * 4 * 4 * 16 * (32 * 32)
-
-
-@pytest.mark.parametrize("trained", [(False, True, False), (True, True, False), (True, True, True)])
-def test_the_plan_counts_the_activations_that_autograd_keeps(monkeypatch, trained):
-    """Two depths are compared, which leaves the blocks.
-
-    Norms and attention save what the kernels of a GPU save.
-    """
-
-    class Attend(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, q, k, v):
-            ctx.save_for_backward(
-                q, k, v, out := torch.zeros_like(q), torch.zeros(q.shape[:2])
-            )  # fp32 log-sums
-            return out
-
-    class Norm(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, n):
-            ctx.save_for_backward(x, torch.zeros(*x.shape[:-1], n))
-            return x.clone()
-
-    kept = {}
-
-    def count(tensor):  # once; not weights, nor autocast's copies of them
-        if not {tensor.shape, tensor.mT.shape if tensor.dim() > 1 else tensor.shape} & shapes:
-            kept[tensor.data_ptr()] = tensor
-        return tensor
-
-    for module, norm, n in ((model, "rms_norm", 1), (vision, "layer_norm", 2)):
-        monkeypatch.setattr(
-            module,
-            "attention",
-            lambda q, k, v, *_, **__: Attend.apply(*(x.contiguous() for x in (q, k, v))),
-        )
-        monkeypatch.setattr(module.F, norm, lambda x, *_, n=n: Norm.apply(x, n))
-    bytes_of = {}
-    for layers in (2, 5):
-        vit = VisionConfig(56, dim=48, n_layers=layers, n_heads=4, ffn_dim=160)
-        llm = LLMConfig(512, 64, layers, 4, 2, 16, 192, tie_embeddings=True)
-        vlm = VLM(vit, llm, 500).init_weights(0)
-        for part, on in zip((vlm.vision_model, vlm.mlp1, vlm.language_model), trained, strict=True):
-            part.requires_grad_(on)
-        shapes = {p.shape for p in vlm.parameters()}
-        kept.clear()
-        batch = [
-            torch.tensor(x) for x in ([500] * 8 + [1] * 32, [-100] * 20 + [3] * 20, [*range(40)])
-        ]
-        with (
-            torch.autograd.graph.saved_tensors_hooks(count, lambda t: t),
-            torch.autocast("cpu", torch.bfloat16),
-        ):
-            vlm(
-                *batch,
-                torch.tensor([0, 40], dtype=torch.int32),
-                torch.zeros(2, 3, 56, 56, dtype=torch.uint8),
-            )
-        bytes_of[layers] = (
-            sum(t.nbytes for t in kept.values()),
-            activation_bytes(vit, llm, 40, 2, trained),
-        )
-    (a, x), (b, y) = bytes_of.values()
-    assert b - a == pytest.approx(y - x, rel=0.01), (b - a, y - x)

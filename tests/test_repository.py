@@ -65,6 +65,7 @@ training/checkpoint
 training/metrics
 training/quarantine
 training/run_folder
+training/memory
 training/dry_run
 train
 sft

@@ -1,0 +1,210 @@
+"""How much memory of a GPU a stage takes, term by term: what --dry_run prints.
+
+The terms are those of compiled blocks, bf16 arithmetic and the Triton attention, at the fullest
+pack. They were read off a history of the allocator; `make nogpu` compares them with every recipe.
+
+Letters: C width, H query heads, K key/value heads, D head dim, F width of the MLP, V vocabulary,
+T tokens of a pack.
+"""
+from dataclasses import dataclass
+
+from kernels.cross_entropy import rows_at_once
+from training.optim import RATES, peak_rate
+
+# The sample that a plan is made for: 6 tiles and a thumbnail, and an answer.
+TOKENS = 2048
+TILES = 7
+SUPERVISED = 192
+
+# The most that PyTorch's allocator has reserved beyond the peak, of all recipes (`make nogpu`):
+# pieces of freed blocks that fit nothing. FSDP takes and frees whole weights all the time.
+FRAGMENTS = {"ddp": 0.08, "fsdp": 0.15}
+
+
+@dataclass
+class MemoryPlan:
+    """Bytes on each GPU when a step needs most of them."""
+    state: float  # weights, gradients and AdamW's moments
+    copies: float  # weights in bf16: those that autocast makes, or that FSDP has gathered
+    activations: float  # what the forward pass keeps for the backward pass
+    work: float  # what the head, or a block on its way back, needs for a moment
+    fragments: float  # as a fraction of all that
+
+    @property
+    def allocated(self):
+        return self.state + self.copies + self.activations + self.work
+
+    @property
+    def reserved(self):
+        """What nvidia-smi would show at most, without the driver's and NCCL's own."""
+        return (1 + self.fragments) * self.allocated
+
+
+# ---- activations ---------------------------------------------------------------------------------
+
+
+def llm_row_bytes(llm, trains, sharded, checkpointing):
+    """What a block of the language model keeps for each token -> (all of it, its MLP's part).
+
+    Residuals are fp32 where embeddings are: if the model trains, and is not in FSDP's bf16 copies.
+    """
+    C, H, K, D, F = llm.dim, llm.n_heads, llm.n_kv_heads, llm.head_dim, llm.ffn_dim
+    residual = 4 * C if trains and not sharded else 2 * C
+    if checkpointing == "full":
+        return residual, 0
+    heads = 2 * (H + 2 * K) * D + 2 * H * D + 4 * H  # q, k, v; attention and its log-sums
+    if llm.qwen3:
+        heads += 4 * (H + K)  # of the norms of queries and keys; not measured
+    gate_and_up = 4 * F
+    normed = 2 * C
+    if not trains:
+        # Both norms need their inputs to pass gradients on, and nothing else does.
+        return 2 * residual + heads + gate_and_up + 8, gate_and_up
+    if checkpointing == "selective":
+        return residual + normed + heads + gate_and_up, gate_and_up
+    before_rotation = 2 * (H + K) * D  # q and k once more
+    product = 2 * F  # of SwiGLU, the input of down_proj
+    kept = residual + 2 * normed + heads + before_rotation + gate_and_up + product + 8
+    return kept, gate_and_up + product
+
+
+def vit_row_bytes(vision, sharded, checkpointing):
+    """What a block of a ViT that trains keeps for each patch and class token."""
+    C, H, F = vision.dim, vision.n_heads, vision.ffn_dim
+    residual = 2 * C if sharded else 4 * C
+    if checkpointing == "full":
+        return residual
+    qkv = 6 * C
+    normed = 2 * C
+    attention_out = 2 * C + 4 * H
+    if vision.kind == "aimv2":  # a gated MLP and no layer scale; not measured
+        kept = residual + qkv + attention_out + 2 * normed + 4 * F
+        return kept if checkpointing == "selective" else kept + 2 * F + 8
+    kept = residual + qkv + attention_out + 2 * normed + 2 * F
+    if checkpointing == "selective":
+        return kept
+    # Layer scale needs what it multiplies, twice; the second matmul of the MLP its input.
+    return kept + 4 * C + 2 * F + 16
+
+
+def activation_bytes(cfg, model, trained, sharded):
+    """Bytes that one micro-batch, the fullest pack, keeps from its forward for its backward pass.
+
+    trained: whether ViT, projector and LLM train.
+    """
+    vision = model.vision
+    llm = model.llm
+    tokens = cfg.tokens_per_pack
+    tiles = fullest_tiles(cfg, vision)
+    checkpointing = cfg.activation_checkpointing
+    train_vit, train_projector, train_llm = trained
+
+    per_row, mlp = llm_row_bytes(llm, train_llm, sharded, checkpointing)
+    kept_bytes = llm.n_layers * tokens * per_row
+    # Past its attention, the last block computes only rows that have a label.
+    kept_bytes -= (tokens - supervised_rows(tokens)) * mlp
+    if train_vit:
+        rows = tiles * vision.rows_per_tile
+        pixels = 2 * tiles * 3 * vision.image_size**2
+        per_row = vit_row_bytes(vision, sharded, checkpointing)
+        kept_bytes += vision.n_layers * rows * per_row + pixels
+    if train_vit or train_projector:
+        # The projector: input of its norm (fp32) and output, then what goes into and comes out of
+        # the GELU, and the visual tokens.
+        visual_tokens = tiles * vision.tokens_per_tile
+        width = vision.dim * vision.downsample**2
+        kept_bytes += visual_tokens * (4 * width + 2 * width + 6 * llm.dim)
+    return kept_bytes
+
+
+def fullest_tiles(cfg, vision):
+    """The most tiles of a pack: all of its tokens may be visual ones."""
+    return min(cfg.max_tiles_per_pack, cfg.tokens_per_pack // vision.tokens_per_tile)
+
+
+def supervised_rows(tokens):
+    """Rows of a pack that go through the head."""
+    length = min(TOKENS, tokens)
+    return tokens // length * min(SUPERVISED, length)
+
+
+# ---- weights and the head ------------------------------------------------------------------------
+
+
+def head_bytes(llm, tokens, trains, sharded):
+    """What the head needs beside the activations while it makes its gradients."""
+    rows = supervised_rows(tokens)
+    chunk = min(rows, rows_at_once(llm.vocab_size))
+    table = llm.vocab_size * llm.dim
+    needed = 2 * chunk * llm.vocab_size + 2 * rows * llm.dim  # logits; gradient of its input
+    if trains:
+        needed += 4 * table + 2 * table  # its gradient, and the part of it that a chunk gives
+    if trains and not sharded:
+        needed += 2 * table  # a copy of its weight in bf16
+    return needed
+
+
+def size_of(module):
+    """Parameters of a module."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def weight_copy_bytes(model, trained, checkpointing):
+    """bf16 copies of fp32 weights that autocast makes and autograd keeps.
+
+    Checkpointed blocks make them again in the backward pass. The head has its own, see head_bytes.
+    """
+    train_vit, train_projector, train_llm = trained
+    n = size_of(model.mlp1) * train_projector
+    if checkpointing == "none":
+        n += size_of(model.vision_model) * train_vit
+        n += size_of(model.language_model.model.layers) * train_llm
+    return 2 * n
+
+
+def block_size(model):
+    """Parameters of a block of the language model."""
+    return size_of(model.language_model.model.layers) // max(1, model.llm.n_layers)
+
+
+def gathered_bytes(model):
+    """Whole bf16 weights that FSDP has gathered when the head runs.
+
+    Those of the outermost unit, which is all but the blocks and the ViT, and of one block.
+    """
+    blocks = size_of(model.language_model.model.layers)
+    outermost = size_of(model.mlp1) + size_of(model.language_model) - blocks
+    return 2 * (outermost + block_size(model))
+
+
+# ---- a stage -------------------------------------------------------------------------------------
+
+
+def memory_plan(cfg, stage, model, world):
+    """The MemoryPlan of a stage on `world` GPUs. model: a VLM, on the meta device."""
+    trained = tuple(peak_rate(stage, module) > 0 for module in RATES)
+    modules = (model.vision_model, model.mlp1, model.language_model)
+    sizes = [size_of(module) for module in modules]
+    trainable = sum(n for n, trains in zip(sizes, trained, strict=True) if trains)
+    frozen = sum(sizes) - trainable
+    sharded = cfg.parallel == "fsdp" and world > 1
+
+    # fp32 weight, gradient and two moments of what trains; a bf16 weight of what does not
+    state = 16 * trainable + 2 * frozen
+    # The peak is where the head runs, or where the backward pass enters the blocks: then there are
+    # gradients of gate and up, and FSDP gathers the next block beside the one at work.
+    at_head = head_bytes(model.llm, cfg.tokens_per_pack, trained[2], sharded)
+    in_block = 4 * cfg.tokens_per_pack * model.llm.ffn_dim
+    if sharded:
+        state /= world
+        copies = gathered_bytes(model)
+        in_block += 2 * block_size(model)
+    else:
+        copies = weight_copy_bytes(model, trained, cfg.activation_checkpointing)
+    return MemoryPlan(
+        state=state,
+        copies=copies,
+        activations=activation_bytes(cfg, model, trained, sharded),
+        work=max(at_head, in_block),
+        fragments=FRAGMENTS["fsdp" if sharded else "ddp"],
+    )
