@@ -6,7 +6,7 @@ VENV   ?= .venv
 export BIN := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo demo-long scaling-demo curate-demo test test-nightly lint toy-bases bench gpu
+.PHONY: demo demo-long scaling-demo curate-demo test test-nightly lint toy-bases bench gpu nogpu
 .DELETE_ON_ERROR:
 
 $(VENV)/run.done: requirements.txt
@@ -36,3 +36,5 @@ lint: $(VENV)/dev.done ; $(BIN)/python -m ruff check .
 # speed beside other programs: on a CPU (half an hour), on a GPU (ten minutes)
 bench: $(VENV)/dev.done ; bash runs/bench_cpu.sh
 gpu: ; bash runs/bench_gpu.sh
+# the CUDA path without a GPU: memory, graphs, kernels of every recipe (5 GB of wheels, an hour or two)
+nogpu: ; bash runs/nogpu.sh

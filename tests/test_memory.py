@@ -73,10 +73,8 @@ def kept_bytes(model):
 @pytest.mark.parametrize(
     "trained, checkpointing",
     [
-        ((False, True, False), "none"),
         ((True, True, False), "none"),
         ((True, True, True), "selective"),
-        ((True, True, True), "full"),
     ],
 )
 def test_the_plan_counts_what_compiled_blocks_keep(trained, checkpointing):

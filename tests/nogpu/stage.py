@@ -1,0 +1,190 @@
+"""Stages of a configuration through train.py's own loop, on packs made to measure.
+
+    python tests/nogpu/stage.py train.py config/pretrain_2b.py --stages=advance ...
+
+Two micro-batches a step. Step 1: two of the fullest packs. Step 2: two varied ones. Step 3: one of
+each. With --compile=off one step is enough, to count kernels. For each stage a line of JSON says
+what the card was asked for. $NOGPU_WORLD: the number of ranks to pretend.
+"""
+import importlib
+import itertools
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent.parent)]
+import card  # noqa: E402
+import torch  # noqa: E402
+from torch._dynamo.utils import counters  # noqa: E402
+
+import model as model_file  # noqa: E402
+import train  # noqa: E402
+from training import checkpoint, distributed, memory  # noqa: E402
+
+MICRO = 2
+STEPS = 3
+FULL = (True, True, False, False, True, False)  # whether each pack is the fullest there can be
+
+
+# ---- packs ---------------------------------------------------------------------------------------
+
+
+def document_lengths(room, full, draw):
+    """Lengths of documents that fill a pack of `room` tokens."""
+    if full:
+        length = min(memory.TOKENS, room)
+        return [length] * (room // length)
+    lengths = []
+    while sum(lengths) < room - 64:
+        length = int(torch.randint(64, 3000, (1,), generator=draw))
+        lengths.append(min(length, room - sum(lengths)))
+    return lengths
+
+
+def make_pack(cfg, model, full, draw):
+    """The tensors and sizes of a batch as data.py gives it, pinned."""
+    per_tile = model.vision.tokens_per_tile
+    lengths = document_lengths(cfg.tokens_per_pack, full, draw)
+    T = sum(lengths)
+    n_tiles = min(cfg.max_tiles_per_pack, T // per_tile)
+    if not full:
+        n_tiles = int(torch.randint(1, n_tiles, (1,), generator=draw))
+    tokens = torch.zeros(T, dtype=torch.int64)
+    tokens[:n_tiles * per_tile] = model.image_token_id
+    ends = list(itertools.accumulate(lengths))
+    labels = torch.full((T,), model_file.IGNORE)
+    for length, end in zip(lengths, ends, strict=True):
+        labels[end - min(memory.SUPERVISED, length):end] = 1
+    supervised = int((labels != model_file.IGNORE).sum())
+    side = model.vision.image_size
+    tensors = {
+        "tokens": tokens,
+        "labels": labels,
+        "positions": torch.cat([torch.arange(n) for n in lengths]),
+        "weights": torch.ones(T),
+        "tiles": torch.zeros(n_tiles, 3, side, side, dtype=torch.uint8),
+        "cu_seqlens": torch.tensor([0, *ends], dtype=torch.int32),
+    }
+    size = {"tokens": T, "tiles": n_tiles, "samples": len(lengths), "supervised": supervised,
+            "weight": float(supervised)}
+    pack = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+    return pack | {"lengths": lengths, "size": size}
+
+
+# ---- the loop of train.py, measured --------------------------------------------------------------
+
+
+class Measured:
+    """What is known of the stage that runs now."""
+    model = None  # on the meta device, of the right sizes
+    cfg = None
+    marks = []  # for each forward pass: counts since the one before, graphs, collectives so far
+
+
+def measured_packs(real_loader):
+    """In place of data.make_loader: packs of FULL, dressed as the first real one."""
+    def packs(dataset, rank, world, *_):
+        real = next(iter(real_loader(dataset, rank, world)))
+        draw = torch.Generator().manual_seed(1)
+        used = 0
+        for full in FULL:
+            made = make_pack(Measured.cfg, Measured.model, full, draw)
+            made["size"] = real["size"] | made["size"]
+            used += made["size"]["samples"]
+            yield real | made | {"bad": [], "counts": {"used": used}}
+
+    return packs
+
+
+def mark_forward_passes():
+    """Note what was counted before each forward pass. Step 2 is watched for waiting."""
+    forward = model_file.VLM.forward
+
+    def marked(self, *args, **settings):
+        graphs = counters["stats"]["unique_graphs"]
+        Measured.marks.append((card.counts(), graphs, dict(card.collectives)))
+        card.watch_syncs(MICRO < len(Measured.marks) <= 2 * MICRO)
+        return forward(self, *args, **settings)
+
+    model_file.VLM.forward = marked
+
+
+def skip_weights():
+    """Weights are not drawn, not checked and not written, and need no disk."""
+    train.run_folder.check_disk = lambda *_: None
+    train.start_weights = lambda *_: None
+    train.save_folder = lambda *_: None
+    distributed.full_state = lambda _: {}
+    checkpoint.Saver.check = lambda *_: None
+
+
+def measure_stages():
+    """Wrap train.start_model and train.train_stage."""
+    start_model = train.start_model
+    train_stage = train.train_stage
+
+    def started(cfg, *rest):
+        model, source = start_model(cfg, *rest)
+        with torch.device("meta"):
+            Measured.model = model_file.VLM(model.vision, model.llm, model.image_token_id)
+        Measured.cfg = cfg
+        return model, source
+
+    def measured(run, name, stage, later_steps):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        Measured.marks.clear()
+        card.syncs.clear()
+        counters.clear()
+        stopped = train_stage(run, name, stage, later_steps)
+        card.watch_syncs(False)
+        plan = memory.memory_plan(run.cfg, stage, Measured.model, run.dist.world)
+        print(json.dumps({"stage": name} | summary(plan)), flush=True)
+        return stopped
+
+    train.start_model = started
+    train.train_stage = measured
+
+
+def summary(plan):
+    """The row of a stage. plan: memory.memory_plan."""
+    marks = Measured.marks
+    one_step = len(marks) == MICRO
+    pack = marks[1 if one_step else -1][0]  # what the fullest pack before this mark asked for
+    collectives = {}
+    if not one_step:
+        before = marks[MICRO][2]
+        after = marks[2 * MICRO][2]
+        collectives = {name: n - before.get(name, 0) for name, n in after.items()}
+    return {
+        "allocated": torch.cuda.max_memory_allocated() / 1e9,
+        "reserved": torch.cuda.max_memory_reserved() / 1e9,
+        "planned_allocated": plan.allocated / 1e9,
+        "planned_reserved": plan.reserved / 1e9,
+        "kernels": card.kernels(pack),
+        "graphs": counters["stats"]["unique_graphs"],
+        "recompiled": counters["stats"]["unique_graphs"] - marks[1][1],
+        "breaks": sum(counters["graph_break"].values()),
+        "syncs": dict(card.syncs),
+        "collectives": collectives,
+    }
+
+
+def main():
+    script_name, *argv = sys.argv[1:]
+    world = int(os.environ.get("NOGPU_WORLD", 8))
+    if world > 1:
+        card.pretend_world(world)
+    card.pretend_results(model_file)
+    mark_forward_passes()
+    skip_weights()
+    measure_stages()
+    train.make_loader = measured_packs(train.make_loader)
+    script = importlib.import_module(script_name.removesuffix(".py"))
+    steps = 1 if "--compile=off" in argv else STEPS
+    sys.argv = [script_name, *argv, f"--grad_accum_steps={MICRO}", f"--max_steps={steps}"]
+    script.main()
+
+
+main()
