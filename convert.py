@@ -90,10 +90,10 @@ def refuse_to_replace(target, *sources):
 
 
 def extend_tokenizer(folder, vocab_size, template):
-    """Add SAIL-VL's special tokens to a Qwen2.5 tokenizer -> {file name: new content}.
+    """Add SAIL-VL's special tokens to a Qwen tokenizer -> {file name: new content}.
 
-    They get the ids that follow its own. ValueError for added tokens that are not Qwen2.5's, and
-    if an id has no row in the embedding table, which is never resized.
+    They get the ids that follow its own. ValueError for added tokens that are not Qwen's, and if an
+    id has no row in the embedding table, which is never resized.
     """
     ids = Tokenizer(folder).special
     config = read_json(folder / "tokenizer_config.json", dict)
@@ -103,8 +103,8 @@ def extend_tokenizer(folder, vocab_size, template):
         raise ValueError(
             f"{folder}: the embedding table has {vocab_size} rows, token ids go up to {last}")
 
-    # Qwen2.5 adds these without making them special, so that decoding shows them.
-    not_special = ("<tool_call", "</tool_call", "<|fim", "<|repo", "<|file")
+    # Qwen adds these without making them special, so that decoding shows them.
+    not_special = ("<tool_", "</tool_", "<|fim", "<|repo", "<|file", "<think", "</think")
     tokens = {}
     for token, i in ids.items():
         tokens[i] = {
@@ -135,7 +135,8 @@ def check_added_tokens(folder, config, ids):
         raise ValueError(f"{folder}/tokenizer_config.json: added_tokens_decoder is no table of "
                          "tokens; copy it again") from None
     if strange:
-        raise ValueError(f"{folder}: added token {strange[0]} is not one of Qwen2.5's")
+        raise ValueError(f"{folder}: added token {strange[0]} is not one of Qwen2.5's or "
+                         "Qwen3's")
 
 
 def prompt_files(config, template, image):

@@ -1,4 +1,4 @@
-"""Qwen2.5's byte-level BPE with the special tokens of SAIL-VL."""
+"""Qwen2.5's and Qwen3's byte-level BPE with the special tokens of SAIL-VL."""
 import functools
 import re
 import sys
@@ -17,12 +17,13 @@ SPECIAL_TOKENS = """
     <|image_pad|> <|video_pad|> <tool_call> </tool_call> <|fim_prefix|> <|fim_middle|>
     <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|> <img> </img> <IMG_CONTEXT> <quad> </quad>
     <ref> </ref> <box> </box>""".split()
+# Qwen3 has these between Qwen2.5's and those of SAIL-VL.
+QWEN3_TOKENS = ["<tool_response>", "</tool_response>", "<think>", "</think>"]
 
 # Those of them that a text may hold: marks of places and calls, which an answer shows. The others
 # steer a conversation, so that nobody may type them.
 MARKUP = """
     <tool_call> </tool_call> <quad> </quad> <ref> </ref> <box> </box>""".split()
-MARKUP_PATTERN = re.compile("(" + "|".join(map(re.escape, MARKUP)) + ")")
 
 # Qwen2's pre-tokenizer: where a text is split before BPE merges the bytes of each piece.
 SPLIT = (
@@ -94,7 +95,7 @@ CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
 
 
 class Tokenizer:
-    """Byte-level BPE of a Qwen folder with the 31 special tokens of SAIL-VL.
+    """Byte-level BPE of a Qwen folder with the 31 special tokens of SAIL-VL, 35 for Qwen3.
 
     Reads `vocab.json`, else `tokenizer.json`. In a text only MARKUP becomes special tokens. Another
     special token that a user typed stays a row of ordinary pieces.
@@ -106,7 +107,9 @@ class Tokenizer:
         self.bpe = tiktoken.Encoding("qwen", pat_str=SPLIT, mergeable_ranks=ranks,
                                      special_tokens=self.special)
         self.special_ids = set(self.special.values())
-        self.hidden_ids = self.special_ids - {self.special[token] for token in MARKUP}
+        self.markup = MARKUP + [token for token in QWEN3_TOKENS if token in self.special]
+        self.markup_pattern = re.compile("(" + "|".join(map(re.escape, self.markup)) + ")")
+        self.hidden_ids = self.special_ids - {self.special[token] for token in self.markup}
         self.n_vocab = max(self.special_ids) + 1
         self.eos_id = self.special["<|im_end|>"]
         self.image_id = self.special["<IMG_CONTEXT>"]
@@ -116,8 +119,8 @@ class Tokenizer:
         check_length(text)
         ids = []
         # As Hugging Face's tokenizer has it, NFC comes after the split.
-        for part in MARKUP_PATTERN.split(text):
-            if part in MARKUP:
+        for part in self.markup_pattern.split(text):
+            if part in self.markup:
                 ids.append(self.special[part])
             elif part:
                 ids += self.encode_plain(unicodedata.normalize("NFC", part))
@@ -165,12 +168,13 @@ def read_vocabulary(folder):
             listed = both.get("added_tokens", [])
         ranks = {}
         for piece, token_id in pieces.items():
-            if piece not in SPECIAL_TOKENS:
+            if piece not in (*SPECIAL_TOKENS, *QWEN3_TOKENS):
                 ranks[bytes(CHAR_TO_BYTE[char] for char in piece)] = token_id
-        special = {token: len(ranks) + k for k, token in enumerate(SPECIAL_TOKENS)}
-        special |= {token["content"]: token["id"] for token in listed}
+        given = {token["content"]: token["id"] for token in listed}
         if added.exists():
-            special |= read_json(added, dict)
+            given |= read_json(added, dict)
+        order = special_tokens(folder, given)
+        special = {token: len(ranks) + k for k, token in enumerate(order)} | given
     except (KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{folder}: not the byte-level vocabulary of a Qwen2 tokenizer "
                          f"({e!r})") from None
@@ -185,3 +189,18 @@ def read_vocabulary(folder):
         raise ValueError(f"{folder}: {lacking} of the 256 single bytes are not in the vocabulary, "
                          "so that not every text could be split; copy the tokenizer again")
     return ranks, special, json_hash([sorted(pieces.items()), special])[:12]
+
+
+def special_tokens(folder, given):
+    """The special tokens of a folder in the order of their ids: Qwen2.5's or Qwen3's, then ours.
+
+    given: the tokens whose ids other files list; Qwen3's folders have tokenizer_config.json alone.
+    """
+    path = folder / "tokenizer_config.json"
+    decoder = read_json(path, dict).get("added_tokens_decoder") if path.is_file() else None
+    entries = decoder.values() if isinstance(decoder, dict) else []
+    names = [entry.get("content") for entry in entries if isinstance(entry, dict)]
+    if "<tool_response>" not in (*given, *names):
+        return SPECIAL_TOKENS
+    first = SPECIAL_TOKENS.index("<img>")
+    return SPECIAL_TOKENS[:first] + QWEN3_TOKENS + SPECIAL_TOKENS[first:]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import types
 
 import command_line
@@ -19,6 +20,7 @@ import sample
 import sft
 import weights
 from inputs.images import normalize
+from inputs.tokenizer import QWEN3_TOKENS, Tokenizer
 from model import LLMConfig, packed
 from training.distributed import checkpoint_activations
 from vision import VisionConfig
@@ -312,6 +314,31 @@ def test_transformers_reads_the_export_and_it_comes_back_bit_for_bit(
 
     theirs.save_pretrained(tmp_path / "saved")  # as transformers itself writes it
     assert same_state(vlm, weights.load_folder(tmp_path / "saved")[0])
+
+
+@pytest.fixture
+def qwen3_words(tmp_path, tokenizer):  # noqa: F811
+    """A small Qwen3 tokenizer as released: four more tokens, and no added_tokens.json."""
+    config = json.loads((tokenizer / "tokenizer_config.json").read_text())
+    for i, token in enumerate(QWEN3_TOKENS, 256 + 22):
+        config["added_tokens_decoder"][str(i)] = {"content": token, "special": False}
+    folder = tmp_path / "words"
+    shutil.copytree(tokenizer, folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_the_image_tokens_follow_those_of_qwen3_and_thoughts_stay_in_answers(tmp_path, qwen3_words):
+    folder = assembled(tmp_path, qwen3_words, "SAIL-VL2")
+    mine = Tokenizer(folder)
+    released = {"<think>": 151667, "</think>": 151668, "<img>": 151669, "<IMG_CONTEXT>": 151671}
+    assert {token: mine.special[token] - 256 + 151643 for token in released} == released
+    assert weights.load_folder(folder)[0].image_token_id == mine.image_id
+    theirs = t.AutoTokenizer.from_pretrained(folder)
+    text = "<think>\nno</think>yes <tool_response> <ref>a</ref>"
+    assert mine.encode(text) == theirs(text)["input_ids"]
+    assert mine.decode(mine.encode(text)) == text
+    assert len(set(mine.special.values())) == 35
 
 
 @pytest.fixture(scope="module")
