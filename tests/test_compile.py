@@ -30,8 +30,8 @@ def process_group(tmp_path):
     td.destroy_process_group()
 
 
-def model_with_stochastic_depth():
-    model = tiny(n_layers=2).train()
+def model_with_stochastic_depth(**kind):
+    model = tiny(n_layers=2, **kind).train()
     model.vision_model.drop_path = DROP
     return model
 
@@ -58,11 +58,20 @@ def loss_and_gradients(model, batch):
     return [loss.detach(), *(p.grad for p in model.parameters())]
 
 
+SAIL_VL2 = {"kind": "aimv2", "qwen3": True}
+
+
 @pytest.mark.parametrize(
-    "how, backend", [("none", "eager"), ("selective", "aot_eager"), ("full", "eager")]
+    "how, backend, kind",
+    [
+        ("none", "eager", {}),
+        ("selective", "aot_eager", {}),
+        ("full", "eager", {}),
+        ("none", "eager", SAIL_VL2),
+    ],
 )
-def test_twenty_varied_packs_share_a_graph_for_each_kind_of_block(how, backend):
-    model = model_with_stochastic_depth()
+def test_twenty_varied_packs_share_a_graph_for_each_kind_of_block(how, backend, kind):
+    model = model_with_stochastic_depth(**kind)
     eager = copy.deepcopy(model)
     compile_blocks(model, backend)
     distributed.checkpoint_activations(model, how)

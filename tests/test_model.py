@@ -6,7 +6,10 @@ import torch
 import torch.distributed as td
 from small_model import IMG, LLM, VISION, pack, tiny
 from torch.distributed.fsdp import fully_shard
+from torch.utils.flop_counter import FlopCounterMode
 
+import vision
+from aimv2 import vision_encoder
 from inputs.chat import IGNORE
 from model import VLM, LanguageModel, LLMConfig, init_weights, llm_flops, packed, train_flops
 from training.distributed import ALONE, checkpoint_activations, parallelize
@@ -55,11 +58,12 @@ def test_loss_is_the_weighted_sum_over_supervised_positions():
     )
 
 
-@pytest.mark.parametrize("head", ["untied", "tied", "a unit of its own"])
+@pytest.mark.parametrize("head", ["untied", "tied", "a unit of its own", "SAIL-VL2"])
 def test_a_sharded_head_gives_the_same_loss_and_gradients(head):
+    kind = {"kind": "aimv2", "qwen3": True} if head == "SAIL-VL2" else {}
     td.init_process_group("gloo", rank=0, world_size=1, store=td.HashStore())
     try:
-        plain, sharded = (tiny(tie_embeddings=head == "tied") for _ in range(2))
+        plain, sharded = (tiny(tie_embeddings=head == "tied", **kind) for _ in range(2))
         if head == "a unit of its own":
             fully_shard(sharded.language_model.lm_head)
         checkpoint_activations(sharded, "full")
@@ -199,6 +203,26 @@ def test_strict_flops_equal_an_independent_count_to_a_tenth_of_a_percent(
         )
         got += skipped * (2 + train[2])  # the count knows no last block that skips o_proj and MLP
         assert isinstance(got, int) and got / 1e12 == pytest.approx(teraflops, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["internvit", "aimv2"])
+def test_flops_of_a_vit_are_those_that_pytorch_counts(kind):
+    cfg = VisionConfig(56, dim=48, n_layers=3, n_heads=4, ffn_dim=160, kind=kind)
+    vit = vision_encoder(cfg)
+    init_weights(vit, 0)
+    for frozen in (True, False):
+        vit.requires_grad_(not frozen)
+        with FlopCounterMode(display=False) as counter:
+            out = vit(torch.randn(5, 3, 56, 56))
+            if not frozen:
+                out.sum().backward()
+        counted = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+        # PyTorch counts attention's backward pass by how it is computed, not at 2 x the forward.
+        attention = sum(n for op, n in counted.items() if "attention" in op or "bmm" in op)
+        L = cfg.rows_per_tile
+        ours = vision.vit_flops(cfg, 5, not frozen)
+        ours -= 5 * 3 * (1 if frozen else 3) * 4 * L * L * cfg.dim
+        assert sum(counted.values()) - attention == ours
 
 
 def test_strict_flops_count_attention_only_inside_documents():

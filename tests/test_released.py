@@ -18,10 +18,12 @@ from test_parity import text_config
 import convert
 import sample
 import sft
+import train
 import weights
 from inputs.images import normalize
 from inputs.tokenizer import QWEN3_TOKENS, Tokenizer
 from model import LLMConfig, packed
+from training import optim
 from training.distributed import checkpoint_activations
 from vision import VisionConfig
 
@@ -166,6 +168,22 @@ def test_activation_checkpointing_changes_no_gradient_of_the_new_blocks(kind):
         gradients.append([p.grad for p in vlm.parameters()])
     for a, b, c in zip(*gradients, strict=True):
         assert torch.equal(a, b) and torch.equal(a, c) and a.any()
+
+
+def test_no_norm_and_no_position_of_the_new_parts_decays():
+    vlm = tiny(**KINDS["SAIL-VL2"])
+    stage = train.Stage(lr_vision=1e-3, lr_projector=1e-3, lr_llm=1e-3, weight_decay=0.1)
+    groups = optim.make_optimizer(vlm, stage, train.Config()).param_groups
+    names = {id(p): name for name, p in vlm.named_parameters()}
+    decayed = {names[id(p)] for g in groups if g["weight_decay"] for p in g["params"]}
+    kept = set(names.values()) - decayed
+    assert "vision_model.trunk.blocks.0.mlp.fc3.weight" in decayed
+    assert {
+        "vision_model.preprocessor.pos_embed",
+        "vision_model.preprocessor.patchifier.norm.weight",
+        "vision_model.trunk.post_trunk_norm.weight",
+        "language_model.model.layers.0.self_attn.q_norm.weight",
+    } <= kept
 
 
 # ---- folders -------------------------------------------------------------------------------------
