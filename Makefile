@@ -36,5 +36,5 @@ lint: $(VENV)/dev.done ; $(BIN)/python -m ruff check .
 # speed beside other programs: on a CPU (half an hour), on a GPU (ten minutes)
 bench: $(VENV)/dev.done ; bash runs/bench_cpu.sh
 gpu: ; bash runs/bench_gpu.sh
-# the CUDA path without a GPU: memory, graphs, kernels of every recipe (5 GB of wheels, an hour or two)
+# the CUDA path without a GPU: memory, graphs, kernels of every recipe (installs 5 GB of wheels)
 nogpu: ; bash runs/nogpu.sh

@@ -1,6 +1,6 @@
 """train.py and sft.py themselves on a card that does nothing: toy data, all stages.
 
-    python tests/nogpu/real.py OUT
+    python tests/nogpu/real.py OUT [--compile=off ...]
 
 Real: the loader with its workers and pinned memory, weights read from a folder, compiled blocks,
 checkpoints written in the background, resuming from one, model folders. The last line is JSON.
@@ -25,7 +25,7 @@ def run_script(script, *argv):
 
 
 def faults_of(out, stages):
-    """What a run of these stages should have left and has not."""
+    """(what a run of these stages should have left and has not, copies that were not pinned)."""
     faults = [f"no model folder {out / name}" for name in stages
               if not (out / name / "model.safetensors").exists()]
     if not list((out / "checkpoints").glob("step_*/manifest.json")):
@@ -39,7 +39,8 @@ def main():
     card.pretend_results(model_file)
     # The moments have no values that could be checked.
     checkpoint.find_fault = lambda *_: None
-    flags = ["--dtype=bfloat16", "--grad_accum_steps=2", "--num_workers=2", "--save_every=2"]
+    flags = ["--dtype=bfloat16", "--grad_accum_steps=2", "--num_workers=2", "--save_every=2",
+             *sys.argv[2:]]
     pretrained = out / "real_pretrain"
     tuned = out / "real_sft"
     for folder in (pretrained, tuned):
