@@ -4,10 +4,9 @@
     python convert.py check m
     python convert.py export out/demo/model exported --layout=transformers
 
-assemble joins a released ViT and a released language model with a fresh projector and adds the
-image tokens to the tokenizer. Each of the two may also be a whole model folder, of which that part
-is taken. export writes InternVL's layout, made for vLLM and llama.cpp, or the layout of
-transformers' own InternVL classes. Nothing is ever half written.
+assemble joins a released ViT and language model, or those parts of whole model folders, with a
+fresh projector and adds the image tokens to the tokenizer. export writes InternVL's layout, made
+for vLLM and llama.cpp, or that of transformers. It takes RUN/checkpoints/step_N or RUN as well.
 """
 import math
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from inputs.tokenizer import Tokenizer
 from model import VLM, init_weights
 from model_config import config_json, transformers_config
 from model_files import check_content, stored_names, stored_shape
+from training.checkpoint_folder import model_folder
 from weights import (
     HEAD,
     check_vocabulary,
@@ -357,7 +357,7 @@ def assemble_command(paths, flags):
 def check_command(paths, flags):
     if len(paths) != 1 or flags:
         raise ValueError(f"usage: {USAGE}")
-    check_folder(paths[0])
+    check_folder(model_folder(paths[0]))
 
 
 def export_command(paths, flags):
@@ -365,7 +365,7 @@ def export_command(paths, flags):
                ("--layout=transformers",): "transformers"}
     if len(paths) != 2 or tuple(flags) not in layouts:
         raise ValueError(f"usage: {USAGE}")
-    export(*paths, layouts[tuple(flags)])
+    export(model_folder(paths[0]), paths[1], layouts[tuple(flags)])
     print(f"{paths[1]}: written")
 
 

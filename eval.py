@@ -38,7 +38,8 @@ from evals.tiling import gray, row_tiles
 from generate import Assistant
 from inputs.files import file_hash, json_hash, read_jsonl, write_atomic
 from inputs.images import MAX_TILES, Image, picture_uri
-from model_files import find_change
+from model_files import TOKENIZER_FILES, find_change
+from training.checkpoint_folder import model_folder
 from training.distributed import (
     barrier,
     close_distributed,
@@ -46,14 +47,14 @@ from training.distributed import (
     gather,
     setup_distributed,
 )
-from weights import TOKENIZER_FILES, joined_hash, weights_hashes
+from weights import joined_hash, weights_hashes
 
 DESCRIBE = "Describe the image."
 
 
 @dataclasses.dataclass(slots=True)
 class Config:
-    model: str = ""  # model folder
+    model: str = ""  # model folder, a run's checkpoint, or a run folder (its newest checkpoint)
     data_dir: str = ""  # folder of the benchmark files, such as VLMEvalKit's LMUData
     # names joined by commas, or: toy | all (the 18 of the paper) | a .tsv or .jsonl of your own
     benchmarks: str = "toy"
@@ -304,6 +305,8 @@ def main():
     configurator.configure(cfg)
 
     # What is missing or wrong shows here, before anything is written.
+    for name in ("model", "untrained", "trained_blind"):
+        setattr(cfg, name, model_folder(getattr(cfg, name)))
     if cfg.scorer == "judge" and not cfg.judge:
         raise ValueError("--scorer=judge needs --judge=URL and --judge_model=NAME")
     judge = connect_judge(cfg.judge, cfg.judge_model, Path(cfg.out_dir) / "judge.jsonl")

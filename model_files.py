@@ -1,16 +1,19 @@
 """The files of a model folder: which are ours, whether they are as they were written, and what they
 call the tensors.
 """
+import glob
 import json
 import math
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
 from inputs.files import check_file, file_hash, json_hash, read_json, write_atomic
+from training.metadata import METADATA, read_weight
 
 TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "added_tokens.json", "tokenizer_config.json",
@@ -58,6 +61,12 @@ def check_tensor_header(path):
     if size > MAX_HEADER:
         raise ValueError(f"{path}: a header of {size:,} bytes, at most {MAX_HEADER:,} are read; "
                          "damaged, or no model of this kind")
+
+
+def some_of(items, separator):
+    """The first five items as text, and how many more there are."""
+    more = f" and {len(items) - 5} more" if len(items) > 5 else ""
+    return separator.join(items[:5]) + more
 
 
 class StoredTensor(NamedTuple):
@@ -184,6 +193,36 @@ def check_target(folder):
                          "deleted with the old model; move them away or choose another name")
 
 
+def remove_leftovers(out):
+    """Remove what writes of the folder `out` that were killed have left beside it."""
+    own = re.compile(rf"\.{re.escape(out.name)}\.(tmp|old)-\d+")
+    for path in out.parent.glob(f".{glob.escape(out.name)}.*-*"):
+        if own.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+
+
+def write_small_files(folder, config, tokenizer_dir, files):
+    """Write all files of a model folder but the weights."""
+    if tokenizer_dir:
+        for name in TOKENIZER_FILES:
+            source = Path(tokenizer_dir) / name
+            if source.is_file():
+                (folder / name).write_bytes(source.read_bytes())
+    for name, content in {"config.json": config, **files}.items():
+        write_content(folder / name, content)
+    added = folder / "added_tokens.json"
+    if added.is_file():
+        ids = read_json(added, dict)
+        write_content(folder / "generation_config.json", {
+            "eos_token_id": ids.get("<|im_end|>"), "pad_token_id": ids.get("<|endoftext|>")})
+
+
+def write_content(path, content):
+    if not isinstance(content, str):
+        content = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(content, encoding="utf-8")
+
+
 def write_checksums(folder):
     """Read the files of a folder back and write down their sha256 and sizes."""
     paths = sorted(folder.iterdir())
@@ -244,6 +283,8 @@ def check_sizes_of_weights(folder):
 
 def is_finite(stored):
     """Whether a StoredTensor holds no NaN and no infinity; read some rows at a time."""
+    if stored.file.name == METADATA:
+        return bool(read_weight(stored.file.parent, stored.name).isfinite().all())
     rows = stored.shape[0] if stored.shape else 1
     step = max(1, READ_NUMBERS * rows // max(1, math.prod(stored.shape)))
     for start in range(0, rows, step):
@@ -266,6 +307,5 @@ def check_content(folder, tensors):
         raise ValueError(f"{change}; {IF_CHANGED}")
     broken = [name for name, pieces in tensors.items() if not all(map(is_finite, pieces))]
     if broken:
-        more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
-        raise ValueError(f"{folder}: not finite: {', '.join(broken[:5])}{more}; take an earlier "
+        raise ValueError(f"{folder}: not finite: {some_of(broken, ', ')}; take an earlier "
                          "checkpoint, or copy the folder again")

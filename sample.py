@@ -38,6 +38,7 @@ from inputs.row_keys import (
     unknown_keys,
 )
 from model_files import check_sizes_of_weights
+from training.checkpoint_folder import model_folder
 from training.distributed import compute_dtype, setup_distributed
 
 HELP = ("/image PATH adds a picture, /tiles N limits later ones (0: as at first), "
@@ -46,7 +47,7 @@ HELP = ("/image PATH adds a picture, /tiles N limits later ones (0: as at first)
 
 @dataclass(slots=True)
 class Config:
-    model: str = ""  # model folder
+    model: str = ""  # model folder, a run's checkpoint, or a run folder (its newest checkpoint)
     image: tuple[str, ...] = ()  # picture, may repeat; with --out a folder of pictures or a .jsonl
     prompt: str = ""  # the question; empty opens a chat
     out: str = ""  # answers of a folder or .jsonl go to this .jsonl
@@ -314,6 +315,7 @@ def answer_one(assistant, cfg):
 def main():
     cfg = Config()
     configure(cfg)
+    cfg.model = model_folder(cfg.model)
     if cfg.out:
         answer_file(cfg)
         return

@@ -18,19 +18,20 @@ import torch
 from tqdm import tqdm
 
 from configurator import configure, resolved, run_script, setting
-from data import held_out, make_loader, model_inputs, stage_dataset
+from data import make_loader, model_inputs, stage_dataset
 from inputs.images import MAX_TILES
 from inputs.tokenizer import Tokenizer
 from kernels.attention import choose_attention
 from model import LLMConfig, train_flops
-from model_config import config_json
 from training import checkpoint, distributed, limits, metrics, optim, run_folder
+from training.checkpoint_folder import stage_config
 from training.compile import compile_blocks
 from training.dry_run import print_plan
 from training.output import forgive_output
 from training.prefetch import Prefetcher
 from training.progress import Progress
 from training.quarantine import Quarantine
+from training.validation import held_out_sets, validate
 from vision import VisionConfig
 from weights import save_folder, start_model, start_weights
 
@@ -94,6 +95,7 @@ class RunConfig:
     # saving and logging
     save_every: int = setting(1000, at_least=1, at_most=10**9)  # steps between two checkpoints
     keep: int = setting(2, at_least=1, at_most=10**6)  # newest checkpoints to keep, at least 2
+    keep_best: bool = False  # also keep the checkpoint of a stage's lowest validation loss
     save_async: bool = True  # write checkpoints in the background if there is memory for a copy
     # auto: newest intact checkpoint; strict: stop if the newest is damaged; never: new folders only
     resume: Literal["auto", "strict", "never"] = "auto"
@@ -204,7 +206,7 @@ def set_up(cfg, origins, values, stages):
         planned_world=planned_world,
         preemption=preemption,
         watchdog=run_folder.Watchdog(cfg.out_dir, dist, cfg.timeout_s),
-        saver=checkpoint.Saver(cfg.out_dir, dist, cfg.keep, cfg.save_async),
+        saver=checkpoint.Saver(cfg.out_dir, dist, cfg.keep, cfg.save_async, cfg.keep_best),
     )
     if dist.is_main:
         run.log = metrics.open_log(run.out)
@@ -236,10 +238,7 @@ def train_stage(run, name, stage, later_steps):
     cfg.template = cfg.template or source.config.get("template", "sailvl-chat")
     dataset = stage_dataset(cfg, stage, tokenizer, vision, accum * dist.world)
     packs = dataset.packs
-    val = None
-    if cfg.val_data:
-        val = stage_dataset(cfg, stage, tokenizer, vision, 1, cfg.val_data)
-        next(held_out(val, 1, dist))  # if these data are bad, fail now and not at step val_every
+    val = held_out_sets(cfg, stage, tokenizer, vision, dist)
 
     # ---- what trains, on which device, with which weights ----
     trainable = optim.set_trainable(model, stage)
@@ -259,6 +258,8 @@ def train_stage(run, name, stage, later_steps):
     # ---- start, or resume from a checkpoint of this stage ----
     fresh = Progress(name, packs.fingerprint, packs.settings.packs_per_step, run.planned_world)
     progress = run_folder.resume(run.checkpoint, fresh, steps, model, optimizer)
+    config = stage_config(cfg, source)
+    run.saver.small_files = (config, tokenizer_dir)
     run_folder.check_disk(cfg, name, steps - progress.step, model)
     if dist.is_main:
         checkpoint.set_aside(run.out, first_step + progress.step)
@@ -349,9 +350,10 @@ def train_stage(run, name, stage, later_steps):
 
         # ---- validate ----
         if val and (done % cfg.val_every == 0 or done == steps):
-            held = held_out(val, cfg.val_packs, dist)
             with autocast:
-                row["val_loss"] = metrics.validation_loss(model, held, dist)
+                row |= validate(model, val, cfg.val_packs, dist)
+            if finite:
+                row |= run.saver.lowest(name, row["val_loss"])
 
         if dist.is_main:
             metrics.log_line(run.log, row, run.track)
@@ -363,9 +365,10 @@ def train_stage(run, name, stage, later_steps):
 
         # ---- save ----
         stop = run.preemption.stop_requested(dist)
-        if stop or fault or (done % cfg.save_every == 0 and finite):
+        if stop or fault or "best" in row or (done % cfg.save_every == 0 and finite):
             run.watchdog.note(f"{name} step {done}: checkpoint")
-            run.saver.save(first_step + done, model, optimizer, progress, wait=bool(stop or fault))
+            run.saver.save(first_step + done, model, optimizer, progress,
+                           wait=bool(stop or fault), best=row.get("best"))
         if fault:
             raise ValueError(f"{fault}; step {done} is saved, the same command goes on from it")
         if stop:
@@ -381,10 +384,6 @@ def train_stage(run, name, stage, later_steps):
     run.saver.check(run.out / name, checkpoint.tensors_of(model, optimizer), progress)
     weights = distributed.full_state(model)
     if dist.is_main:
-        extra = source.config | {"min_dynamic_patch": cfg.min_tiles,
-                                 "max_dynamic_patch": cfg.max_tiles,
-                                 "use_thumbnail": cfg.thumbnail}
-        config = config_json(vision, llm, template=cfg.template, extra=extra)
         save_folder(weights, config, run.out / name, tokenizer_dir)
         run_folder.write_finished(run.out, name, True)
     distributed.barrier()

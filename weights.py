@@ -4,11 +4,8 @@ The tensors of a whole model have our names. Those of a language model or a ViT 
 names without the prefix. Every stored tensor is used once and every parameter is filled once, or
 the folder is refused.
 """
-import glob
 import hashlib
-import json
 import os
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +22,19 @@ from inputs.tokenizer import Tokenizer
 from model import VLM, LanguageModel, LLMConfig, kept_rows
 from model_config import PREFIX, TRANSFORMERS, parse_config, read_configs
 from model_files import (
-    TOKENIZER_FILES,
+    StoredTensor,
     check_target,
     read_headers,
+    remove_leftovers,
+    some_of,
     stored_files,
     stored_names,
     stored_shape,
     write_checksums,
+    write_content,
+    write_small_files,
 )
+from training.metadata import METADATA, described_weights, is_checkpoint, read_weight
 from vision import VisionConfig
 
 EMBEDDINGS = "language_model.model.embed_tokens.weight"
@@ -45,6 +47,7 @@ DTYPES = {
 }
 IMG_CONTEXT_ID = 151667  # of <IMG_CONTEXT> in SAIL-VL and InternVL2.5, where there is no tokenizer
 SHARD_BYTES = 5 * 10**9
+ADAPTERS = ("lora_A", "lora_B")  # parameters of no model folder
 
 
 # ---- reading and checking ------------------------------------------------------------------------
@@ -71,11 +74,15 @@ def inspect_folder(folder):
         shapes = parameter_shapes(vision, llm)
     except ValueError as e:  # sizes that do not divide
         raise ValueError(f"{folder}/config.json: {e}") from None
-    stored = read_headers(stored_files(folder))
     architecture = config["architectures"][0]
-    if architecture in TRANSFORMERS:  # some of its versions put "model." before most names
-        stored = {name.removeprefix("model."): piece for name, piece in stored.items()}
-    names = {name: stored_names(name, architecture, PREFIX[architecture]) for name in shapes}
+    if is_checkpoint(folder):
+        stored = checkpoint_headers(folder, config)
+        names = {name: [name] for name in shapes}
+    else:
+        stored = read_headers(stored_files(folder))
+        if architecture in TRANSFORMERS:  # some of its versions put "model." before most names
+            stored = {name.removeprefix("model."): piece for name, piece in stored.items()}
+        names = {name: stored_names(name, architecture, PREFIX[architecture]) for name in shapes}
     if llm:  # the weights decide, whatever config.json says
         llm.tie_embeddings = names[HEAD][0] not in stored
         if llm.tie_embeddings:
@@ -96,6 +103,15 @@ def parameter_shapes(vision, llm):
         else:
             model = nn.ModuleDict({"vision_model": vision_encoder(vision)})
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def checkpoint_headers(folder, config):
+    """{our name: StoredTensor} of a run's checkpoint, in the dtype that config.json asks for."""
+    words = {dtype: word for word, dtype in DTYPES.items()}
+    dtype = words[getattr(torch, config["torch_dtype"])]
+    path = Path(folder) / METADATA
+    return {name.removeprefix("model."): StoredTensor(path, name, tuple(about.size), dtype)
+            for name, about in described_weights(folder).items()}
 
 
 def check_names(folder, expected, stored):
@@ -120,12 +136,6 @@ def check_shapes(folder, shapes, tensors):
                 wrong.append(f"{stored} has shape {shape}, config.json asks for {expected}")
     if wrong:
         raise ValueError(f"{folder}: {some_of(wrong, '; ')}")
-
-
-def some_of(items, separator):
-    """The first five items as text, and how many more there are."""
-    more = f" and {len(items) - 5} more" if len(items) > 5 else ""
-    return separator.join(items[:5]) + more
 
 
 def has_tokenizer(folder):
@@ -171,12 +181,20 @@ def open_folder(folder, dtype=None):
 
 @torch.no_grad()
 def fill(model, tensors, prefix=""):
-    """Fill a model from {our name: [StoredTensor, ...]}; names it lacks are left alone.
+    """Fill the parameters of a model from {our name: [StoredTensor, ...]}.
 
+    ValueError names a parameter that would be left without a value; only adapters are drawn later.
     prefix: what the model's names lack of ours, as "language_model." for a LanguageModel. A rank
     reads only the rows it keeps. Beside the model this takes the memory of one tensor: the file is
     opened for each anew, because what was read of it is let go only when it is closed.
     """
+    # A tied head is the embedding table under a second name, which is not among these.
+    own = {name for name, _ in model.named_parameters()}
+    lost = [name for name in own
+            if prefix + name not in tensors and name.rpartition(".")[2] not in ADAPTERS]
+    if lost:
+        raise ValueError(f"no stored tensor fills {some_of(sorted(lost), ', ')}; read them from a "
+                         "folder that has them, or initialize them after `fill`")
     for name, parameter in model.state_dict().items():
         local, rows = kept_rows(parameter)
         pieces = tensors.get(prefix + name)  # none for a tied head
@@ -186,9 +204,12 @@ def fill(model, tensors, prefix=""):
 
 def read_pieces(pieces, shape, rows):
     """These rows (a slice) of the tensor of this shape that has these pieces."""
-    if len(pieces) == 1 and pieces[0].shape == shape:
-        with safe_open(pieces[0].file, framework="pt") as file:
-            return file.get_slice(pieces[0].name)[rows]
+    first = pieces[0]
+    if first.file.name == METADATA:
+        return read_weight(first.file.parent, first.name).to(DTYPES[first.dtype])[rows]
+    if len(pieces) == 1 and first.shape == shape:
+        with safe_open(first.file, framework="pt") as file:
+            return file.get_slice(first.name)[rows]
     whole = []
     for piece in pieces:
         with safe_open(piece.file, framework="pt") as file:
@@ -256,7 +277,9 @@ def save_folder(state, config, out_dir, tokenizer_dir=None, files=None):
     vision, llm = parse_config(config)
     prefix = PREFIX[config["architectures"][0]]
     tensors = {}
-    for name in parameter_shapes(vision, llm):
+    wanted = parameter_shapes(vision, llm)
+    check_nothing_lost(out_dir, state, wanted, whole=vision and llm)
+    for name in wanted:
         if not (name == HEAD and llm.tie_embeddings):
             tensors[name.removeprefix(prefix)] = state[name]
     files = files or {}
@@ -266,6 +289,16 @@ def save_folder(state, config, out_dir, tokenizer_dir=None, files=None):
             "crop_size": vision.image_size, "resample": 3, "image_mean": MEAN, "image_std": STD,
         }} | files
     write_folder(tensors, config, out_dir, tokenizer_dir if llm else None, files)
+
+
+def check_nothing_lost(out_dir, state, wanted, whole):
+    """ValueError if a tensor of `state` has no place in the folder; of a part, only its own do."""
+    parts = {name.partition(".")[0] for name in wanted}
+    lost = [name for name in state
+            if name not in wanted and (whole or name.partition(".")[0] in parts)]
+    if lost:
+        raise ValueError(f"{out_dir} is not written, for config.json has no place for "
+                         f"{some_of(lost, ', ')}; the sizes there must tell of every parameter")
 
 
 def write_folder(tensors, config, out_dir, tokenizer_dir=None, files=None):
@@ -297,36 +330,6 @@ def write_folder(tensors, config, out_dir, tokenizer_dir=None, files=None):
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(new, ignore_errors=True)
-
-
-def remove_leftovers(out):
-    """Remove what writes of the folder `out` that were killed have left beside it."""
-    own = re.compile(rf"\.{re.escape(out.name)}\.(tmp|old)-\d+")
-    for path in out.parent.glob(f".{glob.escape(out.name)}.*-*"):
-        if own.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-
-
-def write_small_files(folder, config, tokenizer_dir, files):
-    """Write all files of a model folder but the weights."""
-    if tokenizer_dir:
-        for name in TOKENIZER_FILES:
-            source = Path(tokenizer_dir) / name
-            if source.is_file():
-                (folder / name).write_bytes(source.read_bytes())
-    for name, content in {"config.json": config, **files}.items():
-        write_content(folder / name, content)
-    added = folder / "added_tokens.json"
-    if added.is_file():
-        ids = read_json(added, dict)
-        write_content(folder / "generation_config.json", {
-            "eos_token_id": ids.get("<|im_end|>"), "pad_token_id": ids.get("<|endoftext|>")})
-
-
-def write_content(path, content):
-    if not isinstance(content, str):
-        content = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    path.write_text(content, encoding="utf-8")
 
 
 def write_shards(folder, tensors, dtype, target):
@@ -369,6 +372,9 @@ def write_shards(folder, tensors, dtype, target):
 
 def weights_hashes(folder):
     """{name: sha256} of a folder's safetensors files."""
+    if is_checkpoint(folder):  # which was verified
+        files = read_json(Path(folder) / "manifest.json", dict)["files"]
+        return {name: digest for name, (_, digest) in files.items() if name.endswith(".distcp")}
     digests = {path.name: file_hash(path) for path in sorted(Path(folder).glob("*.safetensors"))}
     if not digests:
         raise FileNotFoundError(

@@ -48,6 +48,7 @@ vision
 aimv2
 model
 model_config
+training/metadata
 model_files
 weights
 generate
@@ -60,9 +61,11 @@ training/output
 training/limits
 training/progress
 training/state_check
-training/metadata
+training/host_memory
 training/checkpoint
+training/checkpoint_folder
 training/metrics
+training/validation
 training/quarantine
 training/run_folder
 training/memory

@@ -4,32 +4,32 @@ checkpoints/step_00001234/ holds
     __0_0.distcp, .metadata   weights and AdamW moments, as torch.distributed.checkpoint (DCP)
                               writes them; any number of ranks can load them
     state.json                Progress: how far the stage has come
+    config.json, vocab.json, ...  those of a model folder: the run can be asked (checkpoint_folder)
     manifest.json             size and sha256 of each of these files, written last
 A folder has a temporary name until all of it is on the disk.
 """
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
 import sys
-import warnings
 from pathlib import Path
 
 import torch.distributed as td
 import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import DTensor
 
-from inputs.files import file_hash, write_atomic
-from training.distributed import ALONE, gather, rank_variable, say, unwrap
+from inputs.files import file_hash, read_json, write_atomic
+from model_files import write_small_files
+from training.distributed import ALONE, gather, say, unwrap
+from training.host_memory import memory_for
 from training.metadata import MetadataReader
 from training.progress import read_progress
 from training.state_check import find_fault, layout_of, refuse_fault
-
-# DCP says so when it runs on one process, which is what we ask it to do.
-warnings.filterwarnings("ignore", "torch.distributed is disabled")
-
 
 OWN_NAME = re.compile("step_[0-9]{8}")
 LEFTOVER = ".tmp_"  # before a name: a folder that is being written or deleted
@@ -43,21 +43,39 @@ class Saver:
     A crash at any point leaves the checkpoints before it usable.
     """
 
-    def __init__(self, out_dir, dist, keep=2, background=True):
+    def __init__(self, out_dir, dist, keep=2, background=True, keep_best=False):
         self.folder = Path(out_dir) / "checkpoints"
         self.dist = dist
         self.keep = keep
         self.background = background
+        self.keep_best = keep_best
+        self.best = None  # {"stage", "val_loss"} of the lowest loss; None: look on the disk
         self.pending = None  # the Future of the last save
         self.layout = {}  # stage -> names, shapes and dtypes of its last save
+        self.small_files = None  # arguments of write_small_files: a checkpoint is a model folder
 
-    def save(self, step, model, optimizer, progress, wait=False):
+    def lowest(self, stage, val_loss):
+        """{"best": val_loss} if it is the lowest of the stage so far, else {}. All ranks call it.
+
+        Whoever gets it passes it on to `save`, so that this checkpoint is kept.
+        """
+        if not self.keep_best or not math.isfinite(val_loss):
+            return {}
+        if self.best is None:
+            self.best = gather(read_best(self.folder), self.dist)[0]
+        if self.best.get("stage") == stage and self.best["val_loss"] <= val_loss:
+            return {}
+        self.best = {"stage": stage, "val_loss": val_loss}
+        return {"best": val_loss}
+
+    def save(self, step, model, optimizer, progress, wait=False, best=None):
         """Write checkpoints/step_{step:08d}/ and delete old ones. All ranks call it.
 
         With wait=True the checkpoint is on the disk when this returns, and a failure is an
         OSError. Without, training may go on: a copy of the tensors is written in the background,
         and a failure is a warning at the next save or wait(). A full disk must not end a run that
         can go on, and the next save tries again. ValueError if the tensors cannot be right.
+        best: the validation loss of the step if it is the lowest, see `lowest`.
         """
         self.wait()
         final = self.folder / f"step_{step:08d}"
@@ -74,7 +92,7 @@ class Saver:
         background = self.background and not wait and not problem
         tensors, copied = snapshot(tensors, self.dist, background)
         thread = concurrent.futures.ThreadPoolExecutor(1)
-        self.pending = thread.submit(self._write, final, tensors, state, problem)
+        self.pending = thread.submit(self._write, final, tensors, state, problem, best)
         thread.shutdown(wait=not copied)
         if wait:
             self.pending.result()
@@ -99,14 +117,27 @@ class Saver:
         except OSError as e:
             print(f"WARNING: NO CHECKPOINT: {e}. The earlier ones are intact; "
                   "the next save tries again", file=sys.stderr, flush=True)
+            self.best = None
         self.pending = None
 
-    def _write(self, final, tensors, state, problem):
+    def _write(self, final, tensors, state, problem, best):
         if problem:
             raise OSError(problem)
-        write_checkpoint(final, tensors, state, self.dist)
+        write_checkpoint(final, tensors, state, self.dist, self.small_files)
         if self.dist.is_main:
+            if best is not None:
+                record = {"checkpoint": final.name, "stage": state["stage"], "val_loss": best}
+                write_atomic(self.folder / "best", json.dumps(record) + "\n")
             prune(self.folder.parent, self.keep)
+
+
+def read_best(folder):
+    """What the file `best` of a checkpoints folder says, {} if its checkpoint is not there."""
+    record = {}
+    with contextlib.suppress(OSError, ValueError):
+        record = read_json(folder / "best", dict)
+    whole = {"checkpoint", "stage", "val_loss"} <= record.keys()
+    return record if whole and (folder / str(record["checkpoint"])).is_dir() else {}
 
 
 def checkpoints_in(out_dir):
@@ -201,40 +232,10 @@ def split_work(tensors, dist):
     return mine
 
 
-def memory_for(tensors):
-    """Whether each rank of this machine can copy its `tensors` and leave as much again free."""
-    need = sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors.values())
-    ranks_here = rank_variable("LOCAL_WORLD_SIZE", 1)
-    return 2 * need * ranks_here < available_memory()
-
-
-def available_memory():
-    """Bytes of main memory that this run may still take; 0 if the system does not say.
-
-    The least of what the machine has and of what is left to the control groups (cgroups, version
-    2) that a job scheduler or a container has put this process into.
-    """
-    try:
-        meminfo = Path("/proc/meminfo").read_text()
-        free = 1024 * int(meminfo.split("MemAvailable:")[1].split()[0])
-        found = re.search("^0::/(.*)$", Path("/proc/self/cgroup").read_text(), re.MULTILINE)
-        group = Path("/sys/fs/cgroup", found[1] if found else "")
-        # A limit on any group above ours counts as well, up to /sys/fs/cgroup.
-        for folder in (group, *group.parents)[:-3]:
-            limit_file = folder / "memory.max"
-            if not limit_file.exists():
-                continue
-            limit = limit_file.read_text().strip()
-            if limit != "max":
-                used = int((folder / "memory.current").read_text())
-                free = min(free, int(limit) - used)
-    except (OSError, LookupError, ValueError):
-        return 0
-    return free
-
-
-def write_checkpoint(final, tensors, state, dist):
+def write_checkpoint(final, tensors, state, dist, small_files=None):
     """The slow part of a save, on all ranks: tensors, hashes, manifest, final name, `latest`.
+
+    small_files: config.json as a dict, and the folder of the tokenizer's files.
 
     It may run in a thread, so ranks talk over the background group. OSError on all ranks if any of
     them could not write.
@@ -247,7 +248,9 @@ def write_checkpoint(final, tensors, state, dist):
         files = list(tmp.glob(f"__{dist.rank}_*.distcp"))
         if dist.is_main:
             write_atomic(tmp / "state.json", json.dumps(state))
-            files += [tmp / ".metadata", tmp / "state.json"]
+            if small_files:
+                write_small_files(tmp, *small_files, {})
+            files = [path for path in tmp.iterdir() if not path.name.endswith(".distcp")] + files
         written = {f.name: [f.stat().st_size, file_hash(f)] for f in files}
     except dcp.CheckpointException as e:
         first_failure, _ = next(iter(e.failures.values()))
@@ -278,12 +281,15 @@ def write_checkpoint(final, tensors, state, dist):
 def prune(out_dir, keep):
     """Delete the checkpoints that are older than the newest max(2, keep) good ones.
 
-    A link is left alone: what it leads to may be somebody else's.
+    A link is left alone: what it leads to may be somebody else's. So is the one that `best` names.
     """
+    best = read_best(Path(out_dir) / "checkpoints").get("checkpoint")
     paths = [path for path in checkpoints_in(out_dir) if not path.is_symlink()]
     good = [path for path in paths if not verify_checkpoint(path, hashes=False)]
     oldest = good[-max(2, keep):][0]
     for path in paths[:paths.index(oldest)]:
+        if path.name == best:
+            continue
         # Renamed first: an interrupted deletion must not look like a damaged checkpoint.
         aside = temporary(path)
         path.rename(aside)

@@ -10,6 +10,9 @@ def check_together(cfg, origins, stages):
     if cfg.min_tiles > cfg.max_tiles:
         raise ValueError(f"min_tiles={cfg.min_tiles} is more than max_tiles={cfg.max_tiles}; "
                          "change one of them")
+    if cfg.keep_best and not cfg.val_data:
+        raise ValueError("keep_best=True keeps the checkpoint of the lowest validation loss, and "
+                         "there is no val_data; give --val_data=PATH")
     for name, stage in stages:
         flags = [key for key in ("steps", "warmup_steps")
                  if origins[f"{name}.{key}"] == "command line"]

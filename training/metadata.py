@@ -3,12 +3,20 @@
 torch.distributed.checkpoint (DCP) describes the tensors of a checkpoint in a pickle, and loading
 a pickle calls whatever it names. Here it may name DCP's own descriptions and nothing else.
 """
+import functools
 import pickle
 import re
+import warnings
+from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+# DCP says so when it runs on one process, which is what we ask it to do.
+warnings.filterwarnings("ignore", "torch.distributed is disabled")
+
+METADATA = ".metadata"
 
 # module -> the names a pickle may ask for. They are classes that only hold values, and dtypes.
 DESCRIPTIONS = {
@@ -48,21 +56,25 @@ class MetadataUnpickler(pickle._Unpickler):
 
 
 class MetadataReader(dcp.FileSystemReader):
-    """DCP's reader of a checkpoint folder, with the pickle read by MetadataUnpickler."""
+    """DCP's reader of a checkpoint folder, with the pickle read by MetadataUnpickler, once."""
+    known = None  # the Metadata, when it has been read
 
     def read_metadata(self, *args, **kwargs):
         """The Metadata; ValueError, with the path, if the file holds anything else."""
-        path = self.path / ".metadata"
+        path = self.path / METADATA
+        metadata = self.known
         try:
-            with open(path, "rb") as file:
-                metadata = MetadataUnpickler(file).load()
-            check_metadata(metadata)
+            if not metadata:
+                with open(path, "rb") as file:
+                    metadata = MetadataUnpickler(file).load()
+                check_metadata(metadata)
         except OSError:
             raise
         except Exception as e:  # a damaged pickle raises all sorts of errors
             reason = " ".join(str(e).split())[:200] or type(e).__name__
             raise ValueError(f"{path} is not what a checkpoint has there: {reason}") from None
         metadata.storage_meta.load_id = self.load_id
+        self.known = metadata
         return metadata
 
 
@@ -81,3 +93,34 @@ def check_metadata(metadata):
             raise ValueError(f"it names the file {file!r}")
         if getattr(place, "transform_descriptors", None):
             raise ValueError(f"{file} is encoded in a way that is not used here")
+
+
+# ---- the weights alone, on one process -----------------------------------------------------------
+
+
+def is_checkpoint(folder):
+    return (Path(folder) / METADATA).is_file()
+
+
+@functools.lru_cache(1)
+def weights_reader(folder):
+    """One reader for all weights of a checkpoint: its description is read once."""
+    return MetadataReader(folder)
+
+
+def described_weights(folder):
+    """{name in the checkpoint: TensorStorageMetadata} of the weights; moments are left out."""
+    described = weights_reader(str(folder)).read_metadata().state_dict_metadata
+    return {name: about for name, about in described.items() if name.startswith("model.")}
+
+
+def read_weight(folder, name):
+    """A whole weight of a checkpoint, whatever number of ranks has written it."""
+    about = described_weights(folder)[name]
+    tensor = torch.empty(about.size, dtype=about.properties.dtype)
+    try:
+        dcp.load({name: tensor}, storage_reader=weights_reader(str(folder)), no_dist=True)
+    except dcp.CheckpointException as e:
+        first_failure, _ = next(iter(e.failures.values()))
+        raise ValueError(f"{folder} cannot be read: {first_failure}") from None
+    return tensor

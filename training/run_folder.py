@@ -369,9 +369,12 @@ def resume(path, fresh, steps, model, optimizer):
 
 def check_disk(cfg, name, steps_left, model):
     """OSError unless there is room for the checkpoints and the model folder still to come."""
-    most = max(2, cfg.keep) + 1  # old ones are deleted when a new one is complete
+    # Old ones are deleted when a new one is complete; the best one is kept beside them.
+    most = max(2, cfg.keep) + 1 + cfg.keep_best
     existing = len(checkpoints_in(cfg.out_dir))
     saves = max(1, steps_left // cfg.save_every)
+    if cfg.keep_best:
+        saves = max(saves, steps_left // cfg.val_every)
     saves = max(0, min(saves, most - existing))
     need = 0
     for p in model.parameters():
