@@ -30,6 +30,7 @@ from inputs.check import check_sources
 from inputs.files import read_json
 from inputs.images import GRAY, MAX_TILES, load_image, make_tiles, without_thumbnail
 from inputs.measure import reason_of
+from inputs.pack_flags import SHARED_SETTINGS, read_number, training_flags
 from inputs.packing import Packs, PackSettings
 from inputs.patience import read_patiently
 from inputs.preview import preview_packs, show_samples
@@ -327,20 +328,16 @@ class Config:
     out: str = setting("preview.html", filled=True)  # preview: the page to write
     # tokenizer or model folder; a model's template and tiles count
     tokenizer: str = setting(TOY_TOKENIZER, filled=True)
+    template: str = ""  # chat template; "": the model's, else sailvl-chat
     tile_size: int = setting(0, at_most=4096)  # pixels of a tile, 0: the model's, else 448
+    min_tiles: int = setting(1, at_least=1, at_most=MAX_TILES)  # fewest tiles of an image
     max_tiles: int = setting(0, at_most=MAX_TILES)  # of an image, 0: the model's, else 12
     tokens_per_pack: int = setting(8192, at_least=1, at_most=2**22)  # tokens of a pack
     tiles_per_pack: int = setting(48, at_least=1, at_most=4096)  # tiles of a pack
-
-
-def read_number(section, name, default, most):
-    """A number of a section of a model's config.json; ValueError if it is none or out of range."""
-    value = section.get(name) if isinstance(section, dict) else "no section"
-    value = default if value is None else value
-    if type(value) not in {int, type(default)} or not 0 < value <= most:
-        raise ValueError(f"config.json of --tokenizer: {name} = {repr(value)[:40]} must be above 0 "
-                         f"and at most {most:,}; copy it again")
-    return value
+    thumbnail: bool = True  # add the whole image as one more tile if it has several
+    seed: int = setting(0, at_most=2**32 - 1)  # of the order
+    shuffle: bool = True  # False: samples in the order of the files
+    packs_per_step: int = setting(1, at_least=1, at_most=2**24)  # of all ranks
 
 
 def open_dataset(cfg, paths):
@@ -348,7 +345,7 @@ def open_dataset(cfg, paths):
     tokenizer = Tokenizer(cfg.tokenizer)
     about = Path(cfg.tokenizer, "config.json")
     about = read_json(about, dict) if about.exists() else {}
-    template = about.get("template", "sailvl-chat")
+    template = cfg.template or about.get("template", "sailvl-chat")
     vision = about.get("vision_config", {})
     side = cfg.tile_size or read_number(about, "force_image_size", 448, 4096)
     patches = side // read_number(vision, "patch_size", 14, 4096)
@@ -357,8 +354,7 @@ def open_dataset(cfg, paths):
         tile_size=side,
         tokens_per_tile=int(tokens_per_side ** 2),
         max_tiles=cfg.max_tiles or read_number(about, "max_dynamic_patch", 12, MAX_TILES),
-        tokens_per_pack=cfg.tokens_per_pack,
-        tiles_per_pack=cfg.tiles_per_pack,
+        **{name: getattr(cfg, name) for name in SHARED_SETTINGS},
     )
     if cfg.tokenizer == TOY_TOKENIZER:
         print("tokens are those of the toy vocabulary; for a model's: --tokenizer=MODEL_FOLDER",
@@ -383,11 +379,15 @@ def preview_files(paths, cfg):
 
 def main():
     cfg = Config()
-    usage = "python data.py check FILE... | show FILE --n=8 --tokenizer=DIR | preview FILE --out=A"
+    usage = ("python data.py check FILE... | show FILE [CONFIG.py] --n=8 --tokenizer=DIR | "
+             "preview FILE [CONFIG.py] --out=A")
     commands = {"check": check_files, "show": show_files, "preview": preview_files}
     command, words = subcommand(commands, usage, cfg)
-    paths, flags = split_words(words)
-    configure(cfg, flags)
+    words, flags = split_words(words)
+    paths = [word for word in words if not word.endswith(".py")]
+    # The packs of a training: those of its config, of which a flag may change something.
+    configs = [word for word in words if word.endswith(".py")]
+    configure(cfg, [*training_flags(configs), *flags])
     if not paths:
         raise ValueError(f"usage: {usage}")
     if command(paths, cfg):

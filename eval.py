@@ -33,7 +33,7 @@ from evals.report import print_results, question_cards, report_html
 from evals.results import build_results, run_protocol_hash, score_all
 from evals.score import never_right_warning
 from evals.score_file import score_file, warn
-from evals.table import PAPER_PROTOCOL, TOY, Benchmark
+from evals.table import OWN, PAPER_PROTOCOL, TOY, Benchmark
 from evals.tiling import gray, row_tiles
 from generate import Assistant
 from inputs.files import file_hash, json_hash, read_jsonl, write_atomic
@@ -79,7 +79,8 @@ class Config:
     batch_size: int = setting(64, at_least=1, at_most=2**16)  # prompts generated together
     # places of the cache: 15 GB (2B), 30 GB (8B)
     batch_tokens: int = setting(2**19, at_least=1, at_most=2**30)
-    report_rows: int = setting(40, at_most=10**6)  # pictures per benchmark in report.html
+    # questions per benchmark in report.html, wrong answers first
+    report_rows: int = setting(40, at_most=10**6)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU, else float32
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda where there is one
     threads: int = setting(0, at_most=1024)  # CPU threads of torch; 0 = torch's default
@@ -252,17 +253,29 @@ def hash_folder(folder):
 
 # ---- the run ------------------------------------------------------------------------------------
 
-def free_cards(pairs, assistant):
-    """Descriptions of the pictures of (row, pictures) pairs, with the tiles that the model saw."""
-    # The toy benchmarks' way: up to four tiles, pictures upright.
-    b = TOY["toy_ocr"]
-    asked = [make_prompt(assistant, b, row, pictures, DESCRIBE)
-             for row, pictures in pairs if pictures]
+def free_cards(tasks, assistant):
+    """Answers about the first picture of each task, with the tiles that the model saw.
+
+    They are descriptions, but for a file of one's own the answer to its first question: a model
+    that was trained on such rows may never have described anything.
+    """
+    questions = []
+    asked = []
+    for task in tasks:
+        row, pictures = task.pairs[0]
+        if not pictures:
+            continue
+        question = DESCRIBE
+        if task.b.group == OWN:
+            question = build_prompt(task.b.prompt, row, len(pictures))
+        questions.append(question)
+        # The toy benchmarks' way: up to four tiles, pictures upright.
+        asked.append(make_prompt(assistant, TOY["toy_ocr"], row, pictures, question))
     answers = assistant.answers(asked, max_new_tokens=128)
     cards = []
-    for (_, tiles), text in zip(asked, answers, strict=True):
+    for question, (_, tiles), text in zip(questions, asked, answers, strict=True):
         images = [Image.fromarray(tile.permute(1, 2, 0).numpy()) for tile in tiles]
-        cards.append({"question": DESCRIBE, "prediction": text,
+        cards.append({"question": question, "prediction": text,
                       "pictures": [picture_uri(image) for image in images]})
     return cards
 
@@ -368,7 +381,7 @@ def evaluate(cfg, tasks, failed, folder_hashes, judge, dist):
         rows = answered["model"][name]
         scored = results[name] is not None
         cards += question_cards(task.b, rows, task.pairs, scored, cfg.report_rows, judge)
-    free = free_cards([task.pairs[0] for task in tasks[:2]], assistant)
+    free = free_cards(tasks[:2], assistant)
     write_atomic(out / "report.html", report_html(results, cards, free))
     text = json.dumps(results, indent=1, ensure_ascii=False)
     write_atomic(out / "results.json", text + "\n")

@@ -28,6 +28,7 @@ from training.checkpoint_folder import stage_config
 from training.compile import compile_blocks
 from training.dry_run import print_plan
 from training.output import forgive_output
+from training.plot import plot_loss
 from training.prefetch import Prefetcher
 from training.progress import Progress
 from training.quarantine import Quarantine
@@ -180,7 +181,7 @@ def run_stages(cfg):
             return
         run.checkpoint = None
     if run.dist.is_main:
-        metrics.plot_loss(run.out / "log.jsonl", run.out / "loss.png")
+        plot_loss(run.out / "log.jsonl", run.out / "loss.png")
     distributed.close_distributed()
 
 
@@ -258,8 +259,7 @@ def train_stage(run, name, stage, later_steps):
     # ---- start, or resume from a checkpoint of this stage ----
     fresh = Progress(name, packs.fingerprint, packs.settings.packs_per_step, run.planned_world)
     progress = run_folder.resume(run.checkpoint, fresh, steps, model, optimizer)
-    config = stage_config(cfg, source)
-    run.saver.small_files = (config, tokenizer_dir)
+    run.saver.small_files = (stage_config(cfg, source), tokenizer_dir)
     run_folder.check_disk(cfg, name, steps - progress.step, model)
     if dist.is_main:
         checkpoint.set_aside(run.out, first_step + progress.step)
@@ -276,6 +276,7 @@ def train_stage(run, name, stage, later_steps):
     run.at_end.callback(batches.close)
     peak = metrics.peak_flops(dist.device)  # of one GPU; None on a CPU
     bar = tqdm(total=steps, initial=progress.step, desc=name, disable=not dist.is_main or None)
+    printer = metrics.StepPrinter(bar, cfg.print_every)
 
     for step in range(progress.step, steps):
         done = step + 1  # steps, when this one is over
@@ -357,8 +358,7 @@ def train_stage(run, name, stage, later_steps):
 
         if dist.is_main:
             metrics.log_line(run.log, row, run.track)
-            if done % cfg.print_every == 0 or "epoch" in row:
-                bar.write(metrics.format_step(row))
+            printer.add(row)
         if progress.bad_steps >= 3 and not fault:
             raise ValueError("three steps in a row without a finite loss or gradient, "
                              f"see {run.out}/log.jsonl")
@@ -384,7 +384,7 @@ def train_stage(run, name, stage, later_steps):
     run.saver.check(run.out / name, checkpoint.tensors_of(model, optimizer), progress)
     weights = distributed.full_state(model)
     if dist.is_main:
-        save_folder(weights, config, run.out / name, tokenizer_dir)
+        save_folder(weights, stage_config(cfg, source), run.out / name, tokenizer_dir)
         run_folder.write_finished(run.out, name, True)
     distributed.barrier()
     distributed.say(dist, f"{name}: model folder {run.out / name}")

@@ -1,6 +1,5 @@
 """What a run shows: report.html, one self-contained page, and the tables on the terminal."""
 import json
-import math
 from pathlib import Path
 
 from evals.files import open_picture
@@ -13,18 +12,27 @@ FOLDER = Path(__file__).resolve().parent
 
 
 def question_cards(b, rows, pairs, scored, report_rows, judge=None):
-    """Cards of `report_rows` rows of a benchmark, evenly spread over all.
+    """Cards of `report_rows` rows of a benchmark: wrong answers first, then others.
 
-    rows: those of the (row, pictures) pairs with `prediction`. scored: as for question_card.
+    If there are more of a kind than have room, they are evenly spread over the file. rows: those of
+    the (row, pictures) pairs with `prediction`. scored: as for question_card.
     """
-    stride = math.ceil(len(rows) / max(1, report_rows))
-    chosen = range(0, len(rows), stride)[:report_rows]
-    found = read_answers(b, [rows[i] for i in chosen], judge)
+    found = read_answers(b, rows, judge)
+    wrong = [i for i, (_, points) in enumerate(found) if points < 1]
+    right = [i for i, (_, points) in enumerate(found) if points >= 1]
+    chosen = spread(wrong, report_rows)
+    chosen += spread(right, report_rows - len(chosen))
     cards = []
-    for i, one in zip(chosen, found, strict=True):
+    for i in chosen:
         _, pictures = pairs[i]
-        cards.append(question_card(b.name, rows[i], pictures, one, scored))
+        cards.append(question_card(b.name, rows[i], pictures, found[i], scored))
     return cards
+
+
+def spread(items, n):
+    """At most n of a list, evenly spread over it."""
+    n = min(n, len(items))
+    return [items[len(items) * k // n] for k in range(n)]
 
 
 def question_card(name, row, pictures, found, scored=True):

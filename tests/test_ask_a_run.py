@@ -15,7 +15,7 @@ import eval as evaluation
 import sample
 import train
 import weights
-from training import checkpoint, metrics
+from training import checkpoint, metrics, plot
 from training.checkpoint_folder import model_folder
 from training.distributed import ALONE
 
@@ -196,7 +196,7 @@ def test_a_run_saves_its_best_step_says_so_and_draws_validation_by_source(
         "val_loss": lowest["val_loss"]}
     assert "lowest so far, this checkpoint is kept" in metrics.format_step(lowest)
     assert lowest["step"] in numbers(out)
-    lines = metrics.loss_curves(rows)["alignment"]
+    lines = plot.loss_curves(rows)["alignment"]
     assert lines.keys() == {"loss", "val_loss", "val_loss/pictures", "val_loss/text"}
 
 
@@ -207,7 +207,7 @@ def test_loss_png_has_a_logarithmic_axis_and_a_line_for_each_validation_loss(tmp
     rows = [{"stage": s, "step": i, "loss": 2.0 / i, "val_loss": 3.0 / i, "val_loss/a": 1.0}
             for s in ("one", "two") for i in range(1, 9)]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    metrics.plot_loss(tmp_path / "log.jsonl", tmp_path / "loss.png")
+    plot.plot_loss(tmp_path / "log.jsonl", tmp_path / "loss.png")
     ax, = drawn
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
     assert ax.get_yscale() == "log"

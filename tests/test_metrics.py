@@ -3,13 +3,14 @@
 import io
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from train import RunConfig
-from training import metrics
+from training import metrics, plot
 
 
 @pytest.mark.parametrize("series", [25, pytest.param(100, marks=pytest.mark.nightly)])
@@ -156,5 +157,34 @@ def test_the_plot_command_draws_a_log_with_stages_and_a_resume(tmp_path):
         metrics.log_line(f, {"event": "start"})
         for stage, step, loss in rows:
             metrics.log_line(f, {"stage": stage, "step": step, "loss": loss})
-    metrics.plot_loss(tmp_path / "log.jsonl", tmp_path / "loss.png")
+    plot.plot_loss(tmp_path / "log.jsonl", tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_sums_of_an_epoch_come_with_the_next_printed_line_and_not_every_step():
+    row = {
+        "stage": "advance",
+        "step": 12,
+        "steps": 400,
+        "loss": 2.34567,
+        "lr": {"vision": 1e-5, "llm": 0.0},
+        "tokens_per_s": 12345.6,
+        "tiles_per_s": 7.5,
+        "mfu": None,
+        "data_wait": 0.031,
+        "memory_gb": 1.25,
+        "dropped": 2,
+        "quarantined": 3,
+        "eta_s": 3725.0,
+        "run_eta_s": 7200.0,
+        "spike": 0.5,
+    }
+    said = []
+    printer = metrics.StepPrinter(SimpleNamespace(write=said.append), 4)
+    for step in range(1, 11):
+        epoch = {"epoch": {"epochs": step}} if step not in (4, 6, 7, 8) else {}
+        printer.add(row | {"step": step, "steps": 10} | epoch)
+    assert [line.split(" | ")[0] for line in said] == [
+        "advance 4/10", "advance 8/10", "advance 10/10"]
+    assert [line.split(" | ")[-1] for line in said] == [
+        '{"epochs": 3}', '{"epochs": 5}', '{"epochs": 10}']

@@ -43,6 +43,7 @@ inputs/fill
 inputs/packing
 inputs/check
 inputs/preview
+inputs/pack_flags
 data
 vision
 aimv2
@@ -65,6 +66,7 @@ training/host_memory
 training/checkpoint
 training/checkpoint_folder
 training/metrics
+training/plot
 training/validation
 training/quarantine
 training/run_folder

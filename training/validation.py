@@ -17,7 +17,7 @@ def held_out_sets(cfg, stage, tokenizer, vision, dist):
         return sets
     whole = stage_dataset(cfg, stage, tokenizer, vision, 1, cfg.val_data)
     sets["val_loss"] = whole
-    for name, sources in by_name(whole.packs.sources).items():
+    for name, sources in sources_by_name(whole.packs.sources).items():
         packs = Packs(sources, whole.packs.settings)
         part = PackedDataset(packs, tokenizer, cfg.template, cfg.image_as, cfg.loss_weight)
         sets[f"val_loss/{name}"] = part
@@ -26,7 +26,7 @@ def held_out_sets(cfg, stage, tokenizer, vision, dist):
     return sets
 
 
-def by_name(sources):
+def sources_by_name(sources):
     """{name: its sources}, {} if all have the same; shards differ in a number at the end alone."""
     groups = collections.defaultdict(list)
     for source in sources:
