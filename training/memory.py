@@ -53,8 +53,6 @@ def llm_row_bytes(llm, trains, sharded, checkpointing):
     if checkpointing == "full":
         return residual, 0
     heads = 2 * (H + 2 * K) * D + 2 * H * D + 4 * H  # q, k, v; attention and its log-sums
-    if llm.qwen3:
-        heads += 4 * (H + K)  # of the norms of queries and keys; not measured
     gate_and_up = 4 * F
     normed = 2 * C
     if not trains:
@@ -65,6 +63,8 @@ def llm_row_bytes(llm, trains, sharded, checkpointing):
     before_rotation = 2 * (H + K) * D  # q and k once more
     product = 2 * F  # of SwiGLU, the input of down_proj
     kept = residual + 2 * normed + heads + before_rotation + gate_and_up + product + 8
+    if llm.qwen3:
+        kept += 4 * (H + K)  # of the norms of queries and keys; not measured
     return kept, gate_and_up + product
 
 
@@ -77,9 +77,9 @@ def vit_row_bytes(vision, sharded, checkpointing):
     qkv = 6 * C
     normed = 2 * C
     attention_out = 2 * C + 4 * H
-    if vision.kind == "aimv2":  # a gated MLP and no layer scale; not measured
-        kept = residual + qkv + attention_out + 2 * normed + 4 * F
-        return kept if checkpointing == "selective" else kept + 2 * F + 8
+    if vision.kind == "aimv2":  # a gated MLP and no layer scale; only "selective" is measured
+        kept = residual + qkv + attention_out + normed + 4 * F
+        return kept if checkpointing == "selective" else kept + normed + 2 * F + 8
     kept = residual + qkv + attention_out + 2 * normed + 2 * F
     if checkpointing == "selective":
         return kept
