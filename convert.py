@@ -3,10 +3,12 @@
     python convert.py assemble --vision=InternViT-300M-448px --llm=Qwen2.5-1.5B-Instruct --out=m
     python convert.py check m
     python convert.py export out/demo/model exported --layout=transformers
+    python convert.py merge BASE out/lora/instruction/adapter merged
 
 assemble joins a released ViT and language model, or those parts of whole model folders, with a
 fresh projector and adds the image tokens to the tokenizer. export writes InternVL's layout, made
 for vLLM and llama.cpp, or that of transformers. It takes RUN/checkpoints/step_N or RUN as well.
+merge adds a LoRA adapter to the weights it was trained beside.
 """
 import math
 from dataclasses import dataclass
@@ -22,7 +24,8 @@ from inputs.images import MEAN, STD
 from inputs.tokenizer import Tokenizer
 from model import VLM, init_weights
 from model_config import config_json, transformers_config
-from model_files import check_content, stored_names, stored_shape
+from model_files import check_content, transformers_tensors
+from training.adapter import write_merged
 from training.checkpoint_folder import model_folder
 from weights import (
     HEAD,
@@ -36,7 +39,7 @@ from weights import (
 )
 
 USAGE = ("convert.py assemble --vision=DIR --llm=DIR --out=DIR | check DIR | "
-         "export SRC DST --layout=internvl|transformers")
+         "export SRC DST --layout=internvl|transformers | merge BASE ADAPTER DST")
 
 # ---- assemble ------------------------------------------------------------------------------------
 
@@ -335,16 +338,6 @@ def transformers_prompt_files(tokenizer_config, template):
     return prompt_files(config, template, "<IMG_CONTEXT>")
 
 
-def transformers_tensors(state, architecture):
-    """Rename the tensors of the model, and cut each fused qkv of the ViT into its three parts."""
-    out = {}
-    for name, tensor in state.items():
-        names = stored_names(name, architecture, "")
-        for stored, rows in zip(names, tensor.chunk(len(names)), strict=True):
-            out[stored] = rows.view(stored_shape(stored, tensor.shape, len(names)))
-    return out
-
-
 # ---- the command line ----------------------------------------------------------------------------
 
 
@@ -369,7 +362,21 @@ def export_command(paths, flags):
     print(f"{paths[1]}: written")
 
 
-COMMANDS = {"assemble": assemble_command, "check": check_command, "export": export_command}
+def merge_command(paths, flags):
+    if len(paths) != 3 or flags:
+        raise ValueError(f"usage: {USAGE}")
+    base, adapter, target = paths
+    refuse_to_replace(target, base, adapter)
+    write_merged(base, adapter, target)
+    print(f"{target}: written")
+
+
+COMMANDS = {
+    "assemble": assemble_command,
+    "check": check_command,
+    "export": export_command,
+    "merge": merge_command,
+}
 
 
 def main():

@@ -1,4 +1,4 @@
-"""The language model, the vision-language model around it, the loss and its FLOPs.
+"""The language model, the vision-language model around it, and the loss.
 
 Everything is packed: the documents of a pack lie end to end in one row of T tokens, cu_seqlens
 (S+1,) holds their borders and positions restart at 0 in each. Parameter names are those of the
@@ -24,7 +24,7 @@ from inputs.chat import IGNORE
 from inputs.images import normalize
 from kernels.attention import attention
 from kernels.cross_entropy import linear_cross_entropy
-from vision import Projector, RMSNorm, VisionBlock, pixel_shuffle, vision_flops
+from vision import Projector, RMSNorm, VisionBlock, pixel_shuffle
 
 
 @dataclass(slots=True)
@@ -316,9 +316,12 @@ class VLM(nn.Module):
 
 # ---- random weights ------------------------------------------------------------------------------
 
+ADAPTER_NAMES = (".lora_A", ".lora_B")  # how names of adapters end; no stored model has them
+
+
 @torch.no_grad()
 def init_weights(module, seed, std=0.02, layer_scale=1.0):
-    """Fill every parameter of a module.
+    """Fill every parameter of a module but adapters, which training/lora.py fills.
 
     Matrices are normal(0, std), those that write to the residual stream smaller by
     sqrt(2 * layers) (Radford et al., 2019, section 2.3), token tables normal(0, width**-0.5).
@@ -329,6 +332,8 @@ def init_weights(module, seed, std=0.02, layer_scale=1.0):
     llm_layers = sum(isinstance(m, Block) for m in module.modules())
     generator = torch.Generator().manual_seed(seed)
     for name, p in module.named_parameters():
+        if name.endswith(ADAPTER_NAMES):
+            continue
         if name.endswith(("ls1", "ls2")):
             p.fill_(layer_scale)
         elif p.dim() < 2:
@@ -358,40 +363,3 @@ def kept_rows(p):
     rows_per_rank = math.ceil(len(p) / p.device_mesh.size())
     first = min(len(p), rows_per_rank * p.device_mesh.get_local_rank())
     return local, slice(first, first + len(local))
-
-
-# ---- FLOPs ---------------------------------------------------------------------------------------
-
-def train_flops(vision, llm, n_tiles, lengths, n_supervised, train=(True, True, True)):
-    """Strict FLOPs of a forward and backward pass over packed documents, an int: MFU's numerator.
-
-    lengths: tokens of each document; n_supervised: rows through the head; train: whether ViT,
-    projector and LLM train. Counted: matmuls at 2 per weight and row forward, the same again for
-    each gradient that is needed (of the input, of the weight), attention over visible pairs only
-    (forward 4 * D per head and pair, backward twice that). Not counted: lookups, norms,
-    recomputation, padding, what the last block skips.
-    """
-    train_vit, train_projector, train_llm = train
-    flops = vision_flops(vision, llm.dim, n_tiles, train_vit, train_projector)
-    return flops + llm_flops(llm, lengths, n_supervised, any(train), train_llm)
-
-
-def llm_flops(llm, lengths, n_supervised, backward, train_llm):
-    """Those of the decoder and the head; backward: whether any part trains."""
-    tokens = sum(lengths)
-    q_and_o = 2 * llm.dim * llm.n_heads * llm.head_dim
-    k_and_v = 2 * llm.dim * llm.n_kv_heads * llm.head_dim
-    mlp = 3 * llm.dim * llm.ffn_dim
-    block = q_and_o + k_and_v + mlp  # weights
-    matmuls = 2 * llm.n_layers * block * tokens + 2 * llm.dim * llm.vocab_size * n_supervised
-    if llm.n_layers:  # o_proj and MLP of the last block, for supervised rows only
-        matmuls -= 2 * (q_and_o // 2 + mlp) * (tokens - n_supervised)
-
-    pairs = sum(n * (n + 1) // 2 for n in lengths)  # causal: a token sees itself and those before
-    scores = llm.n_layers * 4 * llm.n_heads * llm.head_dim * pairs
-    flops = matmuls + scores  # forward
-    if backward:
-        flops += matmuls + 2 * scores  # gradients of inputs
-    if train_llm:
-        flops += matmuls  # gradients of weights
-    return flops

@@ -25,6 +25,9 @@ OTHER_FILES = (
     "video_preprocessor_config.json", "model.safetensors.index.json",
     "configuration_internvl_chat.py", "modeling_sailvl.py",
 )
+ADAPTER_FOLDER = "adapter"  # of a model folder: what LoRA trained, see training/adapter.py
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 READ_NUMBERS = 2**24  # that are checked at a time
 MAX_HEADER = 4 * 2**20  # bytes of a safetensors header; the largest models have about a million
@@ -163,10 +166,22 @@ def stored_shape(name, shape, n_pieces):
     return (shape[0] // n_pieces, *shape[1:]) if shape else shape
 
 
+def transformers_tensors(state, architecture):
+    """Rename the tensors of the model, and cut each fused qkv of the ViT into its three parts."""
+    out = {}
+    for name, tensor in state.items():
+        names = stored_names(name, architecture, "")
+        for stored, rows in zip(names, tensor.chunk(len(names)), strict=True):
+            out[stored] = rows.view(stored_shape(stored, tensor.shape, len(names)))
+    return out
+
+
 # ---- whether they are as they were written -------------------------------------------------------
 
 def is_ours(path):
-    """Whether a file of a model folder is one that this program writes."""
+    """Whether a file of a model folder, or its adapter folder, is one that this program writes."""
+    if path.name == ADAPTER_FOLDER and path.is_dir() and not path.is_symlink():
+        return all(file.name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) for file in path.iterdir())
     known = path.name in (*TOKENIZER_FILES, *OTHER_FILES, CHECKSUMS)
     return (known or bool(WEIGHT_FILE.fullmatch(path.name))) and path.is_file()
 
@@ -209,7 +224,9 @@ def write_small_files(folder, config, tokenizer_dir, files):
             if source.is_file():
                 (folder / name).write_bytes(source.read_bytes())
     for name, content in {"config.json": config, **files}.items():
-        write_content(folder / name, content)
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        write_content(path, content)
     added = folder / "added_tokens.json"
     if added.is_file():
         ids = read_json(added, dict)
@@ -218,6 +235,10 @@ def write_small_files(folder, config, tokenizer_dir, files):
 
 
 def write_content(path, content):
+    """Write text or bytes as they are, anything else as JSON."""
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+        return
     if not isinstance(content, str):
         content = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     path.write_text(content, encoding="utf-8")
@@ -225,12 +246,13 @@ def write_content(path, content):
 
 def write_checksums(folder):
     """Read the files of a folder back and write down their sha256 and sizes."""
-    paths = sorted(folder.iterdir())
-    files = {path.name: file_hash(path) for path in paths}
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = {path: path.relative_to(folder).as_posix() for path in paths}
+    files = {names[path]: file_hash(path) for path in paths}
     record = {
         "format": 1,
         "files": files,
-        "sizes": {path.name: path.stat().st_size for path in paths},
+        "sizes": {names[path]: path.stat().st_size for path in paths},
         "all": json_hash(files),
     }
     write_atomic(folder / CHECKSUMS, json.dumps(record, indent=1) + "\n")
@@ -252,7 +274,7 @@ def find_change(folder, rank=0, world=1, known=()):
         if json_hash(files) != content["all"]:
             return f"{path} has changed since it was written"
         for name, digest in list(files.items())[rank::world]:
-            file = path.with_name(name)
+            file = path.parent / name
             if not file.is_file():
                 return f"{file} is missing"
             if (known.get(name) or file_hash(file)) != digest:

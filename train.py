@@ -22,19 +22,21 @@ from data import make_loader, model_inputs, stage_dataset
 from inputs.images import MAX_TILES
 from inputs.tokenizer import Tokenizer
 from kernels.attention import choose_attention
-from model import LLMConfig, train_flops
-from training import checkpoint, distributed, limits, metrics, optim, run_folder
+from model import LLMConfig
+from training import checkpoint, distributed, limits, lora, metrics, optim, run_folder
 from training.checkpoint_folder import stage_config
 from training.compile import compile_blocks
 from training.dry_run import print_plan
+from training.flops import train_flops
 from training.output import forgive_output
 from training.plot import plot_loss
 from training.prefetch import Prefetcher
 from training.progress import Progress
 from training.quarantine import Quarantine
+from training.result import write_result
 from training.validation import held_out_sets, validate
 from vision import VisionConfig
-from weights import save_folder, start_model, start_weights
+from weights import start_model, start_weights
 
 # ---- settings ------------------------------------------------------------------------------------
 
@@ -76,6 +78,12 @@ class RunConfig:
     image_as: Literal["pixels", "blank"] = "pixels"  # blank: all images gray, a blind control
     shuffle: bool = True  # False: samples in the order of the files
     num_workers: int = setting(2, at_most=256)  # processes per rank that read images; 0: none
+    # parts of what trains
+    lora_rank: int = setting(0, at_most=2**12)  # adapters of this rank beside frozen weights
+    lora_alpha: int = setting(32, at_least=1, at_most=2**16)  # their product times alpha / rank
+    lora_vision: bool = False  # True: adapters in the ViT too, where the ViT trains
+    freeze_llm_layers: int = setting(0, at_most=1000)  # freeze the first blocks and embeddings
+    freeze_vision_layers: int = setting(0, at_most=1000)  # the same for the ViT
     # optimization
     grad_accum_steps: int = setting(1, at_least=1, at_most=2**16)  # micro-batches per step, rank
     loss_weight: Literal["token", "sample", "sqrt"] = "token"  # weight of a token: 1, 1/n, n**-0.5
@@ -242,7 +250,7 @@ def train_stage(run, name, stage, later_steps):
     val = held_out_sets(cfg, stage, tokenizer, vision, dist)
 
     # ---- what trains, on which device, with which weights ----
-    trainable = optim.set_trainable(model, stage)
+    trained = optim.set_trained_parts(model, stage, cfg)
     dtype = distributed.compute_dtype(cfg.dtype, dist.device)
     autocast = torch.autocast(dist.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
     optim.set_dtypes(model, dtype)
@@ -253,6 +261,7 @@ def train_stage(run, name, stage, later_steps):
     model = distributed.parallelize(model, cfg.parallel, dtype, dist).train()
     # Each rank reads only what it keeps.
     start_weights(distributed.unwrap(model), source, cfg.seed)
+    lora.init_adapters(distributed.unwrap(model), cfg.seed)
     optimizer = optim.make_optimizer(model, stage, cfg)
     optim.make_moments(optimizer)
 
@@ -294,7 +303,7 @@ def train_stage(run, name, stage, later_steps):
         totals = metrics.step_totals(micro)
         lengths = [n for batch in micro for n in batch["lengths"]]
         totals["flops"] = train_flops(vision, llm, totals["tiles"], lengths, totals["supervised"],
-                                      trainable)
+                                      trained)
         totals = distributed.all_reduce_dict(totals, dist)
         weight = max(totals["weight"], 1e-9)
 
@@ -382,10 +391,7 @@ def train_stage(run, name, stage, later_steps):
     bar.close()
     run_folder.check_trained(name, progress, run.out)
     run.saver.check(run.out / name, checkpoint.tensors_of(model, optimizer), progress)
-    weights = distributed.full_state(model)
-    if dist.is_main:
-        save_folder(weights, stage_config(cfg, source), run.out / name, tokenizer_dir)
-        run_folder.write_finished(run.out, name, True)
+    write_result(run, name, distributed.full_state(model), source, tokenizer_dir, trained)
     distributed.barrier()
     distributed.say(dist, f"{name}: model folder {run.out / name}")
     return False

@@ -256,24 +256,38 @@ class Projector(nn.Sequential):
 
 # ---- FLOPs ---------------------------------------------------------------------------------------
 
-def vision_flops(vision, llm_dim, n_tiles, train_vit, train_projector):
-    """Strict FLOPs of ViT and projector, a part of model.train_flops; that says what is counted."""
-    flops = vit_flops(vision, n_tiles, train_vit)
-    return flops + projector_flops(vision, llm_dim, n_tiles, train_vit, train_projector)
+def vision_flops(vision, llm_dim, n_tiles, trained):
+    """Strict FLOPs of ViT and projector, a part of train_flops of training/flops.py.
+
+    That says what is counted, and what `trained` is.
+    """
+    flops = vit_flops(vision, n_tiles, trained)
+    return flops + projector_flops(vision, llm_dim, n_tiles, trained.vision, trained.projector)
 
 
-def vit_flops(vision, n_tiles, train_vit):
+def vit_flops(vision, n_tiles, trained):
     """Those of the ViT. Pixels need no gradient."""
     C = vision.dim
     L = vision.rows_per_tile
-    mlp_matrices = 3 if vision.kind == "aimv2" else 2
-    block_weights = 4 * C * C + mlp_matrices * C * vision.ffn_dim  # qkv and proj, then the MLP
-    block = 2 * L * block_weights + 4 * L * L * C  # of one tile, attention last
-    patch_weights = 3 * vision.patch_size**2 * C
-    patch_embedding = 2 * patch_weights * vision.n_patches
-    flops = vision.n_layers * block + patch_embedding  # forward
-    if train_vit:
-        flops += 2 * vision.n_layers * block + patch_embedding
+    rank = trained.vision_rank
+    frozen = trained.frozen_vision_layers if trained.vision else vision.n_layers
+    trained_blocks = vision.n_layers - frozen
+    mlp = 3 if vision.kind == "aimv2" else 2  # matrices of its MLP
+    matmuls = 2 * L * (4 * C * C + mlp * C * vision.ffn_dim)  # of a block: qkv and proj, the MLP
+    scores = 4 * L * L * C
+    adapters = 2 * L * rank * (6 * C + mlp * (C + vision.ffn_dim))  # of inputs and outputs
+    patch_embedding = 2 * 3 * vision.patch_size**2 * C * vision.n_patches
+
+    flops = vision.n_layers * (matmuls + scores) + patch_embedding  # forward
+    flops += trained_blocks * (matmuls + 2 * scores)  # gradients of inputs
+    if rank:
+        flops += trained_blocks * 3 * adapters
+        if trained_blocks:
+            flops -= 2 * L * C * (3 * C + rank)  # no input of the first one needs a gradient
+    else:
+        flops += trained_blocks * matmuls  # gradients of weights
+    if trained.vision and not rank and not frozen:
+        flops += patch_embedding  # gradient of its weight
     return n_tiles * flops
 
 

@@ -305,8 +305,9 @@ def write_folder(tensors, config, out_dir, tokenizer_dir=None, files=None):
     """Write a folder whole or not at all: under a temporary name, which is renamed at the end.
 
     tensors: {stored name: tensor}. The tokenizer's files are copied from tokenizer_dir. files:
-    {name: dict or text}, in their place or as well. An older model folder is replaced; ValueError
-    if out_dir holds anything else, or if a tensor is not finite. OSError if the disk is full.
+    {name: dict, text or bytes}, in their place or as well. An older model folder is replaced;
+    ValueError if out_dir holds anything else, or if a tensor is not finite. OSError if the disk is
+    full.
     """
     check_target(out_dir)
     out = Path(out_dir).resolve()  # where a link leads, so that the link stays
@@ -319,8 +320,8 @@ def write_folder(tensors, config, out_dir, tokenizer_dir=None, files=None):
             write_small_files(new, config, tokenizer_dir, files or {})
             write_shards(new, tensors, getattr(torch, config["torch_dtype"]), out_dir)
             write_checksums(new)
-            for path in (*new.iterdir(), new):
-                path.chmod(0o755 if path is new else 0o644)  # safetensors lets only the owner read
+            for path in (*new.rglob("*"), new):
+                path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors: the owner's alone
                 descriptor = os.open(path, os.O_RDONLY)
                 os.fsync(descriptor)
                 os.close(descriptor)

@@ -19,7 +19,8 @@ import data
 from bench.samples import TOKENIZER_FOLDER, batches_of_8, length_file
 from inputs import images, packing, sources
 from inputs.tokenizer import Tokenizer
-from model import LLMConfig, train_flops
+from model import LLMConfig
+from training.flops import train_flops
 from training.prefetch import Prefetcher
 from vision import VisionConfig
 

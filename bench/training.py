@@ -27,10 +27,10 @@ from bench.samples import (
 )
 from inputs.chat import IGNORE
 from inputs.images import normalize
-from model import train_flops
 from model_config import config_json
 from training import distributed, metrics
 from training.compile import compile_blocks
+from training.flops import train_flops
 from weights import save_folder
 
 

@@ -11,8 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import vision
 from aimv2 import vision_encoder
 from inputs.chat import IGNORE
-from model import VLM, LanguageModel, LLMConfig, init_weights, llm_flops, packed, train_flops
+from model import VLM, LanguageModel, LLMConfig, init_weights, packed
 from training.distributed import ALONE, checkpoint_activations, parallelize
+from training.flops import Trained, llm_flops, train_flops
 from vision import VisionConfig
 
 torch.set_num_threads(1)
@@ -220,12 +221,12 @@ def test_flops_of_a_vit_are_those_that_pytorch_counts(kind):
         # PyTorch counts attention's backward pass by how it is computed, not at 2 x the forward.
         attention = sum(n for op, n in counted.items() if "attention" in op or "bmm" in op)
         L = cfg.rows_per_tile
-        ours = vision.vit_flops(cfg, 5, not frozen)
+        ours = vision.vit_flops(cfg, 5, Trained(vision=not frozen))
         ours -= 5 * 3 * (1 if frozen else 3) * 4 * L * L * cfg.dim
         assert sum(counted.values()) - attention == ours
 
 
 def test_strict_flops_count_attention_only_inside_documents():
     cfg = LLMConfig(**LLM)
-    one, two = (llm_flops(cfg, lengths, 10, True, True) for lengths in ([64], [32, 32]))
+    one, two = (llm_flops(cfg, lengths, 10, Trained()) for lengths in ([64], [32, 32]))
     assert one - two == 3 * 3 * 4 * 4 * 16 * (32 * 32)

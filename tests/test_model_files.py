@@ -122,7 +122,7 @@ def full_copy(*args, **kw):
 @pytest.mark.parametrize("owner, name, fail", [
     (os, "fsync", full),
     (model_files, "file_hash", full),
-    (weights, "write_content", full),
+    (model_files, "write_content", full),
     (weights.Path, "write_bytes", full_copy),
     (weights.Path, "mkdir", full),
 ])

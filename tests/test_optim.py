@@ -52,6 +52,7 @@ def test_only_matrices_decay_and_each_module_has_its_rate():
 
 def test_the_stage_table_counts_tied_weights_once():
     model = Tiny()
+    optim.set_trainable(model, ADVANCE)
     rows = optim.print_stage_table("advance", model, ADVANCE)
     assert sum(r[1] for r in rows) == sum(p.numel() for p in model.parameters())
     assert [r[2] == r[1] for r in rows] == [True, True, False]

@@ -32,8 +32,9 @@ from data import make_loader
 from inputs.fill import WAITING, fill_packs
 from inputs.packing import Packs, PackSettings, permute
 from inputs.records import IMAGE, ROW
-from model import LLMConfig, train_flops
+from model import LLMConfig
 from training import metrics
+from training.flops import train_flops
 from training.progress import Progress
 from vision import VisionConfig
 

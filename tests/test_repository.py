@@ -56,10 +56,11 @@ generate
 training/distributed
 training/prefetch
 training/compile
-training/optim
+training/flops
 training/lora
-training/output
 training/limits
+training/optim
+training/output
 training/progress
 training/state_check
 training/host_memory
@@ -70,6 +71,8 @@ training/plot
 training/validation
 training/quarantine
 training/run_folder
+training/adapter
+training/result
 training/memory
 training/dry_run
 train

@@ -1,10 +1,11 @@
 """What a run will cost: --dry_run=True prints modules, memory, FLOPs, tokens and days."""
 import torch
 
-from model import VLM, train_flops
+from model import VLM
 from model_config import read_configs
+from training.flops import train_flops
 from training.memory import SUPERVISED, TILES, TOKENS, fullest_tiles, memory_plan
-from training.optim import RATES, peak_rate, print_stage_table
+from training.optim import print_stage_table, set_trained_parts
 
 GPU_TFLOPS = 989  # of an H100, dense bf16; see PEAK_TFLOPS of metrics.py
 
@@ -13,7 +14,7 @@ def print_plan(cfg, stages, world):
     """Print the plan of all stages of a run for `world` GPUs; the model is built without memory.
 
     Memory: see training/memory.py; for the fullest pack and compiled blocks. FLOPs are strict
-    (model.train_flops), for packs full of samples of TOKENS. Days: at cfg.mfu_assumed of
+    (train_flops), for packs full of samples of TOKENS. Days: at cfg.mfu_assumed of
     GPU_TFLOPS.
     """
     vision, llm = cfg.vision, cfg.llm
@@ -22,20 +23,21 @@ def print_plan(cfg, stages, world):
     if llm is None:
         raise ValueError(f"{cfg.init_from} is a vision encoder alone; "
                          "convert.py assemble joins it with the rest")
+    days = sum(print_stage_plan(cfg, name, stage, vision, llm, world) for name, stage in stages)
     with torch.device("meta"):
         model = VLM(vision, llm, 0)
-    days = sum(print_stage_plan(cfg, name, stage, model, world) for name, stage in stages)
     tensors = sum(1 for _ in model.parameters())
     parameters = sum(p.numel() for p in model.parameters())
     gpus = "GPU" if world == 1 else "GPUs"
     print(f"{tensors} tensors, {parameters:,} parameters; {days:.3g} days in all on {world} {gpus}")
 
 
-def print_stage_plan(cfg, name, stage, model, world):
+def print_stage_plan(cfg, name, stage, vision, llm, world):
     """Print the plan of one stage; returns its days."""
-    vision, llm = model.vision, model.llm
+    with torch.device("meta"):
+        model = VLM(vision, llm, 0)
+    trained = set_trained_parts(model, stage, cfg)
     print_stage_table(name, model, stage)
-    trained = tuple(peak_rate(stage, module) > 0 for module in RATES)
 
     # time
     pack = cfg.tokens_per_pack

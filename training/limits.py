@@ -1,4 +1,5 @@
 """Settings that must fit one another; configurator.py has checked each alone."""
+from training.lora import ranks
 
 
 def check_together(cfg, origins, stages):
@@ -13,7 +14,15 @@ def check_together(cfg, origins, stages):
     if cfg.keep_best and not cfg.val_data:
         raise ValueError("keep_best=True keeps the checkpoint of the lowest validation loss, and "
                          "there is no val_data; give --val_data=PATH")
+    if origins["lora_rank"] == "default":
+        for key in ("lora_alpha", "lora_vision"):
+            if origins[key] != "default":
+                raise ValueError(f"{origins[key]} sets {key}, but there are no adapters: set "
+                                 "--lora_rank=16 or another rank too")
     for name, stage in stages:
+        if cfg.lora_rank and not any(ranks(cfg, stage)):
+            raise ValueError(f"--lora_rank={cfg.lora_rank} has nothing to adapt in stage {name}: "
+                             f"set {name}.lr_llm, or {name}.lr_vision and --lora_vision=True")
         flags = [key for key in ("steps", "warmup_steps")
                  if origins[f"{name}.{key}"] == "command line"]
         if stage.warmup_steps > stage.steps and flags != ["steps"]:

@@ -9,7 +9,8 @@ T tokens of a pack.
 from dataclasses import dataclass
 
 from kernels.cross_entropy import rows_at_once
-from training.optim import RATES, peak_rate
+from training.flops import gradients_pass
+from training.optim import set_trained_parts
 
 # The sample that a plan is made for: 6 tiles and a thumbnail, and an answer.
 TOKENS = 2048
@@ -90,24 +91,34 @@ def vit_row_bytes(vision, sharded, checkpointing):
 def activation_bytes(cfg, model, trained, sharded):
     """Bytes that one micro-batch, the fullest pack, keeps from its forward for its backward pass.
 
-    trained: whether ViT, projector and LLM train.
+    trained: a Trained. Blocks that no gradient passes keep nothing. Where the embeddings are
+    frozen the residuals are bf16. An adapter keeps x A^T beside its input; not measured.
     """
     vision = model.vision
     llm = model.llm
     tokens = cfg.tokens_per_pack
     tiles = fullest_tiles(cfg, vision)
     checkpointing = cfg.activation_checkpointing
-    train_vit, train_projector, train_llm = trained
+    train_vit, train_projector, train_llm = trained[:3]
 
-    per_row, mlp = llm_row_bytes(llm, train_llm, sharded, checkpointing)
-    kept_bytes = llm.n_layers * tokens * per_row
+    frozen, passing = gradients_pass(llm, trained)
+    in_bf16 = sharded or trained.llm_rank > 0 or frozen > 0
+    of_frozen, mlp = llm_row_bytes(llm, False, in_bf16, checkpointing)
+    kept_bytes = frozen * tokens * of_frozen if passing else 0
+    if frozen < llm.n_layers:
+        per_row, mlp = llm_row_bytes(llm, True, in_bf16, checkpointing)
+        if checkpointing != "full":
+            per_row += 7 * 2 * trained.llm_rank
+        kept_bytes += (llm.n_layers - frozen) * tokens * per_row
     # Past its attention, the last block computes only rows that have a label.
     kept_bytes -= (tokens - supervised_rows(tokens)) * mlp
     if train_vit:
         rows = tiles * vision.rows_per_tile
         pixels = 2 * tiles * 3 * vision.image_size**2
         per_row = vit_row_bytes(vision, sharded, checkpointing)
-        kept_bytes += vision.n_layers * rows * per_row + pixels
+        if checkpointing != "full":
+            per_row += 5 * 2 * trained.vision_rank
+        kept_bytes += (vision.n_layers - trained.frozen_vision_layers) * rows * per_row + pixels
     if train_vit or train_projector:
         # The projector: input of its norm (fp32) and output, then what goes into and comes out of
         # the GELU, and the visual tokens.
@@ -149,16 +160,20 @@ def size_of(module):
     return sum(p.numel() for p in module.parameters())
 
 
-def weight_copy_bytes(model, trained, checkpointing):
+def trained_size(module):
+    """Parameters of a module that train."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def weight_copy_bytes(model, checkpointing):
     """bf16 copies of fp32 weights that autocast makes and autograd keeps.
 
     Checkpointed blocks make them again in the backward pass. The head has its own, see head_bytes.
     """
-    train_vit, train_projector, train_llm = trained
-    n = size_of(model.mlp1) * train_projector
+    n = trained_size(model.mlp1)
     if checkpointing == "none":
-        n += size_of(model.vision_model) * train_vit
-        n += size_of(model.language_model.model.layers) * train_llm
+        n += trained_size(model.vision_model)
+        n += trained_size(model.language_model.model.layers)
     return 2 * n
 
 
@@ -182,25 +197,24 @@ def gathered_bytes(model):
 
 def memory_plan(cfg, stage, model, world):
     """The MemoryPlan of a stage on `world` GPUs. model: a VLM, on the meta device."""
-    trained = tuple(peak_rate(stage, module) > 0 for module in RATES)
-    modules = (model.vision_model, model.mlp1, model.language_model)
-    sizes = [size_of(module) for module in modules]
-    trainable = sum(n for n, trains in zip(sizes, trained, strict=True) if trains)
-    frozen = sum(sizes) - trainable
+    trained = set_trained_parts(model, stage, cfg)
+    trainable = trained_size(model)
+    frozen = size_of(model) - trainable
     sharded = cfg.parallel == "fsdp" and world > 1
 
     # fp32 weight, gradient and two moments of what trains; a bf16 weight of what does not
     state = 16 * trainable + 2 * frozen
     # The peak is where the head runs, or where the backward pass enters the blocks: then there are
     # gradients of gate and up, and FSDP gathers the next block beside the one at work.
-    at_head = head_bytes(model.llm, cfg.tokens_per_pack, trained[2], sharded)
+    head_trains = model.language_model.lm_head.weight.requires_grad
+    at_head = head_bytes(model.llm, cfg.tokens_per_pack, head_trains, sharded)
     in_block = 4 * cfg.tokens_per_pack * model.llm.ffn_dim
     if sharded:
         state /= world
         copies = gathered_bytes(model)
         in_block += 2 * block_size(model)
     else:
-        copies = weight_copy_bytes(model, trained, cfg.activation_checkpointing)
+        copies = weight_copy_bytes(model, cfg.activation_checkpointing)
     return MemoryPlan(
         state=state,
         copies=copies,

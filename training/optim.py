@@ -1,4 +1,4 @@
-"""What trains and how fast: frozen modules, AdamW, learning rate, clipping, seeds."""
+"""What trains and how fast: what is frozen, AdamW, learning rate, clipping, seeds."""
 import math
 from typing import NamedTuple
 
@@ -7,6 +7,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from training.distributed import unwrap
+from training.flops import Trained
+from training.lora import add_adapters, is_adapter, ranks
 
 # The modules of a vision-language model and the setting of a stage that has the peak rate of each.
 RATES = {"vision_model": "lr_vision", "mlp1": "lr_projector", "language_model": "lr_llm"}
@@ -45,6 +47,50 @@ def set_trainable(model, stage):
     return tuple(trains.values())
 
 
+def set_trained_parts(model, stage, cfg):
+    """set_trainable, then add adapters and freeze parts of what trains, as cfg says -> Trained.
+
+    Frozen are the first cfg.freeze_vision_layers and cfg.freeze_llm_layers blocks with the
+    embeddings before them, and all that stands beside adapters. A head that shares the embedding
+    table is frozen with it. ValueError if nothing of a module is left.
+    """
+    add_adapters(model, cfg, stage)
+    vision, projector, llm = set_trainable(model, stage)
+    vit = model.vision_model
+    decoder = model.language_model
+    vision_rank, llm_rank = ranks(cfg, stage)
+    if vision:
+        embeddings = next(vit.children())  # first in a ViT of either kind
+        in_order = [embeddings, *vit.blocks]
+        freeze_first(in_order, cfg.freeze_vision_layers, "freeze_vision_layers")
+        keep_adapters(vit, vision_rank, "lr_vision")
+    if llm:
+        in_order = [decoder.model.embed_tokens, *decoder.model.layers]
+        freeze_first(in_order, cfg.freeze_llm_layers, "freeze_llm_layers")
+        keep_adapters(decoder, llm_rank, "lr_llm")
+    return Trained(vision, projector, llm, cfg.freeze_vision_layers, cfg.freeze_llm_layers,
+                   vision_rank, llm_rank)
+
+
+def freeze_first(parts, n, setting):
+    """Freeze the first n blocks of parts, [embeddings, block, block, ...], and the embeddings."""
+    if n >= len(parts):
+        raise ValueError(f"--{setting}={n}: there are {len(parts) - 1} blocks; freeze fewer")
+    if n:
+        for part in parts[:n + 1]:
+            part.requires_grad_(False)
+
+
+def keep_adapters(module, rank, rate):
+    """Freeze all of a module but its adapters, if these have a rank."""
+    if rank:
+        for name, p in module.named_parameters():
+            p.requires_grad_(is_adapter(name))
+    if not any(p.requires_grad for p in module.parameters()):
+        raise ValueError(f"all that {rate} would train is frozen; freeze fewer blocks, or set "
+                         f"{rate} to 0")
+
+
 def set_dtypes(model, dtype):
     """Keep what trains in fp32, the optimizer's master copy; what is frozen in `dtype`."""
     for p in model.parameters():
@@ -61,15 +107,13 @@ class TableRow(NamedTuple):
 
 
 def print_stage_table(title, model, stage):
-    """Print what a stage trains, one line per module; returns the rows."""
+    """Print what a stage trains, one line per module; returns the rows. After set_trainable."""
     rows = []
     for name, module in modules_of(model).items():
         n = sum(p.numel() for p in module.parameters())
-        lr = peak_rate(stage, name)
-        if lr > 0:
-            rows.append(TableRow(name, n, n, lr, stage.weight_decay))
-        else:
-            rows.append(TableRow(name, n, 0, lr, 0.0))
+        trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        decay = stage.weight_decay if trainable else 0.0
+        rows.append(TableRow(name, n, trainable, peak_rate(stage, name), decay))
 
     print(f"{title:16s} {'parameters':>15s} {'trainable':>15s} {'lr':>9s} {'weight decay':>13s}")
     for name, n, trainable, lr, decay in rows:
