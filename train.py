@@ -78,13 +78,12 @@ class RunConfig:
     image_as: Literal["pixels", "blank"] = "pixels"  # blank: all images gray, a blind control
     shuffle: bool = True  # False: samples in the order of the files
     num_workers: int = setting(2, at_most=256)  # processes per rank that read images; 0: none
-    # parts of what trains
+    # optimization
     lora_rank: int = setting(0, at_most=2**12)  # adapters of this rank beside frozen weights
     lora_alpha: int = setting(32, at_least=1, at_most=2**16)  # their product times alpha / rank
     lora_vision: bool = False  # True: adapters in the ViT too, where the ViT trains
     freeze_llm_layers: int = setting(0, at_most=1000)  # freeze the first blocks and embeddings
     freeze_vision_layers: int = setting(0, at_most=1000)  # the same for the ViT
-    # optimization
     grad_accum_steps: int = setting(1, at_least=1, at_most=2**16)  # micro-batches per step, rank
     loss_weight: Literal["token", "sample", "sqrt"] = "token"  # weight of a token: 1, 1/n, n**-0.5
     beta1: float = setting(0.9, below=1)  # AdamW: decay of the first moment

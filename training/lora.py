@@ -30,7 +30,7 @@ class LoraLinear(nn.Linear):
 
 
 def is_adapter(name):
-    """Whether a parameter of this name belongs to an adapter."""
+    """Whether this is the name of a parameter of an adapter."""
     return name.endswith(ADAPTER_NAMES)
 
 
@@ -52,7 +52,7 @@ def add_adapters(model, cfg, stage):
     if llm_rank:
         blocks += model.language_model.model.layers[cfg.freeze_llm_layers:]
     for block in blocks:
-        for part in (*block.children(),):
+        for part in block.children():
             for name, layer in part.named_children():
                 if type(layer) is nn.Linear:
                     part[name] = LoraLinear(layer, cfg.lora_rank, cfg.lora_alpha / cfg.lora_rank)
@@ -62,26 +62,24 @@ def add_adapters(model, cfg, stage):
 def init_adapters(model, seed):
     """Fill the adapters of a model, sharded or not: A uniform as LoRA does it, B zero.
 
-    Drawn on the CPU, parameter by parameter, so that the number of ranks does not matter.
+    They are drawn on the CPU, so that the number of ranks does not matter.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
-        if not is_adapter(name):
-            continue
         local, rows = kept_rows(p)
-        if name.endswith("lora_B"):
+        if name.endswith(".lora_A"):
+            bound = p.shape[1] ** -0.5
+            whole = torch.empty(p.shape).uniform_(-bound, bound, generator=generator)
+            local.copy_(whole[rows])
+        elif name.endswith(".lora_B"):
             local.zero_()
-            continue
-        bound = p.shape[1] ** -0.5
-        whole = torch.empty(p.shape).uniform_(-bound, bound, generator=generator)
-        local.copy_(whole[rows])
 
 
 def merge_adapters(weights, scale):
     """Merge the adapters among {name: tensor} into the weights beside them.
 
-    Returns ({name: tensor} without adapters, {name of a linear layer: (A, B)}). The sum is made in
-    fp32 and has the dtype of the weight; tensors that are given are left as they are.
+    Returns ({name: tensor} without adapters, {name of a linear layer: (A, B)}). The tensors that
+    are given are left as they are.
     """
     merged = {name: tensor for name, tensor in weights.items() if not is_adapter(name)}
     adapters = {}
@@ -89,9 +87,9 @@ def merge_adapters(weights, scale):
         if not name.endswith(".lora_A"):
             continue
         linear = name.removesuffix(".lora_A")
-        adapters[linear] = (weights[name], weights[f"{linear}.lora_B"])
-        merged[f"{linear}.weight"] = add_product(weights[f"{linear}.weight"], *adapters[linear],
-                                                 scale)
+        A_and_B = (weights[name], weights[f"{linear}.lora_B"])
+        merged[f"{linear}.weight"] = add_product(weights[f"{linear}.weight"], *A_and_B, scale)
+        adapters[linear] = A_and_B
     return merged, adapters
 
 

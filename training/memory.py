@@ -9,7 +9,7 @@ T tokens of a pack.
 from dataclasses import dataclass
 
 from kernels.cross_entropy import rows_at_once
-from training.flops import gradients_pass
+from training.flops import Trained, gradients_pass
 from training.optim import set_trained_parts
 
 # The sample that a plan is made for: 6 tiles and a thumbnail, and an answer.
@@ -91,7 +91,7 @@ def vit_row_bytes(vision, sharded, checkpointing):
 def activation_bytes(cfg, model, trained, sharded):
     """Bytes that one micro-batch, the fullest pack, keeps from its forward for its backward pass.
 
-    trained: a Trained. Blocks that no gradient passes keep nothing. Where the embeddings are
+    trained: a Trained, or its first three fields. Blocks that no gradient passes keep nothing. Where the embeddings are
     frozen the residuals are bf16. An adapter keeps x A^T beside its input; not measured.
     """
     vision = model.vision
@@ -99,7 +99,7 @@ def activation_bytes(cfg, model, trained, sharded):
     tokens = cfg.tokens_per_pack
     tiles = fullest_tiles(cfg, vision)
     checkpointing = cfg.activation_checkpointing
-    train_vit, train_projector, train_llm = trained[:3]
+    trained = Trained(*trained)
 
     frozen, passing = gradients_pass(llm, trained)
     in_bf16 = sharded or trained.llm_rank > 0 or frozen > 0
@@ -112,14 +112,14 @@ def activation_bytes(cfg, model, trained, sharded):
         kept_bytes += (llm.n_layers - frozen) * tokens * per_row
     # Past its attention, the last block computes only rows that have a label.
     kept_bytes -= (tokens - supervised_rows(tokens)) * mlp
-    if train_vit:
+    if trained.vision:
         rows = tiles * vision.rows_per_tile
         pixels = 2 * tiles * 3 * vision.image_size**2
         per_row = vit_row_bytes(vision, sharded, checkpointing)
         if checkpointing != "full":
             per_row += 5 * 2 * trained.vision_rank
         kept_bytes += (vision.n_layers - trained.frozen_vision_layers) * rows * per_row + pixels
-    if train_vit or train_projector:
+    if trained.vision or trained.projector:
         # The projector: input of its norm (fp32) and output, then what goes into and comes out of
         # the GELU, and the visual tokens.
         visual_tokens = tiles * vision.tokens_per_tile
