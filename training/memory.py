@@ -91,8 +91,9 @@ def vit_row_bytes(vision, sharded, checkpointing):
 def activation_bytes(cfg, model, trained, sharded):
     """Bytes that one micro-batch, the fullest pack, keeps from its forward for its backward pass.
 
-    trained: a Trained, or its first three fields. Blocks that no gradient passes keep nothing. Where the embeddings are
-    frozen the residuals are bf16. An adapter keeps x A^T beside its input; not measured.
+    trained: a Trained, or its first three fields. Blocks that no gradient passes keep nothing.
+    Where the embeddings are frozen the residuals are bf16. An adapter keeps x A^T beside its
+    input. Frozen blocks and adapters are not measured.
     """
     vision = model.vision
     llm = model.llm

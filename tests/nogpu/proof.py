@@ -43,6 +43,8 @@ CASES = [
     Case("pretrain_8b", "train.py", ["pretrain_8b"]),
     Case("sft_8b", "sft.py", ["sft_8b"]),
     Case("sft_one_gpu", "sft.py", ["sft_2b", "sft_one_gpu"], world=1),
+    Case("sft_lora", "sft.py", ["sft_2b", "sft_lora"], world=1, card_gb=23),
+    Case("sft_lora_8b", "sft.py", ["sft_8b", "sft_lora", "sft_lora_8b"], world=1, card_gb=39),
     Case("ablation", "train.py", ["pretrain_2b", "ablation"], world=1, card_gb=23),
     Case("ablation_sft", "sft.py", ["sft_2b", "ablation_sft"], world=1, card_gb=23),
     Case("captioner", "sft.py", ["captioner"], flags=["--llm=qwen2.5-7b"]),
