@@ -128,16 +128,6 @@ def all_stages(cfg):
     return {name: value for name, value in values.items() if isinstance(value, Stage)}
 
 
-def named_stages(cfg):
-    """[(name, Stage), ...] of cfg.stages, in order. ValueError names the stages there are."""
-    known = all_stages(cfg)
-    names = cfg.stages.replace(" ", "").split(",")
-    for name in names:
-        if name not in known:
-            raise ValueError(f"--stages: unknown stage {name!r}, choose from {', '.join(known)}")
-    return [(name, known[name]) for name in names]
-
-
 # ---- the run -------------------------------------------------------------------------------------
 
 
@@ -164,7 +154,7 @@ def run_stages(cfg):
     """Run the stages of a configuration, one after the other, and draw the loss."""
     origins = configure(cfg)
     values = resolved(cfg)  # config.json records them as they were given, before the next lines
-    stages = named_stages(cfg)
+    stages = limits.named_stages(cfg, all_stages(cfg))
     limits.check_together(cfg, origins, stages)
     if cfg.max_steps:
         for stage in all_stages(cfg).values():

@@ -11,6 +11,7 @@ import sft
 import train
 from configurator import configure
 from model import VLM
+from training import limits
 from training.memory import memory_plan
 
 ROOT = Path(__file__).parent.parent
@@ -80,7 +81,7 @@ def plans(case):
     configure(cfg, [*(f"config/{name}.py" for name in case.configs), "--init_from=", *case.flags])
     with torch.device("meta"):
         model = VLM(cfg.vision, cfg.llm, 0)
-    stages = train.named_stages(cfg)
+    stages = limits.named_stages(cfg, train.all_stages(cfg))
     return {f"{case.name} {name}": memory_plan(cfg, stage, model, case.world)
             for name, stage in stages}
 

@@ -142,13 +142,13 @@ def test_a_refusal_is_one_line_and_exit_code_2():
 
 
 def test_a_recipe_whose_steps_are_cut_on_the_command_line_still_runs():
-    from train import named_stages
-    from training.limits import check_together
+    from train import all_stages
+    from training import limits
 
     cfg = fresh("train", "Config")
     origins = configure(cfg, ["config/pretrain_2b.py", "--alignment.steps=3"])
     assert cfg.alignment.warmup_steps > cfg.alignment.steps
-    check_together(cfg, origins, named_stages(cfg))
+    limits.check_together(cfg, origins, limits.named_stages(cfg, all_stages(cfg)))
 
 
 def test_the_tile_limits_of_all_scripts_are_one_number():

@@ -29,3 +29,12 @@ def check_together(cfg, origins, stages):
             raise ValueError(
                 f"{name}.warmup_steps={stage.warmup_steps} is more than {name}.steps={stage.steps}:"
                 " the rates would never reach their peak; change one of them")
+
+
+def named_stages(cfg, known):
+    """[(name, Stage), ...] of cfg.stages, in order. ValueError for one that `known` has not."""
+    names = cfg.stages.replace(" ", "").split(",")
+    for name in names:
+        if name not in known:
+            raise ValueError(f"--stages: unknown stage {name!r}, choose from {', '.join(known)}")
+    return [(name, known[name]) for name in names]
