@@ -189,7 +189,7 @@ def is_ours(path):
 def check_target(folder):
     """ValueError unless a model folder may be written here: a new or empty one, or an older one.
 
-    The older one is deleted, so it must hold nothing but files of ours.
+    The older one is deleted, so this program must have written it, and nothing else may be in it.
     """
     folder = Path(folder)
     if not folder.exists():
@@ -201,6 +201,9 @@ def check_target(folder):
     if files and not is_model:  # such as the folder of a run
         raise ValueError(
             f"{folder} exists and is not a model folder; choose another name or remove it")
+    if files and not (folder / CHECKSUMS).is_file():
+        raise ValueError(f"{folder} holds a model without {CHECKSUMS}, so another program wrote it "
+                         "(or an old version of this one); choose another name or remove it")
     others = [path.name for path in files if not is_ours(path)]
     if others:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""

@@ -23,7 +23,7 @@ from inputs.images import MAX_TILES
 from inputs.tokenizer import Tokenizer
 from kernels.attention import choose_attention
 from model import LLMConfig
-from training import checkpoint, distributed, limits, lora, metrics, optim, run_folder
+from training import checkpoint, distributed, limits, lora, metrics, optim, run_folder, signals
 from training.checkpoint_folder import stage_config
 from training.compile import compile_blocks
 from training.dry_run import print_plan
@@ -142,8 +142,8 @@ class Run:
     out: Path  # the run folder
     checkpoint: Path | None  # the first stage that runs resumes from it
     planned_world: int  # ranks for which grad_accum_steps was chosen: those the run began on
-    preemption: run_folder.Preemption
-    watchdog: run_folder.Watchdog
+    preemption: signals.Preemption
+    watchdog: signals.Watchdog
     saver: checkpoint.Saver
     at_end: ExitStack | None = None  # what to close when a stage ends or fails
     log: object = None  # log.jsonl, rank 0 only
@@ -167,9 +167,7 @@ def run_stages(cfg):
     later_steps = sum(stage.steps for _, stage in stages)
     for name, stage in stages:
         later_steps -= stage.steps
-        if run_folder.stage_finished(run.out, name):
-            distributed.say(run.dist, f"{name}: finished before, in {run.out / name}; "
-                                      "remove that folder to train it again")
+        if run_folder.is_there_already(run, name):
             continue
         with ExitStack() as run.at_end:
             stopped = train_stage(run, name, stage, later_steps)
@@ -185,7 +183,7 @@ def run_stages(cfg):
 def set_up(cfg, origins, values, stages):
     """Join the other ranks, take the run folder, find the checkpoint to resume from."""
     # First of all: a signal during the slow parts must save as well.
-    preemption = run_folder.Preemption()
+    preemption = signals.Preemption()
     forgive_output()
     dist = distributed.setup_distributed(cfg.device, cfg.timeout_s)
     choose_attention(cfg.attention, dist.device)
@@ -203,7 +201,7 @@ def set_up(cfg, origins, values, stages):
         checkpoint=path,
         planned_world=planned_world,
         preemption=preemption,
-        watchdog=run_folder.Watchdog(cfg.out_dir, dist, cfg.timeout_s),
+        watchdog=signals.Watchdog(cfg.out_dir, dist, cfg.timeout_s),
         saver=checkpoint.Saver(cfg.out_dir, dist, cfg.keep, cfg.save_async, cfg.keep_best),
     )
     if dist.is_main:
@@ -234,7 +232,8 @@ def train_stage(run, name, stage, later_steps):
     model, source = start_model(cfg, run.origins, folder, tokenizer)  # no weights as yet
     vision, llm = model.vision, model.llm
     cfg.template = cfg.template or source.config.get("template", "sailvl-chat")
-    dataset = stage_dataset(cfg, stage, tokenizer, vision, accum * dist.world)
+    with run.preemption.at_once():
+        dataset = stage_dataset(cfg, stage, tokenizer, vision, accum * dist.world)
     packs = dataset.packs
     val = held_out_sets(cfg, stage, tokenizer, vision, dist)
 

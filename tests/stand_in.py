@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # when it is run as a script
 
 from train import RunConfig, Stage  # noqa: E402
-from training import checkpoint, distributed, optim, run_folder  # noqa: E402
+from training import checkpoint, distributed, optim, signals  # noqa: E402
 from training.distributed import ALONE  # noqa: E402
 from training.progress import Progress  # noqa: E402
 
@@ -147,7 +147,7 @@ def on_two_ranks(folder):
         assert checkpoint.read_progress(path) == Progress(step=step)
         train(model, optimizer, dist, [dist.rank], [step])
         save(f"{folder}/{parallel}", step + 1, model, optimizer, Progress(step=step + 1), dist)
-    guard = run_folder.Preemption()
+    guard = signals.Preemption()
     results["stop_before"] = guard.stop_requested(dist)
     if dist.rank == 1:
         os.kill(os.getpid(), signal.SIGUSR1)

@@ -70,6 +70,16 @@ def test_a_folder_with_files_that_are_not_ours_is_not_replaced(tmp_path, name):
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
+def test_a_model_of_another_program_is_not_replaced(tmp_path):
+    """Its files may all have names that ours have too."""
+    folder = save(tmp_path / "m", tiny())
+    (folder / model_files.CHECKSUMS).unlink()
+    before = sorted(folder.iterdir())
+    with pytest.raises(ValueError, match="m holds a model without checksums.json"):
+        save(folder, tiny(seed=1))
+    assert sorted(folder.iterdir()) == before
+
+
 def test_a_link_stays_a_link_and_what_it_leads_to_is_written(tmp_path):
     real = tmp_path / "disk2/m"
     save(real, tiny())

@@ -70,6 +70,7 @@ training/metrics
 training/plot
 training/validation
 training/quarantine
+training/signals
 training/run_folder
 training/adapter
 training/result

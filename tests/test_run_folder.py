@@ -11,7 +11,7 @@ import torch
 from stand_in import ALONE, ROOT
 
 from train import RunConfig
-from training import run_folder
+from training import run_folder, signals
 from training.progress import Progress
 
 
@@ -108,7 +108,7 @@ def test_another_torch_or_commit_than_at_the_start_is_told_in_one_line(tmp_path,
 
 def test_a_note_that_the_disk_has_no_room_for_ends_nothing_and_is_told_once(tmp_path, capsys):
     (tmp_path / "last_step").symlink_to("/proc/self")  # no file can be made there
-    watchdog = run_folder.Watchdog(tmp_path, ALONE, 60)
+    watchdog = signals.Watchdog(tmp_path, ALONE, 60)
     for step in range(3):
         watchdog.note(f"step {step}")
     watchdog.stop()
@@ -117,7 +117,7 @@ def test_a_note_that_the_disk_has_no_room_for_ends_nothing_and_is_told_once(tmp_
     (tmp_path / "last_step").unlink()
     (tmp_path / "last_step").mkdir()
     (tmp_path / "last_step/rank_0.txt").symlink_to("/dev/full")
-    watchdog = run_folder.Watchdog(tmp_path, ALONE, 60)
+    watchdog = signals.Watchdog(tmp_path, ALONE, 60)
     watchdog.note("step 4")
     watchdog.stop()
     assert "No space left on device" in capsys.readouterr().err
@@ -140,3 +140,32 @@ def test_a_resized_run_keeps_the_packs_of_a_step_by_itself_or_by_hand_in_every_s
     accum, world = run_folder.micro_batches(started(4, tmp_path, 2), "alignment")
     assert (accum, world) == (4, 1)
     assert run_folder.micro_batches(started(4, None, world), "advance") == (4, 1)
+
+
+def test_a_stage_that_ended_before_its_mark_is_marked_at_the_next_start(tmp_path):
+    """Else "remove that folder to train it again" would export the old weights again."""
+    run = types.SimpleNamespace(out=tmp_path, dist=ALONE)
+    assert not run_folder.is_there_already(run, "advance")
+    (tmp_path / "advance").mkdir()
+    (tmp_path / "advance" / "config.json").write_text("{}")
+    assert run_folder.is_there_already(run, "advance")
+    assert run_folder.read_finished(tmp_path) == ["advance"]
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_signal_while_data_are_indexed_ends_the_process_at_once(when):
+    code = (
+        "import os, signal, time; from training.signals import Preemption; p = Preemption()\n"
+        "def stop(): os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.1)\n"
+        f"if {when == 'before'}: stop()\n"
+        "with p.at_once():\n"
+        "    print('indexing', flush=True)\n"
+        "    stop()\n"
+        "    time.sleep(60)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=50
+    )
+    assert done.returncode == 0
+    assert done.stdout == ("" if when == "before" else "indexing\n")
+    assert "run the same command to continue" in done.stderr

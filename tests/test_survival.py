@@ -32,14 +32,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 # ---- what runs inside the ranks before the script does -------------------------------------------
 IDS = """
 import os, signal
-original_note = run_folder.Watchdog.note
+original_note = signals.Watchdog.note
 def note(self, text):  # called once a step, with the ids of its samples
     original_note(self, text)
     with open(self.path.with_suffix(".all"), "a") as f:
         f.write(text + chr(10))
     if text.startswith(STOP + ":") and RANK == 0:  # at the end of this step
         os.kill(os.getpid(), signal.SIGTERM)
-run_folder.Watchdog.note = note
+signals.Watchdog.note = note
 STOP = "never"
 """
 FP64 = """

@@ -71,7 +71,7 @@ def setup_distributed(device="auto", timeout_s=600):
     if rank < 0:
         return Dist(device=device)
 
-    # Later than the watchdog of run_folder.py, which says more about where a rank hangs.
+    # Later than the watchdog of signals.py, which says more about where a rank hangs.
     timeout = datetime.timedelta(seconds=timeout_s + 60)
     if device.type == "cuda":
         td.init_process_group("nccl", timeout=timeout, device_id=device)

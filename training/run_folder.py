@@ -1,18 +1,15 @@
 """The run folder: its lock, config.json, where to start or resume, signals, the watchdog."""
-import faulthandler
 import importlib.metadata
 import json
 import os
 import platform
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
-import torch.distributed as td
 
 from inputs.files import naming, read_json, write_atomic
 from inputs.locks import take_lock
@@ -24,79 +21,8 @@ from training.checkpoint import (
     leftovers_in,
     load_checkpoint,
 )
-from training.distributed import all_reduce_sum, gather, say
+from training.distributed import gather, say
 from training.progress import read_progress
-
-# ---- signals and stalls --------------------------------------------------------------------------
-
-
-class Preemption:
-    """SIGTERM and SIGUSR1 ask for a checkpoint at the end of the step that runs.
-
-    Create it before anything slow: until then these signals kill the process.
-    """
-
-    def __init__(self):
-        self.signals = []
-        self.parent = os.getppid()
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._note)
-
-    def _note(self, number, frame):
-        self.signals.append(number)
-
-    def stop_requested(self, dist):
-        """True on all ranks if any of them was asked to stop. All call it once per step.
-
-        ValueError in a worker whose torchrun has died: an orphan must not write into the folder of
-        the job that takes its place.
-        """
-        if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent:
-            raise ValueError("torchrun has ended, so this worker ends too; "
-                             "run the same command again to continue")
-        count = torch.tensor(len(self.signals), device=dist.device)
-        return all_reduce_sum(count, dist).item() > 0
-
-
-class Watchdog:
-    """Ends a run that hangs, and leaves in last_step/rank_K.txt where it did.
-
-    All ranks call `note` at about the same moment, with what comes next. If the next call is not
-    there after timeout_s, the stacks of all threads follow in the file and the process ends.
-    Under torchrun an alarm of the system ends it 5 s later: it needs no Python, as a rank that
-    waits in a driver runs none, and by then all ranks have written their stacks.
-    """
-
-    def __init__(self, out_dir, dist, timeout_s):
-        self.path = Path(out_dir) / "last_step" / f"rank_{dist.rank}.txt"
-        self.timeout_s = timeout_s
-        self.file = None
-        self.warned = False
-
-    def note(self, text):
-        """Start the time again; text: what comes next."""
-        self.stop()
-        alone = not td.is_initialized()
-        if not alone:
-            signal.alarm(self.timeout_s + 5)
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.path, "wb", buffering=0)  # stays open: the stacks go there
-            self.file.write(f"{text}\n".encode(errors="backslashreplace"))
-        except OSError as e:  # a full disk must not end a run that can go on
-            if not self.warned:
-                print(f"WARNING: {self.path} cannot be written ({e.strerror}); where a step hangs "
-                      "will not be told", file=sys.stderr, flush=True)
-            self.warned = True
-        file = self.file or sys.__stderr__
-        faulthandler.dump_traceback_later(self.timeout_s, file=file, exit=alone)
-
-    def stop(self):
-        """Nothing is watched until the next note."""
-        faulthandler.cancel_dump_traceback_later()
-        if td.is_initialized():
-            signal.alarm(0)
-
 
 # ---- the folder ----------------------------------------------------------------------------------
 
@@ -195,6 +121,21 @@ def write_run_config(out_dir, values, origins, world):
 def stage_finished(out_dir, stage_name):
     """Whether the run folder has the model folder of a stage; it is written at the stage's end."""
     return (Path(out_dir) / stage_name / "config.json").exists()
+
+
+def is_there_already(run, name):
+    """Whether the model folder of a stage of this run is there; says so.
+
+    The run may have ended between the folder and its mark in finished.json, which is then made.
+    Without the mark the folder's removal would not mean that the stage is trained again.
+    """
+    if not stage_finished(run.out, name):
+        return False
+    if run.dist.is_main and name not in read_finished(run.out):
+        write_finished(run.out, name, True)
+    say(run.dist, f"{name}: finished before, in {run.out / name}; "
+                  "remove that folder to train it again")
+    return True
 
 
 def read_finished(out_dir):
