@@ -279,12 +279,12 @@ def test_a_run_with_adapters_that_is_killed_ends_with_the_same_bits(
 
     die = """
 import os, signal
-note = run_folder.Watchdog.note
+note = signals.Watchdog.note
 def dying(self, text):
     note(self, text)
     if text.startswith("alignment step 5: samples"):
         os.kill(os.getpid(), signal.SIGKILL)
-run_folder.Watchdog.note = dying
+signals.Watchdog.note = dying
 """
     assert zygote.run("train", arguments("whole"), 1, tmp_path / "whole.txt") == [0]
     killed = zygote.run("train", arguments("killed"), 1, tmp_path / "killed.txt", die)
