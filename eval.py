@@ -36,9 +36,9 @@ from evals.score_file import score_file, warn
 from evals.table import OWN, PAPER_PROTOCOL, TOY, Benchmark
 from evals.tiling import gray, row_tiles
 from generate import Assistant
-from inputs.files import file_hash, json_hash, read_jsonl, write_atomic
+from inputs.files import file_hash, json_hash, naming, read_jsonl, write_atomic
 from inputs.images import MAX_TILES, Image, picture_uri
-from model_files import TOKENIZER_FILES, find_change
+from model_files import find_change, small_file_hashes
 from training.checkpoint_folder import model_folder
 from training.distributed import (
     barrier,
@@ -162,7 +162,8 @@ def predict(b, pairs, assistant, key, cfg, dist, variant="model"):
     )
     path = folder / f"{b.name}.{variant}.rank{dist.rank}.jsonl"
     problem = None
-    with (open(path, "a", encoding="utf-8") as f,
+    with (naming(path),
+          open(path, "a", encoding="utf-8") as f,
           tqdm(total=len(mine), desc=path.stem, disable=not dist.is_main) as bar):
         try:
             for number, text in answers:
@@ -241,14 +242,12 @@ def answer_key(task, assistant, folder_hash, dtype, cfg):
 
 def hash_folder(folder):
     """All in a model folder that decides its answers: hashes of the weights and of the rest."""
-    names = ("config.json", *TOKENIZER_FILES)
-    paths = [Path(folder) / name for name in names]
-    digests = {path.name: file_hash(path) for path in paths if path.is_file()}
     weights = weights_hashes(folder)
-    change = find_change(folder, known=digests | weights)
+    others = small_file_hashes(folder)
+    change = find_change(folder, known=others | weights)
     if change:
         warn(f"{change}; the scores are those of the folder as it is now")
-    return joined_hash(weights), json_hash(digests)
+    return joined_hash(weights), json_hash(others)
 
 
 # ---- the run ------------------------------------------------------------------------------------

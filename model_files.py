@@ -247,6 +247,12 @@ def write_content(path, content):
     path.write_text(content, encoding="utf-8")
 
 
+def small_file_hashes(folder):
+    """{name: sha256} of the files beside the weights that decide a model's answers."""
+    paths = [Path(folder) / name for name in ("config.json", *TOKENIZER_FILES)]
+    return {path.name: file_hash(path) for path in paths if path.is_file()}
+
+
 def write_checksums(folder):
     """Read the files of a folder back and write down their sha256 and sizes."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from configurator import configure, error_line, resolved, run_script, setting
 from generate import Assistant
 from inputs.chat import check_text, image_names
-from inputs.files import json_hash, read_jsonl, write_atomic
+from inputs.files import check_file, json_hash, naming, read_jsonl, write_atomic
 from inputs.images import IMAGE_SUFFIXES, MAX_TILES
 from inputs.records import UNREADABLE, parse_row
 from inputs.row_keys import (
@@ -176,6 +176,7 @@ def earlier_answers(cfg, mark):
 
     mark: the file that says which command has left --out unfinished. ValueError if it was another.
     """
+    check_file(mark)
     if not (mark.exists() and os.path.exists(cfg.out)):
         return {}
     rows = [row for row in read_jsonl(cfg.out) if isinstance(row, dict) and "answer" in row]
@@ -220,7 +221,7 @@ def answer_file(cfg):
     write_atomic(cfg.out, "".join(map(json_line, answered)))
     write_atomic(mark, command_key(cfg))
     try:
-        with open(cfg.out, "a", encoding="utf-8") as file:
+        with naming(cfg.out), open(cfg.out, "a", encoding="utf-8") as file:
             prompts = read_prompts(assistant, to_ask, base, asked)
             answers = assistant.answer_each(prompts, batch_size=cfg.batch_size)
             for number, text in tqdm(answers, desc="answers", total=len(to_ask), disable=None):

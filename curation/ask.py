@@ -12,8 +12,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-import weights
-from curation.local_model import LocalModel, load_assistant
+from curation.local_model import LocalModel, load_assistant, model_key
 from curation.rows import SCORE_NAMES, row_caption, row_scores, without_surrogates
 from curation.shards import PostponedShard, read_records
 from curation.stages import cost_in_dollars, run_stage
@@ -146,7 +145,7 @@ def ask_rows(cfg, stage, task):
     if bool(cfg.model) == bool(cfg.endpoint):
         raise ValueError(f"{stage} asks a model: give --model=FOLDER, or --endpoint=URL and "
                          "--endpoint_model=NAME")
-    model = weights.weights_hash(cfg.model)[:16] if cfg.model else cfg.endpoint_model
+    model = model_key(cfg.model) if cfg.model else cfg.endpoint_model
     hashes = {}
     for name, text in task.prompts.items():
         hashes[name] = hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -8,9 +8,8 @@ import hashlib
 import numpy as np
 import torch
 
-import weights
 from curation.dedup import COMPARED_FIELDS, build_row_table
-from curation.local_model import load_assistant
+from curation.local_model import load_assistant, model_key
 from curation.shards import ShardRecord, all_inputs_hash, find_input_shards, in_blocks, read_records
 from curation.stages import run_stage
 from inputs.images import load_image, make_tiles, normalize
@@ -49,7 +48,7 @@ def select_balanced(cfg):
                 row = {**record.row, "cluster": int(cells[i])}
                 yield ShardRecord(row, record.pictures, None if keep[i] else "not_selected")
 
-    model = weights.weights_hash(cfg.model)[:16] if cfg.model else "hashes"
+    model = model_key(cfg.model) if cfg.model else "hashes"
     run_stage(cfg, "select", process, alone=True, n=cfg.n, clusters=cfg.clusters, seed=cfg.seed,
               inputs=all_inputs_hash(cfg), model=model)
 

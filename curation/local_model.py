@@ -3,7 +3,15 @@ import collections
 
 from evals.endpoint import ATTEMPTS, Replies, reply_key
 from generate import Assistant
+from inputs.files import json_hash
+from model_files import small_file_hashes
 from training import distributed
+from weights import weights_hash
+
+
+def model_key(folder):
+    """A hash of all in a model folder that decides its answers."""
+    return json_hash([weights_hash(folder), small_file_hashes(folder)])[:16]
 
 
 def load_assistant(cfg):

@@ -266,20 +266,24 @@ def write_output_shard(out, shard, process):
     new_shard = out / ".shards" / f"{shard.name}.tar"
     new_dropped = out / "dropped" / f"{shard.name}.tmp"
     with (
-        open(new_shard, "wb") as file,
-        open(new_dropped, "w", encoding="utf-8", errors="replace") as dropped,
+        files.open_long(new_shard, "wb") as file,
+        files.open_long(new_dropped, "w", encoding="utf-8", errors="replace") as dropped,
     ):
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            keys = set()
-            for record in process(shard, counts):
-                counts["in"] += 1
-                if record.reason:
-                    line = json.dumps({**record.row, "reason": record.reason}, ensure_ascii=False)
+        tar = tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT)
+        keys = set()
+        for record in process(shard, counts):
+            counts["in"] += 1
+            if record.reason:
+                line = json.dumps({**record.row, "reason": record.reason}, ensure_ascii=False)
+                with files.naming(new_dropped):
                     dropped.write(line + "\n")
-                    counts[f"dropped {record.reason}"] += 1
-                else:
+                counts[f"dropped {record.reason}"] += 1
+            else:
+                with files.naming(new_shard):
                     add_to_shard(tar, record, keys)
-                    counts["out"] += 1
+                counts["out"] += 1
+        with files.naming(new_shard):
+            tar.close()
         flush_to_disk(file)
         flush_to_disk(dropped)
 
@@ -293,8 +297,9 @@ def write_output_shard(out, shard, process):
 
 
 def flush_to_disk(file):
-    file.flush()
-    os.fsync(file.fileno())
+    with files.naming(file.name):
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def add_to_shard(tar, record, keys):

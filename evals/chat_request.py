@@ -12,6 +12,7 @@ import urllib.request
 # From the connection to the end of the reply. A connection itself may take as long.
 TIMEOUT_S = 120
 MAX_REPLY_BYTES = 4 * 2**20
+MAX_TOKENS = 10**9  # a larger count of tokens is none
 
 
 class DeadlineReader(io.RawIOBase):
@@ -90,5 +91,19 @@ def send(call):
     # Adding text refuses what is none.
     reply = "" + (choice["message"]["content"] or "")
     usage = whole.get("usage") or {}
-    counts = {name: n for name, n in usage.items() if isinstance(n, int)}
+    if not isinstance(usage, dict):
+        raise ValueError("a reply whose usage is no object")
+    counts = token_counts(usage)
     return {"reply": reply, "finish": choice.get("finish_reason"), "usage": counts}
+
+
+def token_counts(usage):
+    """{name: count} of the tokens that a reply says it took; what is no count is left out."""
+    if not isinstance(usage, dict):
+        return {}
+    counts = {}
+    for name, count in usage.items():
+        # True and False are integers for isinstance.
+        if type(count) is int and 0 <= count <= MAX_TOKENS:
+            counts[name] = count
+    return counts

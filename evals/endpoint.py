@@ -23,8 +23,8 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from evals.chat_request import send
-from inputs.files import printable, read_jsonl
+from evals.chat_request import send, token_counts
+from inputs.files import naming, printable, read_jsonl
 
 # Temperatures that are tried until a reply is valid. VLMEvalKit raises it by 0.5 each time too.
 ATTEMPTS = (0.0, 0.5, 1.0)
@@ -59,9 +59,11 @@ class Replies:
         for entry in read_jsonl(self.path):
             if not isinstance(entry, dict):
                 continue
-            if "key" in entry and "reply" in entry:
-                self.known[entry["key"]] = {"finish": None, "usage": {}, **entry}
-            elif entry.get("forget") in self.known:
+            if isinstance(entry.get("key"), str) and isinstance(entry.get("reply"), str):
+                # Older versions wrote down counts that are none.
+                usage = token_counts(entry.get("usage"))
+                self.known[entry["key"]] = {"finish": None, **entry, "usage": usage}
+            elif str(entry.get("forget")) in self.known:
                 self.forgotten.append(self.known.pop(entry["forget"]))
 
     def add(self, key, **entry):
@@ -79,7 +81,7 @@ class Replies:
     def write(self, entry):
         # The newline comes first: it ends a line that a killed run left torn.
         line = "\n" + json.dumps(entry)
-        with self.lock, open(self.path, "a", encoding="utf-8") as f:
+        with self.lock, naming(self.path), open(self.path, "a", encoding="utf-8") as f:
             f.write(line)
 
 

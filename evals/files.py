@@ -25,7 +25,7 @@ from tqdm import tqdm
 from evals.json_rows import PictureCell, json_pictures, read_json_rows
 from evals.scorers import as_list
 from evals.totals import together
-from inputs.files import check_file, file_hash, write_atomic
+from inputs.files import NO_ROOM, check_file, file_hash, naming, write_atomic
 from inputs.images import load_image, open_image
 from inputs.locks import take_lock
 from training.distributed import rank_variable
@@ -63,6 +63,9 @@ def download(b, folder, base=""):
     try:
         fetch(url, part)
     except (OSError, http.client.HTTPException) as e:
+        # The disk is at fault, and not the server.
+        if getattr(e, "errno", None) in NO_ROOM:
+            raise OSError(e.errno, e.strerror, str(part)) from None
         # 416: nothing was left to send.
         if getattr(e, "code", 0) != 416:
             raise ValueError(f"{url}: {e}; run again to go on, or {by_hand}") from e
@@ -347,7 +350,8 @@ def lock_folder(folder):
         holder = path.read_text(encoding="utf-8")[:200] or "another process"
         raise ValueError(f"{folder} is in use by an evaluation, {holder}; wait for it, stop it, or "
                          "choose another --out_dir")
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}")
-    file.flush()
+    with naming(path):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
     return file

@@ -52,11 +52,12 @@ def read_jsonl(path):
     that are no JSON are therefore skipped: each row stands for itself.
     """
     path = Path(path)
+    check_file(path)
     if not path.exists():
         return []
     rows = []
     for line in path.read_bytes().splitlines():
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
     return rows
 
@@ -114,6 +115,23 @@ def naming(path):
         if e.errno is None or (e.filename and e.errno not in NO_ROOM):
             raise
         raise OSError(e.errno, os.strerror(e.errno), str(path)) from None
+
+
+@contextlib.contextmanager
+def open_long(path, mode, **how):
+    """Open a file around a long block, whose own errors stay as they are.
+
+    Closing writes what is left in memory. After a failed write it fails again, without a name.
+    """
+    file = open(path, mode, **how)
+    try:
+        yield file
+    except BaseException:
+        with contextlib.suppress(OSError):
+            file.close()
+        raise
+    with naming(path):
+        file.close()
 
 
 @contextlib.contextmanager

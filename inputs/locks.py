@@ -4,6 +4,8 @@ import fcntl
 import os
 import sys
 
+from inputs.files import check_file
+
 # What a file system without locks answers: NFS without lockd, Lustre without -o flock, FUSE.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 # The file systems of which this process has said that they have no locks.
@@ -16,8 +18,9 @@ def take_lock(path, wait=False, inherited=True):
     Returns (open file, whether there is a lock at all); None in place of the file if another
     process has the lock and wait is False. Where the file system has no locks a warning says so,
     and nobody is kept out. inherited: forked processes hold the lock as well.
-    Raises OSError, with the path, if the file cannot be made.
+    Raises OSError, with the path, if the file cannot be made; ValueError if a pipe is there.
     """
+    check_file(path)
     file = open(path, "a+", encoding="utf-8")
     lock = fcntl.flock if inherited else fcntl.lockf
     try:

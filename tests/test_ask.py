@@ -1,5 +1,6 @@
 """curation/ask.py and local_model.py: captioners and judges, endpoints and model folders."""
 import json
+import shutil
 
 import pytest
 from curation_helpers import (
@@ -49,6 +50,28 @@ def small(tmp_path_factory):
 )
 def test_scores_are_read_strictly(text, want):
     assert ask.read_scores(text, ("richness", "alignment")) == want
+
+
+@pytest.mark.parametrize("name", ["config.json", "vocab.json"])
+def test_replies_of_a_model_folder_are_not_those_of_another_tokenizer_or_config(
+    small, tmp_path, name
+):
+    folder, _ = small
+    shutil.copytree(folder / "model", tmp_path / "model")
+    argv = [
+        "recaption",
+        f"--in={folder}/c",
+        f"--model={tmp_path}/model",
+        f"--prompts={TOY_PROMPTS}",
+        "--max_new_tokens=2",
+        f"--out={tmp_path}/out",
+    ]
+    run_well(*argv)
+    path = tmp_path / "model" / name
+    path.write_text(path.read_text() + "\n")
+    (tmp_path / "model" / "checksums.json").unlink()
+    code, text = run(*argv)
+    assert code == 2 and "was made with another model: write into another folder" in text
 
 
 def test_our_own_captioner_writes_the_same_shards_whoever_is_killed_and_however_many_work(

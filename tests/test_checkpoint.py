@@ -57,6 +57,11 @@ def flip_a_bit(path):
     shard.write_bytes(data)
 
 
+def put_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
 DAMAGES = {
     "truncated": truncate,
     "bit flipped": flip_a_bit,
@@ -65,6 +70,8 @@ DAMAGES = {
     "manifest of another step": lambda path: (path / "manifest.json").write_text(
         '{"step": 1, "files": {}}'
     ),
+    "manifest is a pipe": lambda path: put_pipe(path / "manifest.json"),
+    "state is a pipe": lambda path: put_pipe(path / "state.json"),
     "manifest deleted": lambda path: (path / "manifest.json").unlink(),
 }
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from curation.stages import cost_in_dollars
 from evals import chat_request
 from evals import endpoint as J
 from evals.endpoint import ChatClient
@@ -279,6 +280,27 @@ def test_odd_json_is_one_line(raw, tmp_path, body):
     data = body.encode("utf-8", "surrogateescape")
     raw.serve = lambda socket: socket.sendall(reply_of(data))
     assert "replies so far are kept" in ask_raw(raw, tmp_path)
+
+
+NO_COUNTS = ["1" + "0" * 400, "-1", "true", '"7"', "1.5", "null", "[1]", "1e999"]
+
+
+@pytest.mark.parametrize("number", NO_COUNTS)
+def test_a_count_of_tokens_that_is_none_costs_nothing_and_the_reply_is_kept(raw, tmp_path, number):
+    usage = f'{{"prompt_tokens": {number}, "completion_tokens": 3}}'
+    body = f'{{"choices": [{{"message": {{"content": "A"}}}}], "usage": {usage}}}'
+    raw.serve = lambda socket: socket.sendall(reply_of(body.encode()))
+    client = ChatClient(f"http://{raw.address}/v1", "m", tmp_path / "j.jsonl", threads=1)
+    entry = client.entry("q", 0)
+    assert entry["reply"] == "A" and entry["usage"] == {"completion_tokens": 3}
+
+    old = json.dumps({"key": "k", "reply": "B"})[:-1] + f', "usage": {usage}}}'
+    torn = '{"key": [1], "reply": "B"}\n{"key": "x", "reply": 7}\n{"forget": [1]}'
+    (tmp_path / "old.jsonl").write_text(f"{old}\n{torn}\n")
+    replies = J.Replies(tmp_path / "old.jsonl")
+    assert list(replies.known) == ["k"]
+    prices = SimpleNamespace(price_in=0.0, price_out=10.0)
+    assert cost_in_dollars(prices, replies.known["k"]["usage"]) == 3e-5
 
 
 def test_what_is_no_http_is_one_line(raw, tmp_path):

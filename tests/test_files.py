@@ -24,7 +24,8 @@ def test_lines_that_a_kill_or_a_full_disk_tore_are_passed_over(tmp_path):
     assert read_jsonl(tmp_path / "none.jsonl") == []
     rows = [{"text": "one\u2028line"}, {"text": "two"}]
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    torn = f"{lines[0]}\n{lines[1][:5]}\n{lines[1]}\n" + lines[0][:7]
+    deep = "[" * 100_000
+    torn = f"{lines[0]}\n{lines[1][:5]}\n{deep}\n{lines[1]}\n" + lines[0][:7]
     (tmp_path / "a.jsonl").write_text(torn, encoding="utf-8")
     assert read_jsonl(tmp_path / "a.jsonl") == rows
 

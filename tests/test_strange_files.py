@@ -16,12 +16,17 @@ from small_model import tiny
 import configurator
 import data
 import weights
-from evals.files import read_tsv
+from evals.endpoint import Replies
+from evals.files import lock_folder, read_tsv
 from generate import Assistant
 from inputs.images import load_image
 from inputs.sources import open_sources
 from inputs.tokenizer import Tokenizer
 from model_files import find_change
+from training import metrics
+from training.checkpoint import find_checkpoint
+from training.plot import plot_loss
+from training.run_folder import lock_run_folder
 
 ROOT = Path(__file__).parent.parent
 TOKENIZER = ROOT / "toy" / "tokenizer"
@@ -133,6 +138,26 @@ def test_a_picture_or_description_that_is_no_file_is_one_bad_row(tmp_path, put):
 def test_a_benchmark_file_that_is_no_file_is_refused_by_its_path(tmp_path, put):
     put(tmp_path / "toy_ocr.tsv")
     refused(lambda: read_tsv(tmp_path / "toy_ocr.tsv"), "toy_ocr.tsv")
+
+
+APPENDED = {
+    "judge.jsonl": Replies,
+    "log.jsonl": lambda path: metrics.open_log(path.parent),
+    "log.jsonl of the plot": lambda path: plot_loss(path, path.with_name("loss.png")),
+    "bad_samples.jsonl": lambda path: metrics.log_bad(path.parent, [{"id": "a"}]),
+    "lock": lambda path: lock_run_folder(path.parent),
+    "eval.lock": lambda path: lock_folder(path.parent),
+    "manifest.json": lambda path: find_checkpoint(path.parent.parent.parent, strict=True),
+}
+
+
+@pytest.mark.parametrize("put", [pipe, device, directory])
+@pytest.mark.parametrize("what", APPENDED)
+def test_what_is_no_file_of_an_output_folder_is_refused_by_its_path(tmp_path, what, put):
+    path = tmp_path / "checkpoints" / "step_00000001" / what.split()[0]
+    path.parent.mkdir(parents=True)
+    put(path)
+    refused(lambda: APPENDED[what](path), str(path))
 
 
 def test_a_header_of_a_million_tensors_is_refused_at_once(folder):

@@ -306,7 +306,7 @@ def verify_checkpoint(path, hashes=True, dist=ALONE):
     checks a share of them.
     """
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
+        manifest = read_json(path / "manifest.json", dict)
         files = manifest["files"]
         if path.name != f"step_{manifest['step']:08d}":
             return "manifest.json belongs to another step"

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from inputs.files import check_file
 from inputs.sources import source_notes
 from training.distributed import all_reduce_sum, reshard, unwrap
 
@@ -23,7 +24,9 @@ from training.distributed import all_reduce_sum, reshard, unwrap
 
 def open_log(out_dir):
     """Open log.jsonl for appending. A last line that a crash has torn is cut off first."""
-    f = open(Path(out_dir) / "log.jsonl", "ab+", buffering=0)
+    path = Path(out_dir) / "log.jsonl"
+    check_file(path)
+    f = open(path, "ab+", buffering=0)
     f.seek(0)
     f.truncate(f.read().rfind(b"\n") + 1)
     return f
@@ -57,7 +60,9 @@ def log_bad(out_dir, records):
     """
     if not records:
         return
-    with open(Path(out_dir) / "bad_samples.jsonl", "ab+", buffering=0) as f:
+    path = Path(out_dir) / "bad_samples.jsonl"
+    check_file(path)
+    with open(path, "ab+", buffering=0) as f:
         f.seek(0)
         known = set(f.read().decode(errors="replace").splitlines())
         for record in records:
