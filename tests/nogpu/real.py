@@ -3,7 +3,7 @@
     python tests/nogpu/real.py OUT [--compile=off ...]
 
 Real: the loader with its workers and pinned memory, weights read from a folder, compiled blocks,
-checkpoints written in the background, resuming from one, model folders. The last line is JSON.
+checkpoints written in the background, model folders. The last line is JSON.
 """
 import json
 import shutil
