@@ -101,7 +101,9 @@ def test_what_a_record_may_hold_is_bounded(tmp_path):
 
 
 def test_what_a_record_is_called_loses_no_row(tmp_path):
-    members = [("row-000001.txt", b"a red cat"), ("b c.txt", b"a red dog")]
+    members = []
+    for name, caption in (("row-000001", b"a red cat"), ("b c", b"a red dog")):
+        members += [(f"{name}.png", png((len(name), 0, 0), (70, 70))), (f"{name}.txt", caption)]
     write_tar(tmp_path / "in" / "0.tar", members)
     run_well("filter", f"--in={tmp_path}/in", f"--out={tmp_path}/f")
     assert [record.reason for record in read_all(tmp_path / "f" / "0.tar")] == [None, None]
