@@ -78,4 +78,4 @@ def test_the_readmes_format_is_read_as_training_data(blocks, monkeypatch, tmp_pa
 def test_another_projector_is_refused_by_the_export_that_does_not_know_it():
     state = {"mlp1.layers.0.norm1.weight": torch.zeros(2)}
     with pytest.raises(ValueError, match="no such projector; use --layout=internvl"):
-        convert.transformers_tensors(state)
+        convert.transformers_tensors(state, "InternVLForConditionalGeneration")
