@@ -21,6 +21,9 @@ BANDS = 8  # parts of a signature, one of which must agree before two captions a
 REACH = 256  # rows of equal key that a row is compared with
 MAX_TONE = 12  # levels of 256 by which the mean colours of near-duplicates may differ
 MAX_DISTANCE = 8
+# Fewer bits of a hash than this are set, or not set, by an almost empty picture: a white page with
+# two lines of text sets 3 to 5, a photo 7 to 48. All such pictures look alike to the hash.
+MIN_BITS = 6
 
 # What dedup and select read of a row.
 COMPARED_FIELDS = ("dhash", "tone", "sha256", "source", "width", "height", "id", "caption")
@@ -167,14 +170,17 @@ def near_duplicates(hashes, tone, distance):
 
     Two hashes that differ in at most d bits agree in k of d + k blocks of bits (pigeonhole; Manku
     et al., WWW 2007). The rows are sorted once for each choice of k blocks, and rows that agree in
-    them are compared.
+    them are compared. Almost empty pictures are nobody's duplicates, see MIN_BITS.
     """
     order = np.argsort(hashes, kind="stable")
     hashes = hashes[order]
     root = np.arange(len(hashes))
+    n_bits = np.bitwise_count(hashes)
+    says_enough = (n_bits >= MIN_BITS) & (n_bits <= 64 - MIN_BITS)
 
     def are_duplicates(i, j):
         near = np.bitwise_count(hashes[i] ^ hashes[j]) <= distance
+        near &= says_enough[i] & says_enough[j]
         near &= root[i] != root[j]
         # Equal shapes in other colours are no duplicates.
         tone_i = tone[order[i[near]]].astype(np.int16)

@@ -4,10 +4,11 @@ import random
 import numpy as np
 import pytest
 from curation_helpers import dropped_rows, encoded, run, run_well, scene, write_tar
-from PIL import Image
+from PIL import Image, ImageDraw
 from toy_endpoint import read_shards
 
 from curation import dedup
+from curation.collect import perceptual_hash
 
 
 def plant_duplicates(folder):
@@ -90,3 +91,20 @@ def test_near_duplicate_captions_are_found_and_short_ones_are_nobodys_duplicates
     root = dedup.near_texts(np.stack(signatures), 0.7, np.arange(len(signatures)))
     assert root[200:230].tolist() == list(range(30))
     assert len(set(root.tolist())) == 202
+
+
+def test_white_pages_with_two_lines_of_text_all_stay():
+    """Their difference hashes are almost empty, and equal ones say nothing."""
+    hashes = []
+    tones = []
+    for k in range(40):
+        page = Image.new("RGB", (640, 480), "white")
+        draw = ImageDraw.Draw(page)
+        draw.text((40, 60), f"invoice {k * 37} total", fill="black", font_size=28)
+        draw.text((40, 120), f"No. {k * 7919}", fill="black", font_size=28)
+        dhash, tone = perceptual_hash(page)
+        hashes.append(int(dhash, 16))
+        tones.append(np.frombuffer(bytes.fromhex(tone), np.uint8))
+    assert len(set(hashes)) < 20  # the hash alone cannot tell them apart
+    cluster = dedup.near_duplicates(np.array(hashes, np.uint64), np.stack(tones), 3)
+    assert len(set(cluster.tolist())) == 40
