@@ -59,7 +59,7 @@ fi
 rm -rf "$DEMO/model"
 cp -r "$DEMO/sft/preference" "$DEMO/model"
 cat "$DEMO/pretrain/log.jsonl" "$DEMO/sft/log.jsonl" > "$DEMO/log.jsonl"
-"$BIN/python" -c "from training.metrics import plot_loss
+"$BIN/python" -c "from training.plot import plot_loss
 plot_loss('$DEMO/log.jsonl', '$DEMO/loss.png')" &
 plotting=$!
 $torchrun eval.py --model="$DEMO/model" --untrained="$DEMO/start" --controls=True $controls \

@@ -2,6 +2,7 @@
 
 import ast
 import collections
+import importlib
 import io
 import re
 import shutil
@@ -316,3 +317,12 @@ def test_the_readme_is_a_front_page_and_names_files_that_exist():
     linked = {link for link in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in link}
     missing = sorted(name for name in named | linked if not (ROOT / name).exists())
     assert not missing, f"README names {missing}"
+
+
+def test_what_shell_scripts_import_exists():
+    found = []
+    for script in ROOT.glob("runs/*.sh"):
+        found += re.findall(r"from ([\w.]+) import (\w+)", script.read_text())
+    assert found
+    for module, name in found:
+        assert hasattr(importlib.import_module(module), name), f"{module} has no {name}"
