@@ -11,7 +11,6 @@ import http.client
 import io
 import itertools
 import os
-import platform
 import random
 import re
 import shutil
@@ -25,9 +24,9 @@ from tqdm import tqdm
 from evals.json_rows import PictureCell, json_pictures, read_json_rows
 from evals.scorers import as_list
 from evals.totals import together
-from inputs.files import NO_ROOM, check_file, file_hash, naming, write_atomic
+from inputs.files import NO_ROOM, check_file, file_hash, write_atomic
 from inputs.images import load_image, open_image
-from inputs.locks import take_lock
+from inputs.locks import hold_folder
 from training.distributed import rank_variable
 
 # DATASET_URL of vlmeval/dataset/image_mcq.py and its like.
@@ -343,15 +342,4 @@ def lock_folder(folder):
 
     Raises ValueError naming who holds it.
     """
-    path = Path(folder) / "eval.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file, _ = take_lock(path)
-    if file is None:
-        holder = path.read_text(encoding="utf-8")[:200] or "another process"
-        raise ValueError(f"{folder} is in use by an evaluation, {holder}; wait for it, stop it, or "
-                         "choose another --out_dir")
-    with naming(path):
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
-    return file
+    return hold_folder(folder, "eval.lock", "an evaluation, ")

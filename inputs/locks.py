@@ -2,9 +2,11 @@
 import errno
 import fcntl
 import os
+import platform
 import sys
+from pathlib import Path
 
-from inputs.files import check_file
+from inputs.files import check_file, naming
 
 # What a file system without locks answers: NFS without lockd, Lustre without -o flock, FUSE.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
@@ -35,6 +37,26 @@ def take_lock(path, wait=False, inherited=True):
             raise OSError(e.errno, f"cannot be locked: {e.strerror}", str(path)) from None
         return None, True
     return file, True
+
+
+def hold_folder(folder, name, whose="", inherited=True):
+    """Make a folder and hold its lock file `name`, with the holder's name in it -> the open file.
+
+    ValueError, naming the holder, if another process has it. whose: what holds it, for the message;
+    inherited: as in take_lock.
+    """
+    path = Path(folder) / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file, _ = take_lock(path, inherited=inherited)
+    if file is None:
+        holder = path.read_text(encoding="utf-8")[:200] or "another process"
+        raise ValueError(f"{folder} is in use by {whose}{holder}; wait for it, stop it, or "
+                         "choose another --out_dir")
+    with naming(path):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+    return file
 
 
 def warn_of_no_locks(path, device, reason):

@@ -1,4 +1,4 @@
-"""The run folder: its lock, config.json, where to start or resume, signals, the watchdog."""
+"""The run folder: its lock, config.json, where to start or resume."""
 import importlib.metadata
 import json
 import os
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from inputs.files import naming, read_json, write_atomic
-from inputs.locks import take_lock
+from inputs.files import read_json, write_atomic
+from inputs.locks import hold_folder
 from model_files import IF_CHANGED, check_target, find_change
 from training.checkpoint import (
     check_room,
@@ -37,21 +37,9 @@ def lock_run_folder(out_dir):
     ValueError, naming the holder, if another process has it. Forked data workers do not inherit
     the lock.
     """
-    out = Path(out_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "lock"
-    file, _ = take_lock(path, inherited=False)
-    if file is None:
-        holder = path.read_text(encoding="utf-8")[:200] or "another process"
-        raise ValueError(f"{out_dir} is in use by {holder}; wait for it, stop it, "
-                         "or choose another --out_dir")
     # The lock is held until the process ends.
-    RUN_LOCKS.append(file)
-    with naming(path):
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
-    for leftover in leftovers_in(out):
+    RUN_LOCKS.append(hold_folder(out_dir, "lock", inherited=False))
+    for leftover in leftovers_in(out_dir):
         shutil.rmtree(leftover)
 
 
