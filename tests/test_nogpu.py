@@ -13,6 +13,7 @@ from configurator import configure
 from model import VLM
 from training import limits
 from training.memory import memory_plan
+from training.optim import set_trained_parts
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "nogpu"))
@@ -82,8 +83,11 @@ def plans(case):
     with torch.device("meta"):
         model = VLM(cfg.vision, cfg.llm, 0)
     stages = limits.named_stages(cfg, train.all_stages(cfg))
-    return {f"{case.name} {name}": memory_plan(cfg, stage, model, case.world)
-            for name, stage in stages}
+    found = {}
+    for name, stage in stages:
+        trained = set_trained_parts(model, stage, cfg)
+        found[f"{case.name} {name}"] = memory_plan(cfg, model, trained, case.world)
+    return found
 
 
 @pytest.mark.parametrize("case", proof.CASES, ids=lambda case: case.name)

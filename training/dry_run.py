@@ -48,7 +48,7 @@ def print_stage_plan(cfg, name, stage, vision, llm, world):
     step_tokens = samples * tokens
     days = stage.steps * flops / world / (cfg.mfu_assumed * GPU_TFLOPS * 1e12) / 86400
 
-    memory = memory_plan(cfg, stage, model, world)
+    memory = memory_plan(cfg, model, trained, world)
     most_tiles = fullest_tiles(cfg, vision)
     checkpointing = cfg.activation_checkpointing
 

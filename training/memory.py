@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from kernels.cross_entropy import rows_at_once
 from training.flops import Trained, gradients_pass
-from training.optim import set_trained_parts
 
 # The sample that a plan is made for: 6 tiles and a thumbnail, and an answer.
 TOKENS = 2048
@@ -196,9 +195,11 @@ def gathered_bytes(model):
 # ---- a stage -------------------------------------------------------------------------------------
 
 
-def memory_plan(cfg, stage, model, world):
-    """The MemoryPlan of a stage on `world` GPUs. model: a VLM, on the meta device."""
-    trained = set_trained_parts(model, stage, cfg)
+def memory_plan(cfg, model, trained, world):
+    """The MemoryPlan of a stage on `world` GPUs.
+
+    model: a VLM, on the meta device; trained: what set_trained_parts has made of it.
+    """
     trainable = trained_size(model)
     frozen = size_of(model) - trainable
     sharded = cfg.parallel == "fsdp" and world > 1

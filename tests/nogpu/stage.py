@@ -20,7 +20,7 @@ from torch._dynamo.utils import counters  # noqa: E402
 
 import model as model_file  # noqa: E402
 import train  # noqa: E402
-from training import checkpoint, distributed, memory  # noqa: E402
+from training import checkpoint, distributed, memory, optim  # noqa: E402
 
 MICRO = 2
 STEPS = 3
@@ -139,7 +139,8 @@ def measure_stages():
         counters.clear()
         stopped = train_stage(run, name, stage, later_steps)
         card.watch_syncs(False)
-        plan = memory.memory_plan(run.cfg, stage, Measured.model, run.dist.world)
+        trained = optim.set_trained_parts(Measured.model, stage, run.cfg)
+        plan = memory.memory_plan(run.cfg, Measured.model, trained, run.dist.world)
         print(json.dumps({"stage": name} | summary(plan)), flush=True)
         return stopped
 
