@@ -234,8 +234,8 @@ def train_stage(run, name, stage, later_steps):
     cfg.template = cfg.template or source.config.get("template", "sailvl-chat")
     with run.preemption.at_once():
         dataset = stage_dataset(cfg, stage, tokenizer, vision, accum * dist.world)
+        val = held_out_sets(cfg, stage, tokenizer, vision, dist)
     packs = dataset.packs
-    val = held_out_sets(cfg, stage, tokenizer, vision, dist)
 
     # ---- what trains, on which device, with which weights ----
     trained = optim.set_trained_parts(model, stage, cfg)
