@@ -84,31 +84,34 @@ def test_a_bad_sample_that_is_met_again_after_a_restart_is_named_once(tmp_path):
     ] == records
 
 
+# a row of the log
+ROW = {
+    "stage": "advance",
+    "step": 12,
+    "steps": 400,
+    "loss": 2.34567,
+    "lr": {"vision": 1e-5, "llm": 0.0},
+    "tokens_per_s": 12345.6,
+    "tiles_per_s": 7.5,
+    "mfu": None,
+    "data_wait": 0.031,
+    "memory_gb": 1.25,
+    "dropped": 2,
+    "quarantined": 3,
+    "eta_s": 3725.0,
+    "run_eta_s": 7200.0,
+    "spike": 0.5,
+}
+
+
 def test_the_step_line_shows_all_that_was_promised():
-    row = {
-        "stage": "advance",
-        "step": 12,
-        "steps": 400,
-        "loss": 2.34567,
-        "lr": {"vision": 1e-5, "llm": 0.0},
-        "tokens_per_s": 12345.6,
-        "tiles_per_s": 7.5,
-        "mfu": None,
-        "data_wait": 0.031,
-        "memory_gb": 1.25,
-        "dropped": 2,
-        "quarantined": 3,
-        "eta_s": 3725.0,
-        "run_eta_s": 7200.0,
-        "spike": 0.5,
-    }
-    assert metrics.format_step(row) == (
+    assert metrics.format_step(ROW) == (
         "advance 12/400 | loss 2.3457 | lr vision 1.0e-05 | 12,346 tok/s 7.5 tiles/s | "
         "mfu n/a | data wait 3% | mem 1.2 GB | dropped 2 quarantined 3 | left: stage 1:02:05, run "
         "2:00:00"
     )
-    assert "mfu 41.2%" in metrics.format_step(row | {"mfu": 0.412})
-    assert metrics.format_step(row | {"spike": 9.4, "val_loss": 1.25}).endswith(
+    assert "mfu 41.2%" in metrics.format_step(ROW | {"mfu": 0.412})
+    assert metrics.format_step(ROW | {"spike": 9.4, "val_loss": 1.25}).endswith(
         "| SPIKE 9 sigma | val loss 1.2500"
     )
 
@@ -162,28 +165,11 @@ def test_the_plot_command_draws_a_log_with_stages_and_a_resume(tmp_path):
 
 
 def test_the_sums_of_an_epoch_come_with_the_next_printed_line_and_not_every_step():
-    row = {
-        "stage": "advance",
-        "step": 12,
-        "steps": 400,
-        "loss": 2.34567,
-        "lr": {"vision": 1e-5, "llm": 0.0},
-        "tokens_per_s": 12345.6,
-        "tiles_per_s": 7.5,
-        "mfu": None,
-        "data_wait": 0.031,
-        "memory_gb": 1.25,
-        "dropped": 2,
-        "quarantined": 3,
-        "eta_s": 3725.0,
-        "run_eta_s": 7200.0,
-        "spike": 0.5,
-    }
     said = []
     printer = metrics.StepPrinter(SimpleNamespace(write=said.append), 4)
     for step in range(1, 11):
         epoch = {"epoch": {"epochs": step}} if step not in (4, 6, 7, 8) else {}
-        printer.add(row | {"step": step, "steps": 10} | epoch)
+        printer.add(ROW | {"step": step, "steps": 10} | epoch)
     assert [line.split(" | ")[0] for line in said] == [
         "advance 4/10", "advance 8/10", "advance 10/10"]
     assert [line.split(" | ")[-1] for line in said] == [
