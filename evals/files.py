@@ -26,7 +26,7 @@ from evals.scorers import as_list
 from evals.totals import together
 from inputs.files import NO_ROOM, check_file, file_hash, write_atomic
 from inputs.images import load_image, open_image
-from inputs.locks import hold_folder
+from inputs.locks import take_folder
 from training.distributed import rank_variable
 
 # DATASET_URL of vlmeval/dataset/image_mcq.py and its like.
@@ -342,4 +342,4 @@ def lock_folder(folder):
 
     Raises ValueError naming who holds it.
     """
-    return hold_folder(folder, "eval.lock", "an evaluation, ")
+    return take_folder(folder, "eval.lock", "an evaluation, ")

@@ -39,8 +39,8 @@ def take_lock(path, wait=False, inherited=True):
     return file, True
 
 
-def hold_folder(folder, name, whose="", inherited=True):
-    """Make a folder and hold its lock file `name`, with the holder's name in it -> the open file.
+def take_folder(folder, name, whose="", inherited=True):
+    """Make a folder and take its lock file `name`, with the holder's name in it -> the open file.
 
     ValueError, naming the holder, if another process has it. whose: what holds it, for the message;
     inherited: as in take_lock.

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from inputs.files import read_json, write_atomic
-from inputs.locks import hold_folder
+from inputs.locks import take_folder
 from model_files import IF_CHANGED, check_target, find_change
 from training.checkpoint import (
     check_room,
@@ -38,7 +38,7 @@ def lock_run_folder(out_dir):
     the lock.
     """
     # The lock is held until the process ends.
-    RUN_LOCKS.append(hold_folder(out_dir, "lock", inherited=False))
+    RUN_LOCKS.append(take_folder(out_dir, "lock", inherited=False))
     for leftover in leftovers_in(out_dir):
         shutil.rmtree(leftover)
 
