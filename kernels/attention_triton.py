@@ -73,6 +73,20 @@ def _write(x, block, first, stop, stride, column, B: constexpr, D: constexpr):
 
 
 @jit
+def _edge(first, last, length, rows, BN: constexpr, CAUSAL: constexpr):
+    """The keys that need a mask -> from which one, up to which, and the last that each row sees."""
+    if CAUSAL:
+        edge = first
+        stop = last
+        limit = rows
+    else:
+        edge = length // BN * BN
+        stop = length
+        limit = tl.zeros_like(rows) + (length - 1)
+    return edge, stop, limit
+
+
+@jit
 def _attend(queries, block_k, block_v, n, limit, m, total, a, scale, BN: constexpr,
             EDGE: constexpr, DOT: constexpr):
     """One block of keys from n on -> m, total, a. A row of an edge sees keys up to its limit."""
@@ -121,14 +135,7 @@ def _forward(q, k, v, k_blocks, v_blocks, k_starts, out, lse, table, T, q_row, k
         begin = 0
         queries = _rows(q, start + first, start + last, q_row, head * D, BM, D)
         m = tl.full([BM], float("-inf"), tl.float32)
-        if CAUSAL:
-            edge = first
-            stop = last
-            limit = rows
-        else:
-            edge = (end - start) // BN * BN
-            stop = end - start
-            limit = tl.zeros_like(rows) + (end - start - 1)
+        edge, stop, limit = _edge(first, last, end - start, rows, BN, CAUSAL)
         for n in tl.range(edge, stop, STEP):
             block_k = _rows(k, start + n, end, k_row, column, STEP, D)
             block_v = _rows(v, start + n, end, v_row, column, STEP, D)
@@ -187,14 +194,7 @@ def _backward_q(q, k, v, k_blocks, v_blocks, out, dout, lse, delta, dq, table, T
         a += (p_0 * (tl.sum(grad.to(tl.float32) * v_0, 1) - d))[:, None] * k_0
     else:
         begin = 0
-        if CAUSAL:
-            edge = first
-            stop = last
-            limit = rows
-        else:
-            edge = (end - start) // BN * BN
-            stop = end - start
-            limit = tl.zeros_like(rows) + (end - start - 1)
+        edge, stop, limit = _edge(first, last, end - start, rows, BN, CAUSAL)
         for n in tl.range(edge, stop, STEP):
             block_k = _rows(k, start + n, end, k_row, column, STEP, D)
             block_v = _rows(v, start + n, end, v_row, column, STEP, D)
