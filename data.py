@@ -63,10 +63,10 @@ class PackedDataset(torch.utils.data.Dataset):
     def __getitem__(self, pack):
         """The batch of a planned pack: its images decoded and tiled, its text rendered.
 
-        tokens, labels, positions (T,) int64; weights (T,) fp32; cu_seqlens (S+1,) int32;
-        tiles (N, 3, s, s) uint8, or (slot, N) where a worker wrote them into shared memory;
-        ids of the samples; lengths: tokens of each; bad: samples left out as unreadable; size: how
-        much of everything there is; position, counts, costs: see Pack.
+        tokens, labels, positions (T,) int64; weights (T,) fp32; tiles (N, 3, s, s) uint8, or
+        (slot, N) where a worker wrote them into shared memory; ids of the samples; lengths: tokens
+        of each; bad: samples left out as unreadable; size: how much of everything there is;
+        position, counts, costs: see Pack.
         """
         tiles, slot = self.tile_buffer(pack)
         samples = []
@@ -141,7 +141,6 @@ class PackedDataset(torch.utils.data.Dataset):
             "labels": labels,
             "positions": np.concatenate([np.arange(n) for n in lengths]),
             "weights": weights,
-            "cu_seqlens": np.cumsum([0, *lengths], dtype=np.int32),
         }
         batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
         batch["ids"] = [sample["id"] for sample in samples]
@@ -189,9 +188,10 @@ def stage_dataset(cfg, stage, tokenizer, vision, packs_per_step, data=""):
 def model_inputs(batch, device):
     """The arguments of VLM.forward.
 
-    The document borders stay on the CPU, where they are read as integers.
+    The document borders are a list: FSDP moves every tensor to the GPU, and they are read on the
+    CPU.
     """
-    inputs = {"cu_seqlens": batch["cu_seqlens"]}
+    inputs = {"cu_seqlens": [0, *itertools.accumulate(batch["lengths"])]}
     for name in ("tokens", "labels", "positions", "tiles", "weights"):
         inputs[name] = batch[name].to(device, non_blocking=True)
     return inputs

@@ -141,8 +141,11 @@ class Block(nn.Module):
 
 
 def packed(cu_seqlens):
-    """The attention of a pack -> attend(q, k, v): causal inside each document of cu_seqlens."""
-    cu_seqlens = cu_seqlens.cpu()
+    """The attention of a pack -> attend(q, k, v): causal inside each document of cu_seqlens.
+
+    cu_seqlens may be a list too.
+    """
+    cu_seqlens = torch.as_tensor(cu_seqlens, dtype=torch.int32, device="cpu")
     max_seqlen = int(cu_seqlens.diff().max())
 
     def attend(q, k, v):
@@ -204,8 +207,9 @@ class LanguageModel(nn.Module):
         """Embeddings h (T, C) of one pack -> the SUM of its cross-entropy, an fp32 scalar.
 
         labels (T,) int64: what each position has to predict (already shifted), or IGNORE.
-        positions (T,), cu_seqlens (S+1,) int32; weights (T,) fp32 or None: a factor for the loss of
-        each position. Past the last block's attention, only rows that have a label are computed.
+        positions (T,); cu_seqlens (S+1,) int32 on the CPU, or a list; weights (T,) fp32 or None: a
+        factor for the loss of each position. Past the last block's attention, only rows that have a
+        label are computed.
         """
         rows = (labels != IGNORE).nonzero()[:, 0]  # (supervised tokens,)
         h = self.hidden(h, positions, packed(cu_seqlens), rows=rows)
@@ -355,11 +359,14 @@ def kept_rows(p):
     """What this rank keeps of a parameter -> (its tensor, a slice: these rows of the whole).
 
     That is everything, unless FSDP has sharded the parameter. FSDP cuts the rows into equal
-    pieces, rounded up, one after the other; so the last ranks may have less, or nothing.
+    pieces, rounded up, one after the other; so the last ranks may have less, or nothing. Under
+    HSDP these are the ranks of a node, the last dimension of the mesh.
     """
     if not isinstance(p, DTensor):
         return p, slice(0, len(p))
     local = p.to_local()
-    rows_per_rank = math.ceil(len(p) / p.device_mesh.size())
-    first = min(len(p), rows_per_rank * p.device_mesh.get_local_rank())
+    mesh = p.device_mesh
+    shards = mesh.ndim - 1
+    rows_per_rank = math.ceil(len(p) / mesh.size(shards))
+    first = min(len(p), rows_per_rank * mesh.get_local_rank(shards))
     return local, slice(first, first + len(local))

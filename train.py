@@ -93,7 +93,8 @@ class RunConfig:
     # machine
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: a GPU if there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPUs, else float32
-    parallel: Literal["ddp", "fsdp"] = "ddp"  # each rank holds the whole model, or a share of it
+    # each rank holds the whole model (ddp), a share of it (fsdp), or a share of its node's (hsdp)
+    parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
     attention: Literal["auto", "triton", "varlen", "sdpa"] = "auto"  # docs/speed.md: which to pick
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile the blocks; auto: on GPUs only
     # save memory: compute again all but expensive operations (selective), or whole blocks (full)
@@ -186,6 +187,7 @@ def set_up(cfg, origins, values, stages):
     preemption = signals.Preemption()
     forgive_output()
     dist = distributed.setup_distributed(cfg.device, cfg.timeout_s)
+    distributed.check_ranks(cfg.parallel, dist)
     choose_attention(cfg.attention, dist.device)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)

@@ -29,7 +29,7 @@ from rows import (
 
 import configurator
 import data
-from data import make_loader
+from data import make_loader, model_inputs
 from inputs.chat import IGNORE
 from inputs.images import GRAY
 from inputs.packing import Packs, PackSettings
@@ -103,9 +103,21 @@ def test_a_blind_run_sees_gray_tiles_and_the_same_text(tmp_path):
 def test_documents_of_a_pack_are_the_documents_alone(tmp_path):
     dataset = dataset_of(some_rows(tmp_path, 12))
     batch = dataset[next(dataset.packs.sequence())]
-    for a, b in itertools.pairwise(batch["cu_seqlens"]):
+    borders = [0, *itertools.accumulate(batch["lengths"])]
+    for a, b in itertools.pairwise(borders):
         assert batch["positions"][a:b].tolist() == list(range(b - a))
         assert batch["labels"][b - 1] == IGNORE
+
+
+def test_the_borders_of_documents_are_no_tensor_which_fsdp_would_move_to_the_gpu(tmp_path):
+    dataset = dataset_of(some_rows(tmp_path, 12))
+    batch = dataset[next(dataset.packs.sequence())]
+    inputs = model_inputs(batch, "meta")
+    borders = inputs.pop("cu_seqlens")
+    assert all(tensor.is_meta for tensor in inputs.values())
+    assert type(borders) is list and borders[0] == 0 and borders[-1] == len(batch["tokens"])
+    starts = (batch["positions"] == 0).nonzero()[:, 0].tolist()
+    assert borders[:-1] == starts
 
 
 def test_unreadable_samples_are_left_out_named_and_counted(tmp_path):

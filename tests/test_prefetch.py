@@ -30,7 +30,7 @@ class Packs:
         if self.taken == self.fails:
             raise OSError("the disk is gone")
         self.taken += 1
-        return {"ids": [self.taken], "tiles": torch.zeros(2), "cu_seqlens": torch.zeros(2)}
+        return {"ids": [self.taken], "tiles": torch.zeros(2), "labels": torch.zeros(2)}
 
     def wait_for(self, taken):
         wait_until(lambda: self.taken == taken)
@@ -85,7 +85,7 @@ def test_packs_come_in_order_and_lose_their_tensors_when_they_are_trained(opened
     for _ in range(5):
         micro = batches.next_step()
         for batch in batches.on_device():
-            assert batch["ids"] == [next(numbers)] and "tiles" in batch and "cu_seqlens" in batch
+            assert batch["ids"] == [next(numbers)] and "tiles" in batch and "labels" in batch
         assert [list(batch) for batch in micro] == [["ids"]] * 4
         assert micro[-1]["ids"] == [next(numbers) - 1]
         numbers = itertools.count(micro[-1]["ids"][0] + 1)

@@ -65,6 +65,7 @@ training/output
 training/progress
 training/state_check
 training/host_memory
+training/snapshot
 training/checkpoint
 training/checkpoint_folder
 training/metrics

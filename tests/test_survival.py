@@ -265,8 +265,10 @@ def dying(owner, name):
     setattr(owner, name, call)
 for name in ("fsync", "rename", "replace", "open"):
     dying(os, name)
-for name in ("file_hash", "gather", "tensors_of", "write_checkpoint", "split_work", "memory_for"):
+for name in ("file_hash", "gather", "tensors_of", "write_checkpoint"):
     dying(checkpoint, name)
+for name in ("split_work", "memory_for"):
+    dying(snapshot, name)
 dying(checkpoint.dcp, "save")
 dying(checkpoint.json, "dumps")
 saving, save = [], checkpoint.Saver.save
@@ -563,6 +565,10 @@ def spy(model, max_norm):
 optim.clip_grad_norm = spy
 """
 )
+NODES = """
+import os
+os.environ |= {"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": str(RANK % 2)}  # two nodes of two ranks
+"""
 MERGED = """
 loader = train.make_loader
 def merged(*args):
@@ -570,9 +576,6 @@ def merged(*args):
         parts = [batch for _, batch in zip(range(8), loader(*args))]
         names = ("tokens", "labels", "positions", "weights", "tiles")
         whole = {k: torch.cat([p[k] for p in parts]) for k in names}
-        ends = torch.tensor([0, *(len(p["tokens"]) for p in parts)]).cumsum(0)
-        borders = [p["cu_seqlens"][1:] + e for p, e in zip(parts, ends)]
-        whole["cu_seqlens"] = torch.cat([torch.zeros(1), *borders]).int()
         whole["size"] = {k: sum(p["size"][k] for p in parts) for k in parts[0]["size"]}
         whole |= {k: sum((p[k] for p in parts), []) for k in ("ids", "bad", "lengths")}
         yield whole | {k: parts[-1][k] for k in ("position", "counts", "costs")}
@@ -591,9 +594,12 @@ def test_gradients_of_ragged_micro_batches_equal_the_single_batch_on_every_layou
         (2, 4, "ddp"),
         (4, 2, "ddp"),
         (2, 4, "fsdp"),
+        (4, 2, "hsdp"),
     ):
         name = f"{ranks}x{accum}-{parallel}"
         code = SPY + f"OUT = {str(tmp_path / name) + '.pt'!r}" + (MERGED if accum == 1 else "")
+        if parallel == "hsdp":
+            code = NODES + code
         arguments = one_stage(
             tmp_path / name,
             f"{shards},{Path(shards).parent}/text.jsonl",

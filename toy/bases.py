@@ -13,6 +13,7 @@ meanwhile; the train.log beside them has all but one. From scratch, 13,000 steps
 
 Shapes: T tokens of a pack, M visual tokens, C width.
 """
+import itertools
 import math
 import time
 from dataclasses import dataclass, replace
@@ -165,8 +166,9 @@ class BaseModel(nn.Module):
     def forward(self, batch, noise):
         """A batch -> the SUM of the loss of its supervised tokens, an fp32 scalar."""
         h = add_noise(self.embed(batch, noise), noise)
+        borders = [0, *itertools.accumulate(batch["lengths"])]
         return self.language_model.loss(
-            h, batch["labels"], batch["positions"], batch["cu_seqlens"], batch["weights"])
+            h, batch["labels"], batch["positions"], borders, batch["weights"])
 
     def embed(self, batch, noise=0.0):
         """A batch -> its embeddings (T, C)."""

@@ -21,14 +21,13 @@ from pathlib import Path
 
 import torch.distributed as td
 import torch.distributed.checkpoint as dcp
-from torch.distributed.tensor import DTensor
 
 from inputs.files import file_hash, read_json, write_atomic
 from model_files import write_small_files
 from training.distributed import ALONE, gather, say, unwrap
-from training.host_memory import memory_for
 from training.metadata import MetadataReader
 from training.progress import read_progress
+from training.snapshot import snapshot
 from training.state_check import find_fault, layout_of, refuse_fault
 
 OWN_NAME = re.compile("step_[0-9]{8}")
@@ -198,38 +197,6 @@ def tensors_of(model, optimizer):
         for key, value in optimizer.state[p].items():
             tensors[f"optimizer.{name}.{key}"] = value
     return tensors
-
-
-def snapshot(tensors, dist, copy):
-    """The tensors that this rank writes -> ({name: tensor}, whether they are copies).
-
-    With copy=True they are copies in main memory, if there is enough of it, and the live ones may
-    change from now on.
-    """
-    mine = split_work(tensors, dist)
-    copy = copy and memory_for(mine)
-    if copy:
-        mine = {name: t.to("cpu", copy=True) for name, t in mine.items()}
-    return mine, copy
-
-
-def split_work(tensors, dist):
-    """This rank's part of {name: tensor}: its shards, and its share of what all ranks hold alike.
-
-    The latter lie end to end on a line that is cut into `world` stretches of equal length; a
-    tensor goes to the rank in whose stretch it starts.
-    """
-    total = 1 + sum(t.nbytes for t in tensors.values() if not isinstance(t, DTensor))
-    start = 0
-    mine = {}
-    for name, t in tensors.items():
-        if isinstance(t, DTensor):
-            mine[name] = t
-            continue
-        if start * dist.world // total == dist.rank:
-            mine[name] = t
-        start += t.nbytes
-    return mine
 
 
 def write_checkpoint(final, tensors, state, dist, small_files=None):

@@ -1,4 +1,4 @@
-"""Ranks and what they share: set-up, sums, DDP and FSDP, activation checkpointing."""
+"""Ranks and what they share: set-up, sums, DDP, FSDP and HSDP, activation checkpointing."""
 import datetime
 import functools
 import os
@@ -21,6 +21,7 @@ class Dist:
     world: int = 1  # number of ranks
     device: torch.device = torch.device("cpu")
     background: object = None  # second process group, for checkpoints written during training
+    timeout: datetime.timedelta | None = None  # of what the ranks do together
 
     @property
     def is_main(self):
@@ -78,7 +79,7 @@ def setup_distributed(device="auto", timeout_s=600):
     else:
         td.init_process_group("gloo", timeout=timeout)
     background = td.new_group(backend="gloo", timeout=timeout)
-    return Dist(rank, world, device, background)
+    return Dist(rank, world, device, background, timeout)
 
 
 def close_distributed():
@@ -128,6 +129,70 @@ def compute_dtype(name, device):
         return getattr(torch, name)
     has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     return torch.bfloat16 if has_bfloat16 else torch.float32
+
+
+# ---- nodes ---------------------------------------------------------------------------------------
+
+
+def ranks_of_node(world):
+    """Ranks on each node, as torchrun says; where it has not started us, as in a plan, 8."""
+    return rank_variable("LOCAL_WORLD_SIZE", min(8, world))
+
+
+def shards_of(how, world):
+    """Over how many ranks one copy of the model is spread."""
+    return {"ddp": 1, "fsdp": world, "hsdp": ranks_of_node(world)}[how]
+
+
+def check_nodes(how, world):
+    """ValueError if --parallel=hsdp has no sense on this number of ranks."""
+    if how != "hsdp":
+        return
+    n = ranks_of_node(world)
+    if n < 2:
+        raise ValueError("--parallel=hsdp shards the model over the ranks of a node, and a node "
+                         "has one rank; set --parallel=ddp, which does the same")
+    if world <= n:
+        raise ValueError(f"--parallel=hsdp needs several nodes, and {world} ranks are one; set "
+                         "--parallel=fsdp, which does the same there (to plan for more ranks, set "
+                         "WORLD_SIZE)")
+    if world % n:
+        raise ValueError(f"--parallel=hsdp: {world} ranks are not nodes of {n} ranks each; use a "
+                         f"multiple of {n}, or --parallel=fsdp")
+
+
+def check_ranks(how, dist):
+    """check_nodes, and ValueError on all ranks unless those of a node follow one another."""
+    if how != "hsdp":
+        return
+    n = ranks_of_node(dist.world)
+    in_order = dist.rank % n == rank_variable("LOCAL_RANK", 0)
+    places = gather((n, in_order), dist)
+    sizes = sorted({size for size, _ in places})
+    if len(sizes) > 1:
+        raise ValueError(f"--parallel=hsdp needs as many ranks on each node, and there are nodes "
+                         f"of {' and '.join(map(str, sizes))}; use --parallel=fsdp")
+    check_nodes(how, dist.world)
+    if not all(in_order for _, in_order in places):
+        raise ValueError("--parallel=hsdp needs the ranks of a node one after the other, RANK = "
+                         "node * LOCAL_WORLD_SIZE + LOCAL_RANK; start with torchrun")
+
+
+@functools.cache
+def mesh_of(how, dist):
+    """The ranks as FSDP divides them: a row, or under HSDP a table with a row for each node.
+
+    One for all stages, as each table comes with communicators of its own.
+    """
+    if how == "fsdp":
+        return td.init_device_mesh(dist.device.type, (dist.world,))
+    n = ranks_of_node(dist.world)
+    mesh = td.init_device_mesh(dist.device.type, (dist.world // n, n),
+                               mesh_dim_names=("copies", "shards"))
+    # Without this NCCL gives up after ten minutes, whatever --timeout_s is.
+    for group in mesh.get_all_groups():
+        td.distributed_c10d._set_pg_timeout(dist.timeout, group)
+    return mesh
 
 
 # ---- activation checkpointing --------------------------------------------------------------------
@@ -187,15 +252,16 @@ def checkpointed(forward, settings):
 def parallelize(model, how, dtype, dist):
     """Move the model to its device and spread it over the ranks; returns the module to call.
 
-    how: "ddp" gives each rank a copy, "fsdp" shards weights, gradients and moments. dtype: of the
-    arithmetic. Call it on a fresh model in each stage, after set_trainable. A model on the meta
-    device comes back without values, and all ranks then fill it alike. Both average gradients over
-    the ranks, so the loop uses loss = loss_sum * world / supervised tokens.
+    how: "ddp" gives each rank a copy, "fsdp" shards weights, gradients and moments, "hsdp" shards
+    them over the ranks of a node and gives each node a copy. dtype: of the arithmetic. Call it on
+    a fresh model in each stage, after set_trainable. A model on the meta device comes back without
+    values, and all ranks then fill it alike. All of them average gradients over the ranks, so the
+    loop uses loss = loss_sum * world / supervised tokens.
     """
     if not td.is_initialized():
         return to_device(model, dist.device)
-    if how == "fsdp":
-        shard(model, dtype, dist)
+    if how != "ddp":
+        shard(model, dtype, mesh_of(how, dist))
         return to_device(model, dist.device)
     model = to_device(model, dist.device)
     # Gradients that exist when DDP is made become views of its buckets. Without them, those of the
@@ -203,7 +269,7 @@ def parallelize(model, how, dtype, dist):
     for p in model.parameters():
         if p.requires_grad:
             p.grad = torch.zeros_like(p)
-    # No device_ids: with them DDP would move cu_seqlens to the GPU.
+    # No device_ids: the inputs are on the GPU already.
     return DistributedDataParallel(model, gradient_as_bucket_view=True, init_sync=False)
 
 
@@ -214,12 +280,14 @@ def to_device(model, device):
     return model.to(device=device)
 
 
-def shard(model, dtype, dist):
-    """Shard the model over the ranks in place (FSDP2): each block, the ViT, then all the rest."""
+def shard(model, dtype, mesh):
+    """Shard the model over the ranks in place (FSDP2): each block, the ViT, then all the rest.
+
+    Of a mesh with two dimensions the first counts the copies, the second the shards of each.
+    """
     # The ranks gather a unit's weights together. So a rank whose pack holds no tile has to run the
     # ViT too, on a black tile, even if the ViT is frozen.
     model.always_run_vision = True
-    mesh = td.init_device_mesh(dist.device.type, (dist.world,))
     # Inputs are not cast, so that the weights of the loss stay fp32.
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     units = [*model.language_model.model.layers]
@@ -234,9 +302,12 @@ def set_gradient_sync(model, on):
 
     DDP then sums gradients over the ranks once a step. FSDP ignores this and sums in every
     micro-batch: otherwise each rank would hold whole gradients, 32 GB at 8B. Its sum runs while
-    the backward pass computes the block before.
+    the backward pass computes the block before. HSDP does that inside a node, and sums the shards
+    of all nodes once a step.
     """
     model.require_backward_grad_sync = on  # DDP reads it, no other module does
+    if isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(on)
 
 
 def clear_gradients(model, optimizer):

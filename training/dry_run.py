@@ -3,6 +3,7 @@ import torch
 
 from model import VLM
 from model_config import read_configs
+from training.distributed import check_nodes
 from training.flops import train_flops
 from training.memory import SUPERVISED, TILES, TOKENS, fullest_tiles, memory_plan
 from training.optim import print_stage_table, set_trained_parts
@@ -17,6 +18,7 @@ def print_plan(cfg, stages, world):
     (train_flops), for packs full of samples of TOKENS. Days: at cfg.mfu_assumed of
     GPU_TFLOPS.
     """
+    check_nodes(cfg.parallel, world)
     vision, llm = cfg.vision, cfg.llm
     if cfg.init_from:
         vision, llm, _ = read_configs(cfg.init_from)

@@ -9,6 +9,7 @@ T tokens of a pack.
 from dataclasses import dataclass
 
 from kernels.cross_entropy import rows_at_once
+from training.distributed import shards_of
 from training.flops import Trained, gradients_pass
 
 # The sample that a plan is made for: 6 tiles and a thumbnail, and an answer.
@@ -202,7 +203,8 @@ def memory_plan(cfg, model, trained, world):
     """
     trainable = trained_size(model)
     frozen = size_of(model) - trainable
-    sharded = cfg.parallel == "fsdp" and world > 1
+    shards = shards_of(cfg.parallel, world)
+    sharded = shards > 1
 
     # fp32 weight, gradient and two moments of what trains; a bf16 weight of what does not
     state = 16 * trainable + 2 * frozen
@@ -212,7 +214,7 @@ def memory_plan(cfg, model, trained, world):
     at_head = head_bytes(model.llm, cfg.tokens_per_pack, head_trains, sharded)
     in_block = 4 * cfg.tokens_per_pack * model.llm.ffn_dim
     if sharded:
-        state /= world
+        state /= shards
         copies = gathered_bytes(model)
         in_block += 2 * block_size(model)
     else:

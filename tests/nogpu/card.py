@@ -20,7 +20,8 @@ ROOT = Path(__file__).parent.parent.parent
 library = ctypes.CDLL(None)
 library.nogpu_report.restype = ctypes.c_char_p
 
-collectives = collections.Counter()  # name -> calls, and "name bytes" -> bytes
+# "name over N" -> calls among N ranks, and "name over N bytes" -> bytes of what all of them hold
+collectives = collections.Counter()
 syncs = collections.Counter()  # place in the program -> how often it waited for the card
 
 
@@ -122,6 +123,7 @@ def pretend_results(model):
 def pretend_world(world):
     """Be rank 0 of `world`: collectives are counted, and the others are taken to have the same."""
     os.environ |= {"RANK": "0", "WORLD_SIZE": str(world), "LOCAL_RANK": "0"}
+    os.environ["LOCAL_WORLD_SIZE"] = str(min(8, world))
     start = td.init_process_group
 
     def init_process_group(*_, **__):
@@ -143,8 +145,9 @@ def count_collective(name):
 
     def counted(*args, **settings):
         tensors = [x for x in (*args, *settings.values()) if isinstance(x, torch.Tensor)]
-        collectives[name] += 1
-        collectives[f"{name} bytes"] += max(tensor.nbytes for tensor in tensors)
+        what = f"{name} over {td.get_world_size(settings.get('group'))}"
+        collectives[what] += 1
+        collectives[f"{what} bytes"] += max(tensor.nbytes for tensor in tensors)
         return real(*args, **settings)
 
     setattr(td, name, counted)

@@ -50,6 +50,8 @@ CASES = [
     Case("captioner", "sft.py", ["captioner"], flags=["--llm=qwen2.5-7b"]),
     Case("pretrain_8b_64", "train.py", ["pretrain_8b"], world=64),
     Case("sft_8b_64", "sft.py", ["sft_8b"], world=64),
+    Case("sft_8b_hsdp", "sft.py", ["sft_8b"], world=64, flags=["--parallel=hsdp"]),
+    Case("sft_8b_hsdp_1024", "sft.py", ["sft_8b"], world=1024, flags=["--parallel=hsdp"]),
 ]
 # Scripts that print one JSON object of their own: {"faults": [...], ...}.
 OTHERS = ["real", "decode"]

@@ -64,7 +64,6 @@ def make_pack(cfg, model, full, draw):
         "positions": torch.cat([torch.arange(n) for n in lengths]),
         "weights": torch.ones(T),
         "tiles": torch.zeros(n_tiles, 3, side, side, dtype=torch.uint8),
-        "cu_seqlens": torch.tensor([0, *ends], dtype=torch.int32),
     }
     size = {"tokens": T, "tiles": n_tiles, "samples": len(lengths), "supervised": supervised,
             "weight": float(supervised)}
@@ -114,7 +113,7 @@ def skip_weights():
     """Weights are not drawn, not checked and not written, and need no disk."""
     train.run_folder.check_disk = lambda *_: None
     train.start_weights = lambda *_: None
-    train.save_folder = lambda *_: None
+    train.write_result = lambda *_: None
     distributed.full_state = lambda _: {}
     checkpoint.Saver.check = lambda *_: None
 
