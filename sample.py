@@ -25,9 +25,10 @@ from tqdm import tqdm
 
 from configurator import configure, error_line, resolved, run_script, setting
 from generate import Assistant
-from inputs.chat import check_text, image_names
+from inputs.dialogue import check_text
 from inputs.files import check_file, json_hash, naming, read_jsonl, write_atomic
 from inputs.images import IMAGE_SUFFIXES, MAX_TILES
+from inputs.picture_names import image_names, picture_source
 from inputs.records import UNREADABLE, parse_row
 from inputs.row_keys import (
     DIALOGUE_KEYS,
@@ -149,7 +150,7 @@ def read_prompts(assistant, rows, base, asked):
             names = image_names(row)
             if not names:
                 check_no_picture_is_lost(row)
-            tiles = [assistant.tiles(base / name) for name in names]
+            tiles = [assistant.tiles(picture_source(base, name)) for name in names]
             prompt = assistant.prompt([(row["prompt"], None)], tiles)
         except UNREADABLE as e:
             row["error"] = error_line(e)

@@ -18,7 +18,7 @@ from curation.shards import PostponedShard, read_records
 from curation.stages import cost_in_dollars, run_stage
 from curation.watch import CONTROL_ROW, ReplyWatch, UselessReplies, control_picture
 from evals.endpoint import ATTEMPTS, ChatClient, reply_key
-from inputs.chat import conversation
+from inputs.dialogue import conversation
 from inputs.files import printable
 
 REFUSAL = re.compile(

@@ -5,10 +5,11 @@ or of another kind is dropped with a reason that names it: no_sha256, bad_scores
 """
 import re
 
-from inputs.chat import check_pictures, conversation, place_images
+from inputs.chat import place_images
+from inputs.dialogue import check_pictures, conversation
 from inputs.images import MAX_PIXELS
 from inputs.records import UNREADABLE, not_blank
-from inputs.row_keys import CAPTION_KEYS, TURNS_KEYS
+from inputs.row_keys import CAPTION_KEYS, dialogue_forms
 
 # Fields that only `collect` writes, in hexadecimal.
 HEX_FIELDS = {
@@ -53,14 +54,12 @@ def first_text_field(row):
     """Which field of a source's row holds its alt-text."""
     if row.get("alt_text"):
         return "alt_text"
-    has_turns = any(row.get(key) is not None for key in TURNS_KEYS)
-    return "first_answer" if has_turns or row.get("unreadable") else "caption"
+    return "first_answer" if dialogue_forms(row) or row.get("unreadable") else "caption"
 
 
 def dialogue_problem(row, n_pictures=None):
     """Why training could not read a row. n_pictures: None if they do not matter."""
-    is_caption = all(row.get(key) is None for key in TURNS_KEYS)
-    if is_caption and n_pictures and not not_blank(bare_text(row)):
+    if not dialogue_forms(row) and n_pictures and not not_blank(bare_text(row)):
         return "no_caption"
     try:
         _, turns = conversation(row)

@@ -18,8 +18,8 @@ from curation.rows import row_problem
 from data import TOY_TOKENIZER
 from evals.endpoint import IMAGE_TYPES, reply_key
 from inputs import files
-from inputs.chat import image_names
 from inputs.images import IMAGE_SUFFIXES
+from inputs.picture_names import image_names
 from inputs.records import UNREADABLE, Source, read_place, read_record, record_pictures, tar_record
 from inputs.sources import expand_paths, open_sources
 from inputs.tars import MAX_BYTES, add_record, open_tar, tar_key, tar_members

@@ -1,26 +1,13 @@
-"""A row in any dialect -> token ids and labels, made together.
+"""The dialogue of a row -> token ids and labels, made together.
 
 Shapes: T tokens of a sample.
 """
 import functools
-import json
 import math
 
 import numpy as np
 
-from inputs.row_keys import (
-    CAPTION_KEYS,
-    LOSS_KEYS,
-    PICTURE_KEYS,
-    TURNS_KEYS,
-    check_caption_keys,
-    check_no_picture_is_lost,
-    check_part_keys,
-    check_tags,
-    check_turn_keys,
-    is_empty,
-    short,
-)
+from inputs.dialogue import read_dialogue
 from inputs.tokenizer import MAX_TEXT
 
 # Facts of the released models' conversation files: the system message, and what follows the
@@ -37,13 +24,9 @@ TEMPLATES = {
         "sep": "\n",
     },
 }
-# The question where a source has bare captions.
-CAPTION_PROMPT = "Please describe the image."
 # The label of a position that predicts nothing.
 IGNORE = -100
 
-
-# ---- rendering ----------------------------------------------------------------------------------
 
 def render(row, tokenizer, template, n_tiles, tokens_per_tile):
     """Token ids and labels of a row in one pass, so that they cannot disagree.
@@ -156,232 +139,3 @@ def join_segments(segments):
         ids += new
         targets += new if supervised else [IGNORE] * len(new)
     return ids, targets
-
-
-# ---- dialects -----------------------------------------------------------------------------------
-
-ROLES = {"human": "user", "gpt": "assistant"}
-PART_TYPES = ("text", "image", "image_url")
-
-
-def conversation(row):
-    """(system or None, [(user, assistant), ...]) of a row; ValueError if it is broken.
-
-    A row has `conversations` (InternVL, LLaVA), `messages` (OpenAI) or a bare `caption` or `text`.
-    """
-    system, turns, _ = read_dialogue(row)
-    return system, turns
-
-
-def read_dialogue(row):
-    """What `conversation` gives, and for each answer whether it is supervised."""
-    system = row.get("system")
-    if is_empty(system):
-        system = None
-    elif not isinstance(system, str):
-        raise ValueError(f"system: {shown(system)} instead of text; write text")
-    else:
-        check_text(system, "system", "system")
-    field, turns = row_turns(row)
-    if not field:
-        return system, [(CAPTION_PROMPT, bare_caption(row))], [True]
-    roles = []
-    texts = []
-    supervised = []
-    for k, turn in enumerate(turns):
-        where = f"{field}[{k}]"
-        check_turn_keys(turn, where)
-        role = either(turn, ("from", "role"), where)
-        roles.append(ROLES.get(str(role), role))
-        texts.append(turn_text(turn, role, roles[-1], where))
-        supervised.append(is_supervised(turn, roles[-1], where))
-    if roles[:1] == ["system"]:
-        first = texts.pop(0)
-        supervised.pop(0)
-        if system not in (None, first):
-            raise ValueError(f"two system messages, one in system and one in {field}; keep one")
-        system = first
-    if not texts or roles[-len(texts):] != ["user", "assistant"] * (len(texts) // 2):
-        raise ValueError(f"{field}: turns must alternate human/user, gpt/assistant and end with "
-                         f"the latter, not {roles}")
-    if not any(supervised[1::2]):
-        raise ValueError(f"{field}: no answer is supervised; remove the row")
-    return system, list(zip(texts[::2], texts[1::2], strict=True)), supervised[1::2]
-
-
-def row_turns(row):
-    """(name of the key, list of turns) of a row; ("", []) if it is a bare caption."""
-    fields = [field for field in TURNS_KEYS if row.get(field) is not None]
-    if not fields:
-        return "", []
-    if len(fields) > 1:
-        raise ValueError(f"{' and '.join(fields)} in one row; keep one")
-    turns = row[fields[0]]
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError(f'{fields[0]}: not a list of turns; '
-                         'write [{"from": "human", "value": "..."}, ...]')
-    return fields[0], turns
-
-
-def bare_caption(row):
-    """The caption of a row without turns; ValueError if it is missing or empty."""
-    check_caption_keys(row)
-    texts = [row[key] for key in CAPTION_KEYS if isinstance(row.get(key), str)]
-    texts = [text.strip() for text in texts if text.strip()]
-    if len(set(texts)) > 1:
-        raise ValueError("caption and text differ; keep one")
-    if texts:
-        check_text(texts[0], "assistant", "caption")
-        return texts[0]
-    raise ValueError(row.get("unreadable") or
-                     "no conversations, messages, caption or text in this row, or an empty one; "
-                     "write it")
-
-
-def check_pictures(row, n_images):
-    """ValueError if a row with so many pictures seems to have lost one, or its caption has none."""
-    if n_images:
-        return
-    check_no_picture_is_lost(row)
-    if not row_turns(row)[0]:
-        bare_caption(row)
-        raise ValueError("a caption without a picture; add the picture or remove the row")
-
-
-def either(turn, keys, where):
-    """The value of the key that a turn has of two; ValueError if they disagree."""
-    first, second = (turn.get(key) for key in keys)
-    if first is None or second is None or first == second:
-        return second if first is None else first
-    raise ValueError(f"{where}: {keys[0]} and {keys[1]} differ; keep one")
-
-
-def turn_text(turn, role, speaker, where):
-    """The text of a turn, with `<image>` in place of images; `where` names it in errors.
-
-    speaker: the role as "user", "assistant" or "system".
-    """
-    text = either(turn, ("value", "content"), where)
-    # OpenAI's message parts have text and images in place.
-    if isinstance(text, list):
-        text = "".join(part_text(part, where) for part in text)
-    if isinstance(text, str) and text.strip():
-        check_text(text, speaker, where)
-        return text
-    problem = "empty"
-    if not isinstance(text, str):
-        problem = f"{shown(text)} instead of text in the"
-    raise ValueError(f"{where}: {problem} {role} turn; write its text or remove the turn")
-
-
-def check_text(text, speaker, where):
-    """ValueError if a text has a picture where there can be none, or a tag that is not read."""
-    check_tags(text, where)
-    if "<image>" in text and speaker in ("assistant", "system"):
-        raise ValueError(f"{where}: an <image> in a turn of the {speaker}; pictures stand in the "
-                         "questions only, move it or write it in other words")
-
-
-def is_supervised(turn, speaker, where):
-    """Whether a turn is an answer that is learned, and not marked with loss or weight 0."""
-    flags = [turn[key] for key in LOSS_KEYS if turn.get(key) is not None]
-    if any(flag not in (0, 1) for flag in flags) or len(set(flags)) > 1:
-        raise ValueError(f"{where}: loss or weight is neither 0 nor 1, or they differ; a turn is "
-                         "learned or not, write true or false")
-    if speaker != "assistant":
-        if flags[:1] == [1]:
-            raise ValueError(f"{where}: loss or weight on a turn of the {speaker}; only answers "
-                             "are learned, remove it")
-        return False
-    return flags[:1] != [0]
-
-
-def part_text(part, where):
-    """The text of one part of an OpenAI message."""
-    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-    if kind not in PART_TYPES:
-        raise ValueError(f"{where}: a part of type {kind!r}; there are text, image and image_url")
-    check_part_keys(part, PART_KEYS[kind], where)
-    if kind != "text":
-        return "<image>\n"
-    if not isinstance(part.get("text"), str):
-        raise ValueError(f"{where}: {shown(part.get('text'))} instead of text; write text")
-    return part["text"]
-
-
-# ---- names of pictures --------------------------------------------------------------------------
-
-# What is read of a part of each type.
-PART_KEYS = {
-    "text": ("text",),
-    "image": ("image", "path", "index"),
-    "image_url": ("image_url", "index"),
-}
-
-
-def image_names(row):
-    """Names of the row's images, in order.
-
-    They stand in one of PICTURE_KEYS or in the parts of messages. ValueError if a value is no name,
-    or if two places name different pictures.
-    """
-    found = {}
-    for key in PICTURE_KEYS:
-        value = row.get(key)
-        if not is_empty(value):
-            found[key] = value if isinstance(value, list) else [value]
-    field, turns = row_turns(row)
-    parts = [part for turn in turns for part in image_parts(turn)]
-    check_part_order(parts)
-    in_parts = [name for name in map(part_image, parts) if name is not None]
-    if in_parts:
-        found[field] = in_parts
-    for key, names in found.items():
-        found[key] = [checked_image_name(name, key) for name in names]
-    names, *others = found.values() or [[]]
-    if any(other != names for other in others):
-        raise ValueError(f"{' and '.join(found)} name different pictures; keep one of them")
-    return list(names)
-
-
-def image_parts(turn):
-    """The parts of a turn that stand for images, in order."""
-    parts = turn.get("value") if turn.get("content") is None else turn["content"]
-    for part in parts if isinstance(parts, list) else ():
-        if isinstance(part, dict) and part.get("type") in PART_TYPES[1:]:
-            yield part
-
-
-def check_part_order(parts):
-    """ValueError if the image parts of a row say, by `index`, that they come in another order."""
-    for k, part in enumerate(parts):
-        if part.get("index") not in (None, k):
-            raise ValueError(f"index {shown(part['index'])} of image part {k + 1}; pictures are in "
-                             "the order of their parts, sort them and remove index")
-
-
-def part_image(part):
-    """The name of the image of a part of a message; None if it stands elsewhere in the row."""
-    if part["type"] == "image":
-        return part.get("path") if part.get("image") is None else part["image"]
-    place = part.get("image_url")
-    return place.get("url") if isinstance(place, dict) else place
-
-
-def checked_image_name(name, key):
-    """The path in a value that names a picture; ValueError if it is no name of a file."""
-    problem = ""
-    if not isinstance(name, str) or not name or "\0" in name:
-        problem = f"{shown(name)} is no name of a picture; write one, or a list of them"
-    elif name.startswith(("http://", "https://")):
-        problem = f"{short(name)} is a web address; download the picture and write its path"
-    elif name.startswith("data:") or len(name) > 4096:
-        problem = f"{shown(name)} is a picture itself; write it as a file and name that"
-    if problem:
-        raise ValueError(f"{key}: {problem}")
-    return name.removeprefix("file://")
-
-
-def shown(value):
-    """The beginning of a value, for a message."""
-    return short(json.dumps(value))[:40]

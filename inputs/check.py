@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from inputs.chat import image_names
 from inputs.files import printable
 from inputs.images import load_image
 from inputs.index import indexes_of
 from inputs.patience import read_patiently
+from inputs.picture_names import image_names, is_inline
 from inputs.records import UNREADABLE
 from inputs.sources import source_notes
 
@@ -70,7 +70,9 @@ def image_problem(source, i, indexes, stale):
         row = source.row(i)
         # In a tar those that were found in it count, whatever the row names.
         for k in range(source.rows[i]["n_images"]):
-            name = str(k + 1) if source.is_tar else image_names(row)[k]
+            name = str(k + 1)
+            if not source.is_tar and not is_inline(image_names(row)[k]):
+                name = image_names(row)[k]
             where = f"image {name}"
             size = read_patiently(lambda k=k: load_image(source.image(i, k, row)).size)
             for index in indexes:

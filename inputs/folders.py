@@ -2,9 +2,9 @@
 import os
 from pathlib import Path
 
-from inputs.chat import image_names
 from inputs.files import check_file
 from inputs.images import IMAGE_SUFFIXES
+from inputs.picture_names import image_names
 from inputs.records import add_caption, parse_row
 from inputs.row_keys import short
 from inputs.tars import check_size

@@ -21,7 +21,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from inputs.building import Building
-from inputs.chat import image_names
 from inputs.files import (
     atomic_write,
     check_file,
@@ -37,6 +36,7 @@ from inputs.images import IMAGE_SUFFIXES
 from inputs.locks import take_lock
 from inputs.measure import measure_all, measure_row
 from inputs.patience import is_passing
+from inputs.picture_names import image_names
 from inputs.records import (
     ROW,
     ROW_READERS,
@@ -51,7 +51,7 @@ from inputs.tars import MAX_BYTES, open_tar, tar_key, tar_members
 
 COMPRESSED = (".gz", ".tgz", ".zst", ".xz", ".bz2", ".zip", ".lz4", ".parquet", ".arrow")
 # Rises when rows are read in another way, so that older indexes are not believed.
-READING_RULES = 5
+READING_RULES = 6
 # Pictures of a source whose files are looked at when it is opened.
 LOOKED_AT = 256
 # Where the index of data goes that lie where nobody may write.
@@ -171,6 +171,9 @@ def changed_picture(source):
     rows = source.rows
     n = len(source.stats)
     for j in range(0, n, max(1, n // LOOKED_AT)):
+        # A picture inside its row has no file.
+        if source.stats[j].item() == (0, 0):
+            continue
         # The row that has image j.
         i = bisect.bisect_right(range(len(rows)), j, key=lambda k: rows[k]["first_image"]) - 1
         name = "its row"

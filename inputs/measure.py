@@ -14,10 +14,12 @@ import threading
 
 import numpy as np
 
-from inputs.chat import check_pictures, image_names, row_segments
+from inputs.chat import row_segments
+from inputs.dialogue import check_pictures
 from inputs.files import naming
 from inputs.images import image_size
 from inputs.patience import is_passing, read_patiently
+from inputs.picture_names import image_names, inline_bytes, is_inline
 from inputs.records import (
     IMAGE,
     ROW,
@@ -173,7 +175,10 @@ def measure_row(source, row, record, tokenizer, template, known_sizes):
     """
     images = []
     if record.pictures is None:
-        for name in image_names(row):
+        for k, name in enumerate(image_names(row), 1):
+            if is_inline(name):
+                images.append(measure_inline(name, k))
+                continue
             if name not in known_sizes:
                 known_sizes[name] = measure_file(source.root / name, name)
             images.append(known_sizes[name])
@@ -183,6 +188,14 @@ def measure_row(source, row, record, tokenizer, template, known_sizes):
     check_pictures(row, len(images))
     parts = row_segments(row, tokenizer, template, [0] * len(images), 0)
     return sum(len(ids) for ids, _ in parts), images
+
+
+def measure_inline(name, k):
+    """(IMAGE, STAT) of picture k of a row, which the row holds itself."""
+    try:
+        return (0, 0, *image_size(inline_bytes(name))), (0, 0)
+    except ValueError as e:
+        raise ValueError(f"image {k}: {e}") from None
 
 
 def measure_file(path, name):

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from inputs.chat import image_names
 from inputs.files import naming, read_json
 from inputs.images import IMAGE_SUFFIXES, MEDIA_SUFFIXES
 from inputs.patience import DataGone
-from inputs.row_keys import CAPTION_KEYS, TURNS_KEYS, check_row_keys, is_empty, short
+from inputs.picture_names import image_names, inline_bytes, is_inline
+from inputs.row_keys import CAPTION_KEYS, check_row_keys, dialogue_forms, is_empty, short
 from inputs.tars import MAX_BYTES, check_size
 
 # The files of an index. A row has its place in the file of rows, its tokens apart from the
@@ -155,7 +155,10 @@ class Source:
         if self.is_tar:
             offset, size, *_ = self.images[self.rows[i]["first_image"] + k].item()
             return self.read(offset, size)
-        path = self.root / image_names(row)[k]
+        name = image_names(row)[k]
+        if is_inline(name):
+            return inline_bytes(name)
+        path = self.root / name
         # /dev/zero has no end.
         if path.exists() and not (path.is_file() and path.stat().st_size <= MAX_BYTES):
             raise ValueError(f"{path}: no file, or larger than {MAX_BYTES} bytes")
@@ -278,7 +281,7 @@ def read_record(file, record):
     has_caption = any(not_blank(row.get(key)) for key in CAPTION_KEYS)
     row = add_caption(row, read_place(file, *record.caption))
     # Where the caption stands in the .txt alone, that is the row from here on.
-    is_text = not has_caption and all(row.get(key) is None for key in TURNS_KEYS)
+    is_text = not has_caption and not dialogue_forms(row)
     if is_text and not is_empty(row.get("system")):
         raise ValueError("a system message in the .json and the caption in a .txt; write both "
                          "into the .json")
@@ -295,8 +298,7 @@ def add_caption(row, raw):
     known = [row[key] for key in CAPTION_KEYS if not_blank(row.get(key))]
     if not known:
         return row | {"caption": text}
-    is_caption = all(row.get(key) is None for key in TURNS_KEYS)
-    if is_caption and text.strip() and text.strip() != str(known[0]).strip():
+    if not dialogue_forms(row) and text.strip() and text.strip() != str(known[0]).strip():
         raise ValueError("the .txt and the caption in the .json differ; keep one of them")
     return row
 

@@ -8,21 +8,28 @@ import re
 # Names of pictures. If several of them hold something, they have to agree.
 PICTURE_KEYS = ("image", "images", "image_path", "file_name")
 TURNS_KEYS = ("conversations", "messages")
+# A row may have its dialogue as one of these questions and one of these answers.
+QUESTION_WORDS = ("prompt", "question", "query", "instruction")
+ANSWER_WORDS = ("completion", "answer", "response", "output")
+PAIR_WORDS = (*QUESTION_WORDS, *ANSWER_WORDS)
 CAPTION_KEYS = ("caption", "text")
 ROW_USED = {"id", "system", *PICTURE_KEYS, *TURNS_KEYS, *CAPTION_KEYS}
-# Facts about a row: of img2dataset, of LAION, of curation/, and of toy/.
+# Facts about a row: of img2dataset, of LAION, of FineVision, of curation/, and of toy/.
 ROW_IGNORED = set("""
     sha256 md5 hash width height original_width original_height exif url key status error_message
     similarity clip_similarity aesthetic aesthetic_score nsfw punsafe pwatermark watermark license
     language lang source source_id dataset category task split length dhash tone origin alt_text
     caption_before cluster mode scores by prompt_sha256 ocr cells duplicate_of unreadable
-    width_list height_list
+    width_list height_list relevance_ratings relevance_min visual_dependency_ratings
+    visual_dependency_min image_correspondence_ratings image_correspondence_min formatting_ratings
+    formatting_min
     """.split())
-NO_VIDEO = "a video; there are only images here"
-NO_AUDIO = "a sound; there are only images here"
+NO_VIDEO = "a video; there are only images here, write its frames as images or remove the row"
+NO_AUDIO = "a sound; there are only images here, write it as text or remove the row"
 NO_TOOLS = "the template has no tools; write them into the system turn"
 NOT_A_PICTURE_KEY = "this key is not read; name the pictures of a row in its image"
 ANOTHER_ANSWER = "a second answer, which is not trained on; remove it"
+WANTED_OR_NOT = "whether the answer is wanted; keep the rows with wanted ones, without this key"
 # {key: what is wrong}. None, "", [] and {} are no content and pass.
 ROW_REFUSED = {
     "video": NO_VIDEO,
@@ -40,16 +47,19 @@ ROW_REFUSED = {
     "rejected_response": ANOTHER_ANSWER,
     "rejected_messages": ANOTHER_ANSWER,
     "chosen": "this key is not read; write the answer into conversations",
+    "kto_tag": WANTED_OR_NOT,
 }
 # Words of a dialogue. They would be lost beside a caption; beside turns they are only notes.
-DIALOGUE_KEYS = set("""
-    question answer prompt completion instruction input output query response conversation
-    dialog dialogue turns chat qa
-    """.split())
+DIALOGUE_KEYS = {*PAIR_WORDS, *"input conversation dialog dialogue turns chat qa".split()}
+# They would be lost beside a question and an answer.
+OPTION_KEYS = set("choices options hint context".split())
 # Flags of a turn or row that say whether it is supervised.
 LOSS_KEYS = ("loss", "weight")
 TURN_USED = {"from", "role", "value", "content", *LOSS_KEYS}
 TURN_IGNORED = {"id", "name", "timestamp"}
+# Of a pair in texts.
+PAIR_USED = {"user", "assistant"}
+PAIR_IGNORED = {"source"}
 NO_CALLS = "calls of tools are not rendered; write them into the text: <tool_call>...</tool_call>"
 NO_THOUGHTS = "thoughts in a key of their own; write them into the text of the turn"
 NOT_A_TEXT_KEY = "this key is not read; call it value or content"
@@ -63,8 +73,13 @@ TURN_REFUSED = {
     "reasoning": NO_THOUGHTS,
     "thinking": NO_THOUGHTS,
 }
-# Of a part of a message; which of them a type has is in chat.PART_KEYS.
-PART_USED = {"type", "text", "image", "path", "image_url", "url", "index"}
+# What is read of a part of a message, by its type. An image_url may hold an url.
+PART_KEYS = {
+    "text": ("text",),
+    "image": ("image", "path", "url", "base64", "index"),
+    "image_url": ("image_url", "index"),
+}
+PART_USED = {"type", "text", "image", "path", "url", "base64", "image_url", "index"}
 # How another model would see the picture.
 PART_IGNORED = set("""
     detail min_pixels max_pixels resized_height resized_width cache_control
@@ -99,6 +114,22 @@ def is_empty(value):
     return value is None or (isinstance(value, (str, list, dict)) and not value)
 
 
+def dialogue_forms(row):
+    """The keys in which a row has a dialogue, a tuple for each way in which it has one.
+
+    None of them: it is a bare caption. Rows with several are refused when they are read.
+    """
+    forms = [(key,) for key in TURNS_KEYS if row.get(key) is not None]
+    pairs = row.get("texts")
+    if isinstance(pairs, list) and pairs and all(isinstance(pair, dict) for pair in pairs):
+        forms.append(("texts",))
+    if forms:
+        return forms
+    questions = [key for key in QUESTION_WORDS if not is_empty(row.get(key))]
+    answers = [key for key in ANSWER_WORDS if not is_empty(row.get(key))]
+    return [(question, answer) for question in questions for answer in answers]
+
+
 def check_row_keys(row):
     """ValueError if a key of a row holds something that would be lost."""
     for key, value in row.items():
@@ -121,16 +152,35 @@ def check_row_keys(row):
 def check_caption_keys(row):
     """ValueError if a row without turns has words of a dialogue beside its caption."""
     for key, value in row.items():
-        if key.lower() in DIALOGUE_KEYS and not is_empty(value):
-            raise ValueError(f"{short(key)}: this key is not read; write question and answer as "
-                             "conversations")
+        if key.lower() not in DIALOGUE_KEYS or is_empty(value):
+            continue
+        reason = "this key is not read; write question and answer as conversations"
+        if key in QUESTION_WORDS:
+            reason = "a question without an answer; write it as answer"
+        if key in ANSWER_WORDS:
+            reason = "an answer without a question; write it as question"
+        raise ValueError(f"{short(key)}: {reason}")
+
+
+def check_beside_pair(row):
+    """ValueError if a row of a question and an answer has words of either in another key."""
+    for key, value in row.items():
+        if is_empty(value) or key.lower() in PAIR_WORDS:
+            continue
+        if key.lower() in DIALOGUE_KEYS | OPTION_KEYS:
+            raise ValueError(f"{short(key)}: not read beside a question and an answer; write it "
+                             "into the question, or all as conversations")
+        # In TRL's rows of preferences.
+        if key == "label" and isinstance(value, bool):
+            raise ValueError(f"label: {WANTED_OR_NOT}")
 
 
 def check_no_picture_is_lost(row):
     """ValueError if a row in which no picture was found has a key that seems to name one."""
+    used = ROW_USED.union(*dialogue_forms(row))
     for key, value in row.items():
         # A number of pictures may be 0.
-        if key in ROW_USED or is_empty(value) or value == 0:
+        if key in used or is_empty(value) or value == 0:
             continue
         if NOTE_KEY.fullmatch(key) or holds_a_picture(value):
             raise ValueError(f"{short(key)}: {NOT_A_PICTURE_KEY}, or remove the key")
@@ -197,8 +247,13 @@ def check_tags(text, where):
 
 def unknown_keys(row):
     """The keys of a row, its turns and their parts that are ignored without being known, a set."""
-    known = ROW_USED | ROW_IGNORED
+    forms = dialogue_forms(row)
+    known = ROW_USED.union(ROW_IGNORED, *forms)
     found = {short(key) for key in row if key not in known and not is_empty(row[key])}
+    if ("texts",) in forms:
+        for pair in row["texts"]:
+            others = pair.keys() - PAIR_USED - PAIR_IGNORED
+            found |= {short(f"texts[].{key}") for key in others if not is_empty(pair[key])}
     for field in TURNS_KEYS:
         turns = row.get(field)
         for turn in turns if isinstance(turns, list) else ():

@@ -10,7 +10,9 @@ import pytest
 from rows import CHAT, SHARED, TOY, sources_of
 
 from evals import score, table
-from inputs.chat import IGNORE, conversation, image_names, render
+from inputs.chat import IGNORE, render
+from inputs.dialogue import conversation
+from inputs.picture_names import image_names
 
 CASES = SHARED / "cases"
 pytestmark = pytest.mark.skipif(not CASES.exists(), reason="needs the files of ../shared/cases")

@@ -22,6 +22,9 @@ FORMATS = [
     "meta.json",
     "llava.json",
     "messages.jsonl",
+    "trl.jsonl",
+    "sharegpt.json",
+    "base64.jsonl",
     "captions-{00000..00000}.tar",
     "folder",
 ]

@@ -32,6 +32,8 @@ kernels/*
 inputs/images
 inputs/tokenizer
 inputs/row_keys
+inputs/dialogue
+inputs/picture_names
 inputs/chat
 inputs/tars
 inputs/records

@@ -1,5 +1,6 @@
 """inputs/row_keys.py: what a row means is used or refused by name, never ignored."""
 
+import base64
 import json
 import os
 import re
@@ -12,7 +13,8 @@ from rows import CHAT, ROOT, TOY, picture, sources_of, talk, write_rows
 
 import data
 from inputs import row_keys
-from inputs.chat import IGNORE, image_names, render
+from inputs.chat import IGNORE, render
+from inputs.picture_names import image_names
 from inputs.tars import add_member
 from training import metrics
 
@@ -47,7 +49,7 @@ def supervised_text(row):
 def test_the_table_of_keys_in_the_documentation_is_the_code():
     documented = {}
     table = re.findall(
-        r"^\| (row|turn|part) \| (.*?) \| (\w+) \|", (ROOT / "docs/data.md").read_text(), re.M
+        r"^\| (row|turn|pair|part) \| (.*?) \| (\w+) \|", (ROOT / "docs/data.md").read_text(), re.M
     )
     for level, keys, what in table:
         for key in re.findall("`(.*?)`", keys):
@@ -57,10 +59,14 @@ def test_the_table_of_keys_in_the_documentation_is_the_code():
         ("row", "used", row_keys.ROW_USED),
         ("row", "ignored", row_keys.ROW_IGNORED),
         ("row", "refused", row_keys.ROW_REFUSED),
-        ("row", "refused", row_keys.DIALOGUE_KEYS),
+        ("row", "used", ("texts", *row_keys.PAIR_WORDS)),
+        ("row", "refused", row_keys.DIALOGUE_KEYS - set(row_keys.PAIR_WORDS)),
+        ("row", "refused", row_keys.OPTION_KEYS),
         ("turn", "used", row_keys.TURN_USED),
         ("turn", "ignored", row_keys.TURN_IGNORED),
         ("turn", "refused", row_keys.TURN_REFUSED),
+        ("pair", "used", row_keys.PAIR_USED),
+        ("pair", "ignored", row_keys.PAIR_IGNORED),
         ("part", "used", row_keys.PART_USED),
         ("part", "ignored", row_keys.PART_IGNORED),
     ]
@@ -343,3 +349,163 @@ def test_the_place_of_what_is_not_read_is_no_plain_text(tmp_path, text):
 def test_a_place_that_is_prepared_for_another_model_is_refused(tmp_path, text):
     (reason,) = problems(tmp_path, talk(f"{text} What?", image="a.png"))
     assert "write <image> where the picture stands" in reason
+
+
+# ---- dialects ------------------------------------------------------------------------------------
+
+
+def test_trl_rows_are_read_and_answers_within_a_prompt_are_not_learned(tmp_path):
+    user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}
+    known = [user, answer_of({"text": "KNOWN"}), {"role": "user", "content": "And?"}]
+    row = {"images": ["a.png"], "prompt": known, "completion": [answer_of({"text": "A board."})]}
+    assert problems(tmp_path, row, {"messages": [user, answer_of({"text": "A."})]})[0] == ""
+    assert image_names(row) == ["a.png"]
+    _, labels = render(row, TOY, CHAT, [1], 9)
+    learned = TOY.decode([int(i) for i in labels if i != IGNORE], skip_special=False)
+    assert learned == "A board.<|im_end|>"
+    reasons = problems(
+        tmp_path,
+        row | {"completion": "A board."},
+        row | {"completion": None},
+        row | {"completion": known},
+        row | {"images": ["a.png", "b.png"]},
+        row | {"label": False},
+        row | {"answer": "Another."},
+    )
+    words = (
+        "",
+        "prompt: a question without an answer",
+        "must alternate",
+        "1 <image> placeholders for 2 images",
+        "label: whether the answer is wanted",
+        "prompt and completion and answer in one row",
+    )
+    for reason, word in zip(reasons, words, strict=True):
+        assert word in reason and bool(word) == bool(reason), (word, reason)
+
+
+def test_the_cauldrons_texts_are_turns_and_their_places_are_named(tmp_path):
+    pair = {"user": "What?", "assistant": "A board.", "source": "x"}
+    good = {"images": ["a.png"], "texts": [pair, pair | {"user": "And?"}]}
+    reasons = problems(
+        tmp_path,
+        good,
+        good | {"texts": [pair, {"user": "And?", "assistant": None}]},
+        good | {"texts": [pair | {"loss_mask": 0}]},
+        good | {"caption": "A note.", "texts": ["A second note."]},
+        good | {"texts": [pair | {"rating": 5}]},
+    )
+    assert reasons[0] == reasons[3] == reasons[4] == ""
+    assert "texts[1]: null instead of text" in reasons[1] and "texts[0]: loss_mask" in reasons[2]
+    assert supervised_text({"texts": good["texts"]}) == "A board.<|im_end|>" * 2
+    (source,) = sources_of(tmp_path / "rows.jsonl")
+    assert source.meta["unknown"] == {"texts": 1, "texts[].rating": 1}
+
+
+@pytest.mark.parametrize("asks", row_keys.QUESTION_WORDS)
+@pytest.mark.parametrize("says", row_keys.ANSWER_WORDS)
+def test_a_question_and_an_answer_in_a_key_each_are_a_dialogue(asks, says):
+    row = {asks: "What?", says: "A board.", "caption": None}
+    assert supervised_text(row) == "A board.<|im_end|>"
+
+
+def test_what_a_question_would_lose_refuses_its_row(tmp_path):
+    row = {"image": "a.png", "question": "Which?", "answer": "A"}
+    reasons = problems(
+        tmp_path,
+        row,
+        *(row | {key: ["x"]} for key in sorted(row_keys.OPTION_KEYS)),
+        row | {"answer": 2},
+        row | {"answer": None, "answers": ["A"]},
+        row | {"output": "B"},
+    )
+    words = [*(f"{key}: not read" for key in sorted(row_keys.OPTION_KEYS))]
+    words += ["answer: 2 instead of text", "question: a question without", "answer and output"]
+    assert reasons[0] == ""
+    for reason, word in zip(reasons[1:], words, strict=True):
+        assert word in reason, (word, reason)
+
+
+@pytest.mark.parametrize("role", ["function_call", "observation", "tool", "function"])
+def test_turns_of_tools_are_refused_by_the_name_of_their_role(tmp_path, role):
+    turn = {"from": role, "value": "{}"}
+    (reason,) = problems(tmp_path, {"conversations": [BOARD[0], turn, *BOARD]})
+    assert f"conversations[1]: a turn of {role}: calls of tools are not rendered" in reason
+
+
+def test_roles_are_read_by_each_of_their_published_names(tmp_path):
+    for human, gpt in (("user", "assistant"), ("human", "chatgpt"), ("user", "model")):
+        turns = [{"role": human, "content": "?"}, {"role": gpt, "content": "A board."}]
+        system = {"role": "developer", "content": "Be brief."}
+        assert supervised_text({"messages": [system, *turns]}) == "A board.<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    "kind, word",
+    [
+        ("video", "a video"),
+        ("video_url", "a video"),
+        ("input_audio", "a sound"),
+        ("tool_use", "calls of tools"),
+        ("file", "there are text, image and image_url"),
+    ],
+)
+def test_parts_that_are_no_text_or_picture_are_refused_by_name(tmp_path, kind, word):
+    question = {"role": "user", "content": [{"type": kind}, {"type": "text", "text": "?"}]}
+    (reason,) = problems(tmp_path, {"messages": [question, answer_of({"text": "A."})]})
+    assert reason.startswith(f"messages[0]: a part of type '{kind}': ") and word in reason
+
+
+# ---- pictures inside a row -----------------------------------------------------------------------
+
+
+def test_pictures_inside_a_row_are_read_in_every_form(tmp_path):
+    code = base64.b64encode(picture(168, 84)).decode()
+    uri = f"data:image/png;base64,{code}"
+    folded = "\n".join(code[k : k + 76] for k in range(0, len(code), 76))
+
+    def asked(part):
+        question = {"role": "user", "content": [part, {"type": "text", "text": "What?"}]}
+        return {"messages": [question, answer_of({"text": "A."})]}
+
+    rows = [
+        talk(image=code),
+        talk(images=[uri, "a.png"]),
+        talk(image=folded),
+        talk(image=uri.replace("+", "%2B").replace("/", "%2F").replace("image%2F", "image/")),
+        asked({"type": "image_url", "image_url": {"url": uri}}),
+        asked({"type": "image", "image": code}),
+        asked({"type": "image", "base64": code}),
+        asked({"type": "image", "url": "a.png"}),
+    ]
+    assert problems(tmp_path, *rows) == [""] * len(rows)
+    (source,) = sources_of(tmp_path / "rows.jsonl")
+    for i in (0, 1, 2, 3, 4, 5, 6):
+        assert source.image(i, 0, source.row(i)) == picture(168, 84)
+        first = source.images[source.rows[i]["first_image"]]
+        assert (first["width"], first["height"]) == (168, 84)
+    assert source.image(1, 1, source.row(1)) == picture()
+    assert data.check_files([f"{tmp_path}/rows.jsonl"]) == 0
+
+
+def test_a_broken_picture_inside_a_row_is_one_short_line_that_names_its_place(tmp_path, capsys):
+    code = base64.b64encode(picture(168, 84)).decode()
+    rows = [
+        (talk(image=code[:-1]), "image 1: broken base64"),
+        (talk(images=["a.png", code[:80] + "!" + code[80:]]), "image 2: broken base64"),
+        (talk(image="data:image/png;base64,"), "image 1: image of 0 bytes: not a picture"),
+        (talk(image="data:image/svg+xml,<svg/>"), "image: data:image/svg+xml is not base64"),
+        (talk(image="data:video/mp4;base64,AAAA"), "image: data:video/mp4;base64: a video"),
+        (talk(images=["data:audio/wav;base64,AA"]), "images: data:audio/wav;base64: a sound"),
+        (talk(image="A" * 5000), "is no path, nor base64"),
+        (talk(image="s3://bucket/a.png"), "image: s3://bucket/a.png is a web address"),
+    ]
+    reasons = problems(tmp_path, *(row for row, _ in rows))
+    for reason, (_, word) in zip(reasons, rows, strict=True):
+        assert word in reason and len(reason) < 200, reason
+    # A picture that decodes only in part shows when all of it is read.
+    half = base64.b64encode(picture(168, 84)[:90]).decode()
+    write_rows(tmp_path, [talk(image=half)], "half.jsonl")
+    assert data.check_files([f"{tmp_path}/half.jsonl"]) == 1
+    (line, *_) = capsys.readouterr().out.splitlines()
+    assert "line 1: image 1: " in line and len(line) < 300 and half[:20] not in line

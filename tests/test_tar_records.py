@@ -6,7 +6,7 @@ from curation_helpers import dropped_rows, png, run_well, write_tar
 from rows import sources_of
 from toy_endpoint import read_shards
 
-from inputs.chat import conversation
+from inputs.dialogue import conversation
 
 
 def pictures():

@@ -14,7 +14,8 @@ import torch
 from tqdm import tqdm
 
 from data import PackedDataset, answer_weight
-from inputs.chat import IGNORE, conversation, join_segments, place_images, segments
+from inputs.chat import IGNORE, join_segments, place_images, segments
+from inputs.dialogue import conversation
 from inputs.records import IMAGE, ROW
 
 
