@@ -112,7 +112,7 @@ def form_turns(row, form):
     """[(place, turn), ...] of one of the forms in which a row has a dialogue."""
     field = form[0]
     if field == "texts":
-        return pair_turns(row["texts"])
+        return texts_turns(row["texts"])
     if field in PAIR_WORDS:
         return question_turns(row, *form)
     return list_turns(row[field], field)
@@ -126,7 +126,7 @@ def list_turns(turns, field):
     return [(f"{field}[{k}]", turn) for k, turn in enumerate(turns)]
 
 
-def pair_turns(pairs):
+def texts_turns(pairs):
     """The (place, turn) of The Cauldron's texts: [{"user": ..., "assistant": ...}, ...]."""
     turns = []
     for k, pair in enumerate(pairs):
