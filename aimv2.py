@@ -11,6 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from vision import (
+    Linear,
     RMSNorm,
     ViT,
     attend_tiles,
@@ -46,13 +47,13 @@ class AIMv2Block(nn.Module):
         C = cfg.dim
         self.n_heads = cfg.n_heads
         self.attn = nn.ModuleDict({
-            "qkv": nn.Linear(C, 3 * C, bias=False),
-            "proj": nn.Linear(C, C, bias=False),
+            "qkv": Linear(C, 3 * C, bias=False),
+            "proj": Linear(C, C, bias=False),
         })
         self.mlp = nn.ModuleDict({
-            "fc1": nn.Linear(C, cfg.ffn_dim, bias=False),  # the gate
-            "fc2": nn.Linear(cfg.ffn_dim, C, bias=False),
-            "fc3": nn.Linear(C, cfg.ffn_dim, bias=False),
+            "fc1": Linear(C, cfg.ffn_dim, bias=False),  # the gate
+            "fc2": Linear(cfg.ffn_dim, C, bias=False),
+            "fc3": Linear(C, cfg.ffn_dim, bias=False),
         })
         self.norm_1 = RMSNorm(C, cfg.norm_eps)
         self.norm_2 = RMSNorm(C, cfg.norm_eps)

@@ -24,7 +24,7 @@ from inputs.chat import IGNORE
 from inputs.images import normalize
 from kernels.attention import attention
 from kernels.cross_entropy import linear_cross_entropy
-from vision import Projector, RMSNorm, VisionBlock, pixel_shuffle
+from vision import Linear, Projector, RMSNorm, VisionBlock, pixel_shuffle
 
 
 @dataclass(slots=True)
@@ -94,19 +94,19 @@ class Block(nn.Module):
         bias = not cfg.qwen3
         self.head_dim = D
         self.self_attn = nn.ModuleDict({
-            "q_proj": nn.Linear(C, cfg.n_heads * D, bias),
-            "k_proj": nn.Linear(C, cfg.n_kv_heads * D, bias),
-            "v_proj": nn.Linear(C, cfg.n_kv_heads * D, bias),
-            "o_proj": nn.Linear(cfg.n_heads * D, C, bias=False),
+            "q_proj": Linear(C, cfg.n_heads * D, bias),
+            "k_proj": Linear(C, cfg.n_kv_heads * D, bias),
+            "v_proj": Linear(C, cfg.n_kv_heads * D, bias),
+            "o_proj": Linear(cfg.n_heads * D, C, bias=False),
         })
         self.qk_norm = cfg.qwen3
         if self.qk_norm:
             self.self_attn["q_norm"] = RMSNorm(D, cfg.norm_eps)
             self.self_attn["k_norm"] = RMSNorm(D, cfg.norm_eps)
         self.mlp = nn.ModuleDict({
-            "gate_proj": nn.Linear(C, cfg.ffn_dim, bias=False),
-            "up_proj": nn.Linear(C, cfg.ffn_dim, bias=False),
-            "down_proj": nn.Linear(cfg.ffn_dim, C, bias=False),
+            "gate_proj": Linear(C, cfg.ffn_dim, bias=False),
+            "up_proj": Linear(C, cfg.ffn_dim, bias=False),
+            "down_proj": Linear(cfg.ffn_dim, C, bias=False),
         })
         self.input_layernorm = RMSNorm(C, cfg.norm_eps)
         self.post_attention_layernorm = RMSNorm(C, cfg.norm_eps)

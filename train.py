@@ -26,6 +26,7 @@ from model import LLMConfig
 from training import checkpoint, distributed, limits, lora, metrics, optim, run_folder, signals
 from training.checkpoint_folder import stage_config
 from training.compile import compile_blocks
+from training.copies import copy_weights, refresh_copies
 from training.dry_run import print_plan
 from training.flops import train_flops
 from training.output import forgive_output
@@ -245,7 +246,8 @@ def train_stage(run, name, stage, later_steps):
     autocast = torch.autocast(dist.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
     optim.set_dtypes(model, dtype)
     model.vision_model.drop_path = stage.drop_path
-    if cfg.compile == "on" or (cfg.compile == "auto" and dist.device.type == "cuda"):
+    compiled = cfg.compile == "on" or (cfg.compile == "auto" and dist.device.type == "cuda")
+    if compiled:
         compile_blocks(model)
     distributed.checkpoint_activations(model, cfg.activation_checkpointing)
     model = distributed.parallelize(model, cfg.parallel, dtype, dist).train()
@@ -260,6 +262,7 @@ def train_stage(run, name, stage, later_steps):
     progress = run_folder.resume(run.checkpoint, fresh, steps, model, optimizer)
     run.saver.small_files = (stage_config(cfg, source), tokenizer_dir)
     run_folder.check_disk(cfg, name, steps - progress.step, model)
+    weights_and_copies = copy_weights(model, dtype) if compiled else ([], [])
     if dist.is_main:
         checkpoint.set_aside(run.out, first_step + progress.step)
         run_folder.write_finished(run.out, name, False)
@@ -324,6 +327,7 @@ def train_stage(run, name, stage, later_steps):
         finite = math.isfinite(loss) and bool(norm.isfinite())
         if finite:
             optimizer.step()
+            refresh_copies(*weights_and_copies)
         distributed.clear_gradients(model, optimizer)
         clock.lap("optimizer")
         counts_before = progress.counts

@@ -68,6 +68,16 @@ def working_dtype(x):
     return x.dtype
 
 
+class Linear(nn.Linear):
+    weight_copy = None  # in 16 bits, see training/copies.py
+    bias_copy = None
+
+    def forward(self, x):
+        weight = self.weight if self.weight_copy is None else self.weight_copy
+        bias = self.bias if self.bias_copy is None else self.bias_copy
+        return F.linear(x, weight, bias)
+
+
 class LayerNorm(nn.LayerNorm):
     def forward(self, x):
         """Compute in fp32, return the dtype of the matmul that follows."""
@@ -126,12 +136,12 @@ class VisionBlock(nn.Module):
         C = cfg.dim
         self.n_heads = cfg.n_heads
         self.attn = nn.ModuleDict({
-            "qkv": nn.Linear(C, 3 * C, bias=cfg.qkv_bias),
-            "proj": nn.Linear(C, C),
+            "qkv": Linear(C, 3 * C, bias=cfg.qkv_bias),
+            "proj": Linear(C, C),
         })
         self.mlp = nn.ModuleDict({
-            "fc1": nn.Linear(C, cfg.ffn_dim),
-            "fc2": nn.Linear(cfg.ffn_dim, C),
+            "fc1": Linear(C, cfg.ffn_dim),
+            "fc2": Linear(cfg.ffn_dim, C),
         })
         self.norm1 = LayerNorm(C, eps=cfg.norm_eps)
         self.norm2 = LayerNorm(C, eps=cfg.norm_eps)
@@ -248,9 +258,9 @@ class Projector(nn.Sequential):
         width = cfg.dim * cfg.downsample**2
         super().__init__(
             LayerNorm(width, eps=1e-5),
-            nn.Linear(width, llm_dim),
+            Linear(width, llm_dim),
             nn.GELU(),
-            nn.Linear(llm_dim, llm_dim),
+            Linear(llm_dim, llm_dim),
         )
 
 

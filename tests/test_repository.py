@@ -59,6 +59,7 @@ generate
 training/distributed
 training/prefetch
 training/compile
+training/copies
 training/flops
 training/lora
 training/limits

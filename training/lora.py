@@ -10,6 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from model import ADAPTER_NAMES, kept_rows
+from vision import Linear
 
 
 class LoraLinear(nn.Linear):
@@ -54,7 +55,7 @@ def add_adapters(model, cfg, stage):
     for block in blocks:
         for part in block.children():
             for name, layer in part.named_children():
-                if type(layer) is nn.Linear:
+                if type(layer) is Linear:
                     part[name] = LoraLinear(layer, cfg.lora_rank, cfg.lora_alpha / cfg.lora_rank)
 
 

@@ -26,7 +26,7 @@ FRAGMENTS = {"ddp": 0.08, "fsdp": 0.15}
 class MemoryPlan:
     """Bytes on each GPU when a step needs most of them."""
     state: float  # weights, gradients and AdamW's moments
-    copies: float  # weights in bf16: those that autocast makes, or that FSDP has gathered
+    copies: float  # weights in bf16: those of training/copies.py, or that FSDP has gathered
     activations: float  # what the forward pass keeps for the backward pass
     work: float  # what the head, or a block on its way back, needs for a moment
     fragments: float  # as a fraction of all that
@@ -166,16 +166,10 @@ def trained_size(module):
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
-def weight_copy_bytes(model, checkpointing):
-    """bf16 copies of fp32 weights that autocast makes and autograd keeps.
-
-    Checkpointed blocks make them again in the backward pass. The head has its own, see head_bytes.
-    """
-    n = trained_size(model.mlp1)
-    if checkpointing == "none":
-        n += trained_size(model.vision_model)
-        n += trained_size(model.language_model.model.layers)
-    return 2 * n
+def weight_copy_bytes(model):
+    """bf16 copies of fp32 weights that train, see training/copies.py. The head has its own."""
+    parts = (model.mlp1, model.vision_model, model.language_model.model.layers)
+    return 2 * sum(trained_size(part) for part in parts)
 
 
 def block_size(model):
@@ -218,7 +212,7 @@ def memory_plan(cfg, model, trained, world):
         copies = gathered_bytes(model)
         in_block += 2 * block_size(model)
     else:
-        copies = weight_copy_bytes(model, cfg.activation_checkpointing)
+        copies = weight_copy_bytes(model)
     return MemoryPlan(
         state=state,
         copies=copies,
