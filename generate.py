@@ -1,7 +1,7 @@
-"""Prefill, decode, sampling, and the Assistant: a loaded model folder that answers.
+"""The scheduler of prompts, sampling, and the Assistant: a loaded model folder that answers.
 
-Shape letters: T tokens of a pack, S rows that decode together, C width, H query heads, K key/value
-heads, D head dim, L places of the cache that attention looks at, V vocabulary, N tiles of side s.
+Shape letters: T tokens of a prompt, S rows that decode together, K key/value heads, D head dim, V
+vocabulary, N tiles of side s.
 """
 import collections
 import itertools
@@ -10,17 +10,15 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
+from decoding import decode_step, graph_step, prefill, without_waiting
 from inputs.chat import chat_ids
 from inputs.images import load_image, make_tiles
 from inputs.tokenizer import Tokenizer
-from model import packed
 from vision import working_dtype
 from weights import check_vocabulary, load_folder
 
 PREFILL_TOKENS = 16384  # prompt tokens that go through the model at once
-GRAPH_TOKENS = 512  # a CUDA graph is captured for each so many tokens of length
 
 
 # ---- what decodes --------------------------------------------------------------------------------
@@ -100,9 +98,14 @@ def decode(model, requests, settings):
                 slots, logits = advance_rows(model, batch, is_last=not waiting)
             else:
                 break
-            tokens = choose_tokens(model, logits, [batch.rows[slot] for slot in slots], settings)
-            batch.tokens[slots] = tokens
-            yield from finish_rows(batch, slots, tokens.tolist(), settings.stop_ids)
+            rows = [batch.rows[slot] for slot in slots]
+            tokens, finite = choose_tokens(model, logits, rows, settings)
+            if len(slots) == len(batch.rows):
+                batch.tokens.copy_(tokens)
+            else:
+                batch.tokens[slots] = tokens
+            tokens = read_tokens(model, tokens, finite)
+            yield from finish_rows(batch, slots, tokens, settings.stop_ids)
         # a prompt that was too long for this batch still waits
         waiting.extend(itertools.islice(numbered, settings.batch_size - len(waiting)))
 
@@ -158,13 +161,14 @@ def start_rows(model, batch, admitted, settings):
 
 
 def advance_rows(model, batch, is_last):
-    """Run the newest token of every row -> (busy slots, logits (len(slots), V)).
+    """Run the newest token of every row -> (slots, logits (len(slots), V)).
 
     is_last: nobody waits, so free slots are dropped. That copies the cache, so it is done when
-    half of them are free. It is not done on CUDA, where graphs hold on to the tensors.
+    half of them are free. It is not done on CUDA, where graphs hold on to the tensors. There all
+    slots are returned, free ones too: picking the busy ones would wait for the GPU.
     """
     on_gpu = batch.cache.is_cuda
-    slots = batch.busy_slots()
+    slots = list(range(len(batch.rows))) if on_gpu else batch.busy_slots()
     if is_last and not on_gpu and 2 * len(slots) <= len(batch.rows):
         batch.cache = batch.cache[:, :, slots]
         batch.tokens = batch.tokens[slots]
@@ -179,8 +183,9 @@ def advance_rows(model, batch, is_last):
         logits = decode_step(model, batch.tokens, positions, batch.cache, length)
     if len(slots) < len(batch.rows):
         logits = logits[slots]
-    for slot in slots:
-        batch.rows[slot].position += 1
+    for row in batch.rows:
+        if row:
+            row.position += 1
     return slots, logits
 
 
@@ -188,6 +193,8 @@ def finish_rows(batch, slots, tokens, stop_ids):
     """Yield what decode yields for these new tokens; free the slots whose answers are whole."""
     for slot, token in zip(slots, tokens, strict=True):
         row = batch.rows[slot]
+        if row is None:
+            continue
         stopped = token in stop_ids
         if not stopped:
             yield row.number, token
@@ -196,100 +203,32 @@ def finish_rows(batch, slots, tokens, stop_ids):
             yield row.number, None
 
 
-# ---- one step of the model -----------------------------------------------------------------------
-
-def prefill(model, prompts, tiles, cache, slots):
-    """Run prompts as one pack and fill these slots of the cache (n_layers, 2, S, K, places, D).
-
-    prompts: lists of token ids; tiles: uint8 (N, 3, s, s) or None for each. Returns the logits
-    (len(slots), V) of their last tokens.
-    """
-    device = cache.device
-    lengths = [len(prompt) for prompt in prompts]
-    tokens = torch.tensor(list(itertools.chain(*prompts)), device=device)  # (T,)
-    slot_of = torch.tensor(slots).repeat_interleave(torch.tensor(lengths)).to(device)  # (T,)
-    positions = torch.cat([torch.arange(n) for n in lengths]).to(device)  # (T,)
-    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-    attend_packed = packed(cu_seqlens)
-
-    def attend(kept, q, k, v):
-        kept[:, slot_of, :, positions] = torch.stack([k, v], 1)  # (T, 2, K, D)
-        return attend_packed(q, k, v)
-
-    pictures = [t for t in tiles if t is not None]
-    h = model.embed(tokens, torch.cat(pictures).to(device) if pictures else None)
-    last_rows = (cu_seqlens[1:] - 1).to(device)
-    h = model.language_model.hidden(h, positions, attend, cache, last_rows)
-    return model.language_model.head(h)
-
-
-def decode_step(model, tokens, positions, cache, length):
-    """Run one token of each row, tokens (S,) at positions (S,), and fill the cache with it.
-
-    Attention looks at the first `length` places of the cache. Returns logits (S, V).
-    """
-    device = cache.device
-    positions = positions.to(device)
-    rows = torch.arange(len(positions), device=device)
-    beyond = torch.arange(length, device=device) > positions[:, None]  # (S, L)
-    # made once, not in each block: 0 for the places to look at, else -inf
-    mask = torch.zeros_like(beyond, dtype=cache.dtype).masked_fill_(beyond, float("-inf"))
-    mask = mask[:, None, None]  # (S, 1, 1, L)
-
-    def attend(kept, q, k, v):  # q (S, H, D), k and v (S, K, D)
-        kept[:, rows, :, positions] = torch.stack([k, v], 1)  # (S, 2, K, D)
-        # the H/K query heads that share a key head stand where a sequence of queries would
-        q = q.unflatten(1, (k.shape[1], -1))  # (S, K, H/K, D)
-        keys, values = kept[:, :, :, :length]  # (S, K, L, D) each
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
-        return out.flatten(1, 2)  # (S, H, D)
-
-    h = model.language_model.embed(tokens)
-    h = model.language_model.hidden(h, positions, attend, cache)
-    return model.language_model.head(h)
-
-
-def graph_step(model, batch, positions, length):
-    """decode_step of a Batch as a CUDA graph: one launch instead of some hundreds.
-
-    A graph is captured once per GRAPH_TOKENS of length and kept in batch.graphs: it belongs to the
-    tensors of this batch. Not run on a GPU yet.
-    """
-    graphs = batch.graphs
-    length = min(GRAPH_TOKENS * math.ceil(length / GRAPH_TOKENS), batch.cache.shape[-2])
-    if "positions" not in graphs:
-        graphs["positions"] = torch.zeros_like(batch.tokens)
-        graphs["pool"] = torch.cuda.graph_pool_handle()
-    where = graphs["positions"].copy_(positions)
-    if length not in graphs:
-        # Lazy set-up has to happen outside of the graph. The step can run twice: it writes the
-        # same into the cache.
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            decode_step(model, batch.tokens, where, batch.cache, length)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=graphs["pool"]):
-            logits = decode_step(model, batch.tokens, where, batch.cache, length)
-        graphs[length] = graph, logits
-    graph, logits = graphs[length]
-    graph.replay()
-    return logits
-
-
 # ---- sampling ------------------------------------------------------------------------------------
 
 def choose_tokens(model, logits, rows, settings):
-    """logits (S, V) of these rows -> their next token ids (S,). ValueError if any is NaN or inf."""
-    if not logits.sum(dtype=torch.float32).isfinite():  # any NaN or infinity gets into the sum
-        raise ValueError(f"{getattr(model, 'folder', 'the model')}: its logits are not finite; are "
-                         "its weights damaged, or is --dtype too narrow for them?")
+    """logits (S, V) of these rows -> (their next token ids (S,), whether all logits are finite).
+
+    Both stay on the device, where read_tokens reads them. A row may be None, in a free slot.
+    """
+    finite = logits.sum(dtype=torch.float32).isfinite()  # any NaN or infinity gets into the sum
     logits[:, model.image_token_id] = float("-inf")  # a placeholder is never an answer
     if settings.temperature == 0:
-        return logits.argmax(-1)
-    noise = torch.cat([torch.rand(1, generator=row.noise) for row in rows]).to(logits.device)
-    return sample(logits, settings.temperature, settings.top_p, settings.top_k, noise)
+        return logits.argmax(-1), finite
+    noise = [torch.rand(1, generator=row.noise) if row else torch.zeros(1) for row in rows]
+    noise = without_waiting(torch.cat(noise), logits.device)
+    return sample(logits, settings.temperature, settings.top_p, settings.top_k, noise), finite
+
+
+def read_tokens(model, tokens, finite):
+    """What choose_tokens returned -> a list of token ids. ValueError if logits were not finite.
+
+    This is where a step waits for the GPU, once.
+    """
+    *tokens, finite = torch.cat([tokens, finite[None]]).tolist()
+    if not finite:
+        raise ValueError(f"{getattr(model, 'folder', 'the model')}: its logits are not finite; are "
+                         "its weights damaged, or is --dtype too narrow for them?")
+    return tokens
 
 
 def sample(logits, temperature, top_p, top_k, noise):

@@ -158,3 +158,13 @@ def test_logits_that_are_not_finite_are_an_error_in_prefill_and_in_each_step(val
         ):
             said.append(one)
     assert said == fine[0][: len(said)] and token not in fine[0][: len(said) - 1]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_choosing_tokens_reads_nothing_from_the_device(temperature):
+    """A step waits for a GPU once, in read_tokens. A tensor on the meta device cannot be read."""
+    logits = torch.empty(2, 320, device="meta")
+    row = G.Row(0, position=3, end=9, noise=torch.Generator().manual_seed(0))
+    settings = Decoding(5, set(), temperature, top_p=0.9, top_k=7)
+    tokens, finite = G.choose_tokens(tiny(), logits, [row, None], settings)
+    assert tokens.shape == (2,) and finite.shape == ()

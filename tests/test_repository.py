@@ -55,6 +55,7 @@ model_config
 training/metadata
 model_files
 weights
+decoding
 generate
 training/distributed
 training/prefetch
