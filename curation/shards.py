@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 from curation.rows import row_problem
 from data import TOY_TOKENIZER
-from evals.endpoint import IMAGE_TYPES, reply_key
+from evals.endpoint import reply_key
 from inputs import files
-from inputs.images import IMAGE_SUFFIXES
+from inputs.images import IMAGE_SUFFIXES, image_type
 from inputs.picture_names import image_names
 from inputs.records import UNREADABLE, Source, read_place, read_record, record_pictures, tar_record
 from inputs.sources import expand_paths, open_sources
@@ -113,7 +113,7 @@ def find_row_shards(name, path, shard_size):
     shards = []
     for source in open_sources(spec, index_tokenizer(), "sailvl-chat"):
         if source.is_tar:  # an entry of a meta file
-            shards.append(InputShard(source.name, source.path, source.name))
+            shards.append(InputShard(source.name, source.lines, source.name))
             continue
         n_rows = len(source.rows)
         for k, start in enumerate(range(0, n_rows, shard_size)):
@@ -320,4 +320,4 @@ def picture_suffix(name, content):
     suffix = os.path.splitext(name)[1].lower()
     if suffix in IMAGE_SUFFIXES:
         return suffix
-    return f".{IMAGE_TYPES.get(content[:2], 'jpeg')}"
+    return f".{image_type(content)}"

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from evals.chat_request import send, token_counts
 from inputs.files import naming, printable, read_jsonl
+from inputs.images import image_type
 
 # Temperatures that are tried until a reply is valid. VLMEvalKit raises it by 0.5 each time too.
 ATTEMPTS = (0.0, 0.5, 1.0)
@@ -40,9 +41,6 @@ PATIENCE = 900
 REFUSED = (400, 413, 415, 422)
 # HTTP statuses below 500 after which it helps to ask again.
 ASK_AGAIN = (408, 409, 429)
-# Type of a picture file by its first two bytes.
-IMAGE_TYPES = {
-    b"\xff\xd8": "jpeg", b"\x89P": "png", b"RI": "webp", b"GI": "gif", b"BM": "bmp"}
 
 HOW_TO_ASK = ("give http://.../v1 and a model: --judge and --judge_model=NAME; curate.py: "
               "--endpoint and --endpoint_model=NAME")
@@ -285,7 +283,7 @@ def chat_address(url):
 
 def image_part(image):
     """The bytes of a picture file -> its part of a message."""
-    kind = IMAGE_TYPES.get(image[:2], "jpeg")
+    kind = image_type(image)
     uri = f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
     return {"type": "image_url", "image_url": {"url": uri}}
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from inputs.dialogue import conversation
 from inputs.files import printable
 from inputs.images import load_image
 from inputs.index import indexes_of
@@ -14,6 +15,9 @@ from inputs.patience import read_patiently
 from inputs.picture_names import image_names, is_inline
 from inputs.records import UNREADABLE
 from inputs.sources import source_notes
+
+# From so many on a row has many questions about its picture.
+MANY_QUESTIONS = 3
 
 
 def check_sources(sources):
@@ -25,10 +29,16 @@ def check_sources(sources):
     n_bad = 0
     for source in sources:
         reasons = {row["row"]: row["reason"] for row in source.meta["bad"]}
-        reasons |= check_images(source)
+        questions = []
+        reasons |= check_images(source, questions)
         bad = sorted(reasons)
         for i, where in zip(bad, row_places(source, bad), strict=True):
             print(f"{source.path}: {where}: {reasons[i]}")
+        n_many = sum(n >= MANY_QUESTIONS for n in questions)
+        if n_many > len(questions) / 2:
+            print(f"{source.path}: {n_many:,} of {len(questions):,} rows with a picture have "
+                  f"{MANY_QUESTIONS} or more questions about it; where later questions give away "
+                  "the answers of earlier ones, write each as a row of its own")
         n_rows += len(source.rows)
         n_bad += len(bad)
     for line in source_notes(sources):
@@ -39,9 +49,10 @@ def check_sources(sources):
     return n_bad
 
 
-def check_images(source):
+def check_images(source, questions):
     """{row: reason} of rows with an image that cannot be decoded, read on all cores.
 
+    questions: a list that gets the number of questions of each row with one picture.
     Indexes that have another size of an image are said, and removed: they are made again.
     """
     reasons = {}
@@ -52,7 +63,7 @@ def check_images(source):
         title = f"{source.path.name}, 500 rows a step"
         for start in tqdm(range(0, len(rows), 500), title, leave=False):
             some = rows[start:start + 500]
-            found = pool.map(lambda i: image_problem(source, i, indexes, stale), some)
+            found = pool.map(lambda i: image_problem(source, i, indexes, stale, questions), some)
             reasons |= {i: reason for i, reason in zip(some, found, strict=True) if reason}
     for folder, names in stale.items():
         print(f"{source.path}: {len(names)} pictures changed since they were measured "
@@ -60,10 +71,11 @@ def check_images(source):
     return reasons
 
 
-def image_problem(source, i, indexes, stale):
+def image_problem(source, i, indexes, stale, questions):
     """What is wrong with the images of row i, or None.
 
-    stale: {folder of an index: names of images} gets those that have another size there.
+    stale: {folder of an index: names of images} gets those that have another size there;
+    questions: see check_images.
     """
     where = "its row"
     try:
@@ -78,6 +90,8 @@ def image_problem(source, i, indexes, stale):
             for index in indexes:
                 if not has_size(index, i, k, size):
                     stale.setdefault(index.index, set()).add(name)
+        if source.rows[i]["n_images"] == 1:
+            questions.append(len(conversation(row)[1]))
     except UNREADABLE as e:
         return f"{where}: {e}; mend the file or remove the row"
     return None

@@ -26,6 +26,14 @@ MEDIA_SUFFIXES = (".tif", ".tiff", ".avif", ".heic", ".heif", ".jfif", ".jpe", "
                   ".ogg")
 # Nothing else is even tried. Pillow opens MPO as JPEG.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+# Type of a picture file by its first two bytes.
+IMAGE_TYPES = {
+    b"\xff\xd8": "jpeg",
+    b"\x89P": "png",
+    b"RI": "webp",
+    b"GI": "gif",
+    b"BM": "bmp",
+}
 # A larger picture is refused before it is decoded. Pillow's own limit is looser and only warns.
 MAX_PIXELS = 64_000_000
 Image.MAX_IMAGE_PIXELS = None
@@ -110,6 +118,11 @@ def load_image(source):
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def image_type(content):
+    """The type of a picture file, as text, by its bytes; "jpeg" where they say nothing."""
+    return IMAGE_TYPES.get(content[:2], "jpeg")
 
 
 def image_size(source):

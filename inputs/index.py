@@ -35,6 +35,7 @@ from inputs.folders import folder_files, folder_rows
 from inputs.images import IMAGE_SUFFIXES
 from inputs.locks import take_lock
 from inputs.measure import measure_all, measure_row
+from inputs.parquet import converted_parquet
 from inputs.patience import is_passing
 from inputs.picture_names import image_names
 from inputs.records import (
@@ -49,7 +50,7 @@ from inputs.records import (
 )
 from inputs.tars import MAX_BYTES, open_tar, tar_key, tar_members
 
-COMPRESSED = (".gz", ".tgz", ".zst", ".xz", ".bz2", ".zip", ".lz4", ".parquet", ".arrow")
+COMPRESSED = (".gz", ".tgz", ".zst", ".xz", ".bz2", ".zip", ".lz4", ".arrow")
 # Rises when rows are read in another way, so that older indexes are not believed.
 READING_RULES = 6
 # Pictures of a source whose files are looked at when it is opened.
@@ -76,9 +77,15 @@ def open_source(path, tokenizer, template, name="", root=None, sha256=""):
         raise ValueError(f"{path} is compressed, and rows are read by their place in a file; "
                          "unpack it")
     root = Path(root or (path if path.is_dir() else path.parent))
-    index = index_name(path, root, tokenizer, template, sha256)
-    places = [path.parent / index, INDEX_HOME / index]
-    sources = [Source(name or path.stem, path, root, place, sha256=sha256) for place in places]
+    homes = [path.parent, INDEX_HOME]
+    converted = None
+    if path.suffix.lower() == ".parquet" and path.is_file():
+        converted = converted_parquet(path, root, homes)
+    index = index_name(path, root, tokenizer, template, sha256, converted)
+    sources = []
+    for home in homes:
+        sources.append(Source(name or path.stem, path, root, home / index, sha256=sha256,
+                              converted=converted))
     for source in sources:
         if not index_problem(source, tokenizer, template):
             break
@@ -88,13 +95,15 @@ def open_source(path, tokenizer, template, name="", root=None, sha256=""):
     return source
 
 
-def index_name(path, root, tokenizer, template, sha256):
+def index_name(path, root, tokenizer, template, sha256, converted=None):
     """The name of a source's index: a hash of the source, then one of how its rows are read."""
     here = path.resolve()
     source = [str(here), str(root.resolve()), sha256]
     files = [(str(here), here.stat())]
     if here.is_dir():
         files = folder_files(here, collections.Counter())
+    if converted:
+        files.append((str(converted), converted.stat()))
     for file, known in files:
         if stat.S_ISREG(known.st_mode):
             source.append([file, known.st_size, known.st_mtime_ns])
@@ -267,7 +276,7 @@ def build_index(source, tokenizer, template, locked):
             building.add(found)
             bar.update(len(found.rows))
         meta = building.finish(source.index)
-    if draft.lines != source.path:
+    if draft.lines.parent == draft.index:
         meta["files"][draft.lines.name] = file_crc(draft.lines)
         os.replace(draft.lines, source.lines)
     meta["unread"] = dict(unread)
@@ -285,7 +294,7 @@ def find_records(source, unread):
     unread: a Counter of the files that are not read, by their suffix.
     """
     if source.is_tar:
-        yield from tar_records(source.path, unread)
+        yield from tar_records(source.lines, unread)
         return
     if source.lines != source.path:
         if source.path.is_dir():

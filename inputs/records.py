@@ -109,6 +109,7 @@ class Source:
     weight: float = 0.0     # share of the samples, 0: by its length
     sha256: str = ""        # of the annotation file, checked when the index is built
     meta: dict = field(default_factory=dict)  # unreadable rows, digest and more, from meta.json
+    converted: Path | None = None  # the tar with the rows of a parquet file
     notes: list = field(default_factory=list)  # what its entry in a meta file says in vain
 
     @property
@@ -125,15 +126,17 @@ class Source:
 
     @property
     def is_tar(self):
-        return self.path.suffix.lower() == ".tar"
+        return (self.converted or self.path).suffix.lower() == ".tar"
 
     @property
     def lines(self):
         """The file that holds the rows.
 
         The rows of a folder, and of the formats in ROW_READERS, are written as lines beside the
-        index.
+        index. Those of a parquet file are in its tar.
         """
+        if self.converted:
+            return self.converted
         if self.path.is_dir() or self.path.suffix.lower() in ROW_READERS:
             return self.index / "rows.jsonl"
         return self.path

@@ -28,8 +28,8 @@ META_MOST = {"max_dynamic_patch": MAX_TILES, "repeat_time": 1e6, "weight": 1e12,
 def open_sources(spec, tokenizer, template):
     """Sources of `--data`: comma-separated `path` or `name=path`.
 
-    A path may be .jsonl, .json (LLaVA's array or InternVL's meta file), .tar, a folder of captioned
-    images, or a pattern with `*` or `{000..012}`. Builds the indexes that are missing.
+    A path may be .jsonl, .json (an array of rows or InternVL's meta file), .tar, .parquet, a folder
+    of captioned images, or a pattern with `*` or `{000..012}`. Builds the indexes that are missing.
     """
     if template not in TEMPLATES:
         raise ValueError(f"--template={template}: unknown, choose from {', '.join(TEMPLATES)}")
@@ -46,7 +46,8 @@ def open_sources(spec, tokenizer, template):
         else:
             sources.append(open_source(path, tokenizer, template, name))
     if not sources:
-        raise ValueError("no data: give --data=PATH (.jsonl, .json, .tar, a folder, or a pattern)")
+        raise ValueError("no data: give --data=PATH (.jsonl, .json, .tar, .parquet, a folder, or a "
+                         "pattern)")
     return sources
 
 

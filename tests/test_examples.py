@@ -25,6 +25,8 @@ FORMATS = [
     "trl.jsonl",
     "sharegpt.json",
     "base64.jsonl",
+    "texts.parquet",
+    "question.parquet",
     "captions-{00000..00000}.tar",
     "folder",
 ]
@@ -34,6 +36,8 @@ FORMATS = [
 def test_eight_samples_of_each_format_are_checked_shown_drawn_and_trained_on(
     name, tmp_path, monkeypatch, capsys
 ):
+    if name.endswith(".parquet"):
+        pytest.importorskip("pyarrow")
     shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns(".*"))
     file = str(tmp_path / "examples" / name)
     assert data.check_files([file]) == 0 and "8 rows, 8 good, 0 bad" in capsys.readouterr().out
@@ -58,6 +62,24 @@ def test_eight_samples_of_each_format_are_checked_shown_drawn_and_trained_on(
     assert len(rows) == 2 and sums["records"] == sums["used"] >= 8
     assert 0 < rows[0]["fill"] <= 1 <= rows[0]["straggler"]
     assert sums["quarantined"] == {"in the index": 0, "in training": 0} and sums["dropped"] == {}
+
+
+def test_the_documentation_lists_each_format_with_its_example():
+    table = re.findall(r"^\| `examples/(.*?)` \|", (ROOT / "docs/data.md").read_text(), re.M)
+    assert sorted(table) == sorted(FORMATS)
+
+
+def test_check_has_a_hint_where_most_rows_ask_much_about_one_picture(tmp_path, capsys):
+    (tmp_path / "a.png").write_bytes(picture())
+    turns = talk("Is it a circle?", "No.")["conversations"]
+    many = talk(image="a.png") | {"conversations": turns * 3}
+    two = talk(image="a.png") | {"conversations": turns * 2}
+    hint = "2 of 3 rows with a picture have 3 or more questions about it"
+    assert data.check_files([write_rows(tmp_path, [many, many, two], "a.jsonl")]) == 0
+    assert hint in capsys.readouterr().out
+    rows = [many, two, two | {"image": ["a.png", "a.png"]}, talk() | {"conversations": turns * 9}]
+    assert data.check_files([write_rows(tmp_path, rows, "b.jsonl")]) == 0
+    assert "questions about it" not in capsys.readouterr().out
 
 
 def test_a_page_shows_markup_of_the_data_as_text(tmp_path):

@@ -37,6 +37,7 @@ inputs/picture_names
 inputs/chat
 inputs/tars
 inputs/records
+inputs/parquet
 inputs/folders
 inputs/measure
 inputs/building
@@ -100,7 +101,7 @@ MAY_IMPORT_TRAIN = ("sft", "bench/")
 
 RUN_TIME = {"torch", "numpy", "PIL", "tiktoken", "safetensors", "tqdm"}
 # imported only where they are used, with a message that says what to install
-WHEN_INSTALLED = {"matplotlib", "triton", "wandb"}
+WHEN_INSTALLED = {"matplotlib", "pyarrow", "triton", "wandb"}
 PEERS_OF_BENCH = {"transformers", "flash_attn", "flash_attn_interface"}
 
 
