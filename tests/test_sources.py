@@ -17,7 +17,7 @@ from rows import (
 )
 
 import data
-from inputs import chat, index, sources, tars
+from inputs import dialogue, index, sources, tars
 
 
 def test_every_source_format_gives_the_same_documents(tmp_path):
@@ -79,7 +79,7 @@ def test_a_folder_of_captioned_pictures_and_a_brace_pattern_of_tars_are_read(tmp
                 tar.addfile(member, io.BytesIO(content))
     opened = sources_of(f"{tmp_path}/f,{tmp_path}/s-{{000..002}}.tar")
     assert len(opened) == 4 and sum(len(s.rows) for s in opened) == 4
-    assert chat.conversation(opened[0].row(0))[1] == [(chat.CAPTION_PROMPT, "a red square")]
+    assert dialogue.conversation(opened[0].row(0))[1] == [(dialogue.CAPTION_PROMPT, "a red square")]
 
 
 def test_the_index_is_rebuilt_when_the_file_changes(tmp_path):
