@@ -13,7 +13,7 @@ import train
     "script, config, parameters, samples, flops, memory",
     [  # per stage; FLOPs as in test_model
         (train, "pretrain_2b", 2_089_762_304, 2048, (17.1308, 27.2837), (4.30, 8.56)),
-        (train, "pretrain_8b", 7_947_169_280, 2048, (61.7089, 71.8918), (2.03, 2.57)),
+        (train, "pretrain_8b", 7_947_169_280, 2048, (61.7089, 71.8918), (16.3, 20.5)),
         (sft, "sft_2b", 2_089_762_304, 512, (32.7399,) * 3, (33.4,) * 3),
         (sft, "sft_8b", 7_947_169_280, 512, (98.8287,) * 3, (15.9,) * 3),
     ],

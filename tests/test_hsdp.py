@@ -8,12 +8,15 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from test_survival import NODES
-from test_train import argv, log, run
+from test_train import TINY, argv, log, run
 from zygote import Zygote
 
 import train
+from configurator import configure
+from model import VLM
 from toy import __main__ as toy
 from training import checkpoint, distributed
+from training.traffic import traffic_plan
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -85,7 +88,9 @@ calls = []
 def spy(name, what):
     original = getattr(td, name)
     def call(*args, **settings):
-        calls.append((what, td.get_world_size(settings.get("group"))))
+        tensors = [x for x in (*args, *settings.values()) if hasattr(x, "nbytes")]
+        n = td.get_world_size(settings.get("group"))
+        calls.append((what, n, max(x.nbytes for x in tensors)))
         return original(*args, **settings)
     setattr(td, name, call)
 names = {"all_reduce": "sum",
@@ -95,7 +100,7 @@ for name in names.keys() & vars(td).keys():  # PyTorch 2.13 has new names for tw
     spy(name, names[name])
 note = distributed.set_gradient_sync
 def marked(model, on):
-    calls.append(("micro-batch", on))
+    calls.append(("micro-batch", on, 0))
     note(model, on)
 distributed.set_gradient_sync = marked
 clip = optim.clip_grad_norm
@@ -110,23 +115,35 @@ optim.clip_grad_norm = stop
 
 
 def test_nodes_sum_gradients_once_a_step_and_gather_nothing_from_one_another(
-    zygote, shards, tmp_path
+    zygote, shards, tmp_path, monkeypatch
 ):
-    more = ["--parallel=hsdp", "--grad_accum_steps=3", *TWO_LAYERS]
+    more = ["--parallel=hsdp", "--grad_accum_steps=3", "--dtype=bfloat16", *TWO_LAYERS]
     code = SPY + f"OUT = {str(tmp_path / 'calls.json')!r}"
     start(zygote, tmp_path / "r", shards, more, code=code, steps=1)
     micro = []
-    for name, about in json.loads((tmp_path / "calls.json").read_text()):
+    moved = {"sum": 0, "scatter": 0, "gather": 0}
+    for name, about, nbytes in json.loads((tmp_path / "calls.json").read_text()):
         if name == "micro-batch":
             micro.append({"last": about, "sum": 0, "scatter": 0, "gather": 0})
         elif name != "sum" or about == 2:  # the loop itself sums numbers over all ranks
             micro[-1][name] += 1
+            moved[name] += nbytes
             assert about == 2, f"{name} over {about} ranks"
     units = 4  # two blocks, the ViT, all the rest
     assert [m["last"] for m in micro] == [False, False, True]
     assert [m["scatter"] for m in micro] == [units] * 3
     assert [m["sum"] for m in micro] == [0, 0, units]
     assert all(m["gather"] >= units for m in micro)
+
+    # --dry_run counts the same bytes: of 2 ranks that share each sends half, as of 2 nodes
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    cfg = train.Config()
+    configure(cfg, [flag for flag in TINY + TWO_LAYERS if "threads" not in flag])
+    with torch.device("meta"):
+        plan = traffic_plan("hsdp", VLM(cfg.vision, cfg.llm, 0), 4)
+    assert plan.step_between == pytest.approx(moved["sum"], rel=0.02)
+    assert 3 * plan.pack_inside == pytest.approx(
+        (moved["scatter"] + moved["gather"]) / 2, rel=0.02)
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------

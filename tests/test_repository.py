@@ -82,6 +82,7 @@ training/run_folder
 training/adapter
 training/result
 training/memory
+training/traffic
 training/dry_run
 train
 sft

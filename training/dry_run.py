@@ -7,6 +7,7 @@ from training.distributed import check_nodes
 from training.flops import train_flops
 from training.memory import SUPERVISED, TILES, TOKENS, fullest_tiles, memory_plan
 from training.optim import print_stage_table, set_trained_parts
+from training.traffic import traffic_plan
 
 GPU_TFLOPS = 989  # of an H100, dense bf16; see PEAK_TFLOPS of metrics.py
 
@@ -50,6 +51,7 @@ def print_stage_plan(cfg, name, stage, vision, llm, world):
     step_tokens = samples * tokens
     days = stage.steps * flops / world / (cfg.mfu_assumed * GPU_TFLOPS * 1e12) / 86400
 
+    forward = samples * train_flops(vision, llm, tiles, [tokens], SUPERVISED, (False,) * 3)
     memory = memory_plan(cfg, model, trained, world)
     most_tiles = fullest_tiles(cfg, vision)
     checkpointing = cfg.activation_checkpointing
@@ -64,5 +66,21 @@ def print_stage_plan(cfg, name, stage, vision, llm, world):
           f"PyTorch reserves up to {memory.reserved / 1e9:.1f} GB")
     if cfg.compile == "off":
         print("    without --compile the activations take up to half as much again")
+    if world > 1:
+        print_traffic(cfg, traffic_plan(cfg.parallel, model, world), flops / world,
+                      forward / world)
     print(f"    {days:.3g} days at {100 * cfg.mfu_assumed:.0f} % of {GPU_TFLOPS} TFLOP/s")
     return days
+
+
+def print_traffic(cfg, traffic, flops, forward):
+    """Print what a GPU sends, and when it is hidden. FLOPs of a step of a GPU, and its forward."""
+    packs = cfg.grad_accum_steps
+    pack_seconds = flops / packs / (cfg.mfu_assumed * GPU_TFLOPS * 1e12)
+    backward_seconds = pack_seconds * (flops - forward) / flops
+    places = ("inside its node", "to other nodes")
+    sent = traffic.of_step(packs)
+    speeds = traffic.speeds(pack_seconds, backward_seconds)
+    parts = [f"{size / 1e9:.3g} GB {place} (no wait from {speed / 1e9:.3g} GB/s on)"
+             for place, size, speed in zip(places, sent, speeds, strict=True) if size]
+    print(f"    a GPU sends in a step: {', '.join(parts)}")
