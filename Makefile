@@ -35,6 +35,6 @@ lint: $(VENV)/dev.done ; $(BIN)/python -m ruff check .
 
 # speed beside other programs: on a CPU (half an hour), on a GPU (ten minutes)
 bench: $(VENV)/dev.done ; bash runs/bench_cpu.sh
-gpu: ; bash runs/bench_gpu.sh
+gpu: ; $(BIN)/python -m bench.gpu
 # the CUDA path without a GPU: memory, graphs, kernels of every recipe (installs 5 GB of wheels)
 nogpu: ; bash runs/nogpu.sh

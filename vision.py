@@ -284,7 +284,7 @@ def vit_flops(vision, n_tiles, trained):
     trained_blocks = vision.n_layers - frozen
     mlp = 3 if vision.kind == "aimv2" else 2  # matrices of its MLP
     matmuls = 2 * L * (4 * C * C + mlp * C * vision.ffn_dim)  # of a block: qkv and proj, the MLP
-    scores = 4 * L * L * C
+    scores = tile_scores(vision)
     adapters = 2 * L * rank * (6 * C + mlp * (C + vision.ffn_dim))  # of inputs and outputs
     patch_embedding = 2 * 3 * vision.patch_size**2 * C * vision.n_patches
 
@@ -299,6 +299,11 @@ def vit_flops(vision, n_tiles, trained):
     if trained.vision and not rank and not frozen:
         flops += patch_embedding  # gradient of its weight
     return n_tiles * flops
+
+
+def tile_scores(vision):
+    """FLOPs of the attention of one block to one tile, forward; backward they are twice that."""
+    return 4 * vision.rows_per_tile**2 * vision.dim
 
 
 def projector_flops(vision, llm_dim, n_tiles, train_vit, train_projector):

@@ -98,14 +98,17 @@ def describe_machine(device):
     return f"{name}, {torch.get_num_threads()} CPU threads, {', '.join(versions)}"
 
 
-def print_table(rows, device):
-    """The machine, a markdown table and, on the last line, the rows as JSON."""
-    print(f"\n{describe_machine(device)}\n")
-    # every column that some row has, in the order of their first use
+def markdown_table(rows):
+    """Rows {column: value} as text, with every column that some row has, in order of first use."""
     columns = list(dict.fromkeys(itertools.chain(*rows)))
     lines = [columns, ["---"] * len(columns)]
     for row in rows:
         lines.append([format_cell(row.get(column, "")) for column in columns])
-    for line in lines:
-        print(f"| {' | '.join(line)} |")
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def print_table(rows, device):
+    """The machine, a markdown table and, on the last line, the rows as JSON."""
+    print(f"\n{describe_machine(device)}\n")
+    print(markdown_table(rows))
     print(json.dumps(rows))

@@ -35,8 +35,7 @@ def train_flops(vision, llm, n_tiles, lengths, n_supervised, trained=(True, True
 def llm_flops(llm, lengths, n_supervised, trained):
     """Those of the decoder and the head."""
     tokens = sum(lengths)
-    pairs = sum(n * (n + 1) // 2 for n in lengths)  # causal: a token sees itself and those before
-    scores = 4 * llm.n_heads * llm.head_dim * pairs
+    scores = document_scores(llm, lengths)
     rank = trained.llm_rank
     frozen, to_the_bottom = gradients_pass(llm, trained)
     flops = 0
@@ -62,6 +61,12 @@ def llm_flops(llm, lengths, n_supervised, trained):
     if trained.llm and not rank and not (frozen and llm.tie_embeddings):
         flops += head  # gradient of its weight
     return flops
+
+
+def document_scores(llm, lengths):
+    """FLOPs of the attention of one block to these documents, forward; backward twice that."""
+    pairs = sum(n * (n + 1) // 2 for n in lengths)  # causal: a token sees itself and those before
+    return 4 * llm.n_heads * llm.head_dim * pairs
 
 
 def gradients_pass(llm, trained):

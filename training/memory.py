@@ -18,8 +18,9 @@ TILES = 7
 SUPERVISED = 192
 
 # The most that PyTorch's allocator has reserved beyond the peak, of all recipes (`make nogpu`):
-# pieces of freed blocks that fit nothing. FSDP takes and frees whole weights all the time.
-FRAGMENTS = {"ddp": 0.08, "fsdp": 0.15}
+# pieces of freed blocks that fit nothing. FSDP takes and frees whole weights all the time, full
+# checkpointing whole blocks.
+FRAGMENTS = {"ddp": 0.08, "fsdp": 0.15, "full": 0.15}
 
 
 @dataclass
@@ -67,6 +68,18 @@ def llm_row_bytes(llm, trains, sharded, checkpointing):
     if llm.qwen3:
         kept += 4 * (H + K)  # of the norms of queries and keys; not measured
     return kept, gate_and_up + product
+
+
+def recomputed_row_bytes(llm, rank):
+    """What a block of the language model holds for each token in its backward pass if all of it is
+    computed again: tensors as wide as the MLP, and ten of width C.
+
+    With adapters there are six of the forward and five of the backward pass, read off the
+    allocator's history at 2B and 8B. Without them the product of an adapter falls away each time;
+    that is not measured.
+    """
+    wide = 11 if rank else 6
+    return 2 * wide * llm.ffn_dim + 20 * llm.dim
 
 
 def vit_row_bytes(vision, sharded, checkpointing):
@@ -146,7 +159,8 @@ def supervised_rows(tokens):
 def head_bytes(llm, tokens, trains, sharded):
     """What the head needs beside the activations while it makes its gradients."""
     rows = supervised_rows(tokens)
-    chunk = min(rows, rows_at_once(llm.vocab_size))
+    # Its logits are those of a chunk, which a pack of short documents fills.
+    chunk = min(tokens, rows_at_once(llm.vocab_size))
     table = llm.vocab_size * llm.dim
     needed = 2 * chunk * llm.vocab_size + 2 * rows * llm.dim  # logits; gradient of its input
     if trains:
@@ -207,10 +221,15 @@ def memory_plan(cfg, model, trained, world):
     head_trains = model.language_model.lm_head.weight.requires_grad
     at_head = head_bytes(model.llm, cfg.tokens_per_pack, head_trains, sharded)
     in_block = 4 * cfg.tokens_per_pack * model.llm.ffn_dim
+    fragments = FRAGMENTS["ddp"]
+    if cfg.activation_checkpointing == "full":
+        in_block = cfg.tokens_per_pack * recomputed_row_bytes(model.llm, trained.llm_rank)
+        fragments = FRAGMENTS["full"]
     if sharded:
         state /= shards
         copies = gathered_bytes(model)
         in_block += 2 * block_size(model)
+        fragments = FRAGMENTS["fsdp"]
     else:
         copies = weight_copy_bytes(model)
     return MemoryPlan(
@@ -218,5 +237,5 @@ def memory_plan(cfg, model, trained, world):
         copies=copies,
         activations=activation_bytes(cfg, model, trained, sharded),
         work=max(at_head, in_block),
-        fragments=FRAGMENTS["fsdp" if sharded else "ddp"],
+        fragments=fragments,
     )

@@ -217,7 +217,8 @@ def main():
             stage = row["stage"]
             faults += [f"{stage}: {text}"
                        for text in stage_faults(row, held.get(stage), allowed)]
-            held[stage] = {"kernels": row["kernels"], "allocated": round(row["allocated"], 2)}
+            held[stage] = {"kernels": row["kernels"], "allocated": round(row["allocated"], 2),
+                           "compiled_gb": round(row["compiled_gb"], 1)}
     for name in OTHERS:
         if name in names:
             faults += run_other(name, args.out)

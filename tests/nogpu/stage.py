@@ -16,7 +16,9 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent.parent)]
 import card  # noqa: E402
 import torch  # noqa: E402
+import torch._inductor.config as inductor_config  # noqa: E402
 from torch._dynamo.utils import counters  # noqa: E402
+from torch._inductor.runtime.triton_heuristics import CachingAutotuner  # noqa: E402
 
 import model as model_file  # noqa: E402
 import train  # noqa: E402
@@ -79,6 +81,7 @@ class Measured:
     model = None  # on the meta device, of the right sizes
     cfg = None
     marks = []  # for each forward pass: counts since the one before, graphs, collectives so far
+    compiled_bytes = 0  # that Inductor's kernels have read and written since the last mark
 
 
 def measured_packs(real_loader):
@@ -102,20 +105,43 @@ def mark_forward_passes():
 
     def marked(self, *args, **settings):
         graphs = counters["stats"]["unique_graphs"]
-        Measured.marks.append((card.counts(), graphs, dict(card.collectives)))
+        found = card.counts() | {"compiled bytes": Measured.compiled_bytes}
+        Measured.compiled_bytes = 0
+        Measured.marks.append((found, graphs, dict(card.collectives)))
         card.watch_syncs(MICRO < len(Measured.marks) <= 2 * MICRO)
         return forward(self, *args, **settings)
 
     model_file.VLM.forward = marked
 
 
+def count_compiled_bytes():
+    """Inductor writes beside each kernel what it reads and writes, for the sizes of the first pack.
+
+    That pack is the fullest.
+    """
+    inductor_config.benchmark_kernel = True  # else it does not write it
+    run = CachingAutotuner.run
+
+    def counted(self, *args, **settings):
+        Measured.compiled_bytes += int(1e9 * self.inductor_meta.get("kernel_num_gb", 0))
+        return run(self, *args, **settings)
+
+    CachingAutotuner.run = counted
+
+
+def skip(owner, name):
+    """Let a function of the program do nothing. AttributeError if there is none of this name."""
+    getattr(owner, name)
+    setattr(owner, name, lambda *_: None)
+
+
 def skip_weights():
     """Weights are not drawn, not checked and not written, and need no disk."""
-    train.run_folder.check_disk = lambda *_: None
-    train.start_weights = lambda *_: None
-    train.write_result = lambda *_: None
-    distributed.full_state = lambda _: {}
-    checkpoint.Saver.check = lambda *_: None
+    skip(train.run_folder, "check_disk")
+    skip(train, "start_weights")
+    skip(train, "write_result")
+    skip(distributed, "full_state")
+    skip(checkpoint.Saver, "check")
 
 
 def measure_stages():
@@ -163,6 +189,7 @@ def summary(plan):
         "planned_allocated": plan.allocated / 1e9,
         "planned_reserved": plan.reserved / 1e9,
         "kernels": card.kernels(pack),
+        "compiled_gb": pack["compiled bytes"] / 1e9,
         "graphs": counters["stats"]["unique_graphs"],
         "recompiled": counters["stats"]["unique_graphs"] - marks[1][1],
         "breaks": sum(counters["graph_break"].values()),
@@ -178,6 +205,7 @@ def main():
         card.pretend_world(world)
     card.pretend_results(model_file)
     mark_forward_passes()
+    count_compiled_bytes()
     skip_weights()
     measure_stages()
     train.make_loader = measured_packs(train.make_loader)

@@ -1,0 +1,52 @@
+"""make gpu: what fails is named, what was measured is in the table, missing packages come first."""
+import subprocess
+import sys
+from pathlib import Path
+
+from bench import gpu
+
+ROOT = Path(__file__).parent.parent
+GOOD = "print('noise'); print('[{\"row\": \"a\", \"value\": 1234.5, \"unit\": \"s\"}]')"
+
+
+def run(tmp_path, capsys, *parts):
+    """-> exit code, everything printed."""
+    code = gpu.run_parts([(seconds, ["-c", script]) for seconds, script in parts], tmp_path)
+    return code, capsys.readouterr().out
+
+
+def test_one_table_has_the_rows_of_all_parts_and_their_columns(tmp_path, capsys):
+    other = "print('[{\"row\": \"b\", \"gb\": 0.25}]')"
+    code, text = run(tmp_path, capsys, (20, GOOD), (20, other))
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert code == 0 and lines[0] == "| row | value | unit | gb |"
+    assert lines[2:] == ["| a | 1,234 | s |  |", "| b |  |  | 0.25 |"]
+    assert "2 rows, 0 of 2 parts failed" in text
+
+
+def test_a_part_that_fails_fails_the_whole_and_costs_no_row(tmp_path, capsys):
+    code, text = run(tmp_path, capsys, (20, GOOD), (20, f"{GOOD}; raise SystemExit(3)"))
+    assert code == 1 and "exit code 3" in text and "2 rows, 1 of 2 parts failed" in text
+
+
+def test_a_part_that_is_cut_off_keeps_the_rows_that_it_prints_when_told_to_end(tmp_path, capsys):
+    slow = ("import signal, sys, time\n"
+            "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+            "try:\n    time.sleep(60)\n"
+            f"finally:\n    {GOOD}")
+    code, text = run(tmp_path, capsys, (3, slow))
+    assert code == 1 and "cut off after 3 s" in text and "| a | 1,234 | s |" in text
+
+
+def test_missing_packages_are_named_before_anything_runs():
+    script = ("from bench import gpu\n"
+              "gpu.NEEDED = ('torch', 'no_such_package')\n"
+              "gpu.run_parts = None\n"
+              "gpu.main()")
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "make gpu needs no_such_package:" in done.stderr
+    assert "torch," not in done.stderr and "Traceback" not in done.stderr
+
+
+def test_all_parts_together_end_within_ten_minutes():
+    assert sum(seconds for seconds, _ in gpu.PARTS) <= 600 - gpu.GRACE_S
