@@ -24,7 +24,7 @@ from inputs.tokenizer import Tokenizer
 from kernels.attention import choose_attention
 from model import LLMConfig
 from training import checkpoint, distributed, limits, lora, metrics, optim, run_folder, signals
-from training.checkpoint_folder import stage_config
+from training.checkpoint_folder import checkpoint_config
 from training.compile import compile_blocks
 from training.copies import copy_weights, refresh_copies
 from training.dry_run import print_plan
@@ -260,7 +260,7 @@ def train_stage(run, name, stage, later_steps):
     # ---- start, or resume from a checkpoint of this stage ----
     fresh = Progress(name, packs.fingerprint, packs.settings.packs_per_step, run.planned_world)
     progress = run_folder.resume(run.checkpoint, fresh, steps, model, optimizer)
-    run.saver.small_files = (stage_config(cfg, source), tokenizer_dir)
+    run.saver.small_files = (checkpoint_config(cfg, source), tokenizer_dir)
     run_folder.check_disk(cfg, name, steps - progress.step, model)
     weights_and_copies = copy_weights(model, dtype) if compiled else ([], [])
     if dist.is_main:

@@ -34,7 +34,14 @@ from model_files import (
     write_content,
     write_small_files,
 )
-from training.metadata import METADATA, described_weights, is_checkpoint, read_weight
+from training.lora import is_adapter
+from training.metadata import (
+    LORA_SCALE,
+    METADATA,
+    described_weights,
+    is_checkpoint,
+    merged_weight,
+)
 from vision import VisionConfig
 
 EMBEDDINGS = "language_model.model.embed_tokens.weight"
@@ -106,12 +113,20 @@ def parameter_shapes(vision, llm):
 
 
 def checkpoint_headers(folder, config):
-    """{our name: StoredTensor} of a run's checkpoint, in the dtype that config.json asks for."""
+    """{our name: StoredTensor} of a run's checkpoint, in the dtype that config.json asks for.
+
+    Adapters are not among them: they are merged as the weights beside them are read.
+    """
     words = {dtype: word for word, dtype in DTYPES.items()}
     dtype = words[getattr(torch, config["torch_dtype"])]
     path = Path(folder) / METADATA
+    described = described_weights(folder)
+    weights = {name: about for name, about in described.items() if not is_adapter(name)}
+    if len(weights) < len(described) and LORA_SCALE not in config:
+        raise ValueError(f"{folder} is from before checkpoints said how adapters are merged; let "
+                         "the run go on to its next checkpoint")
     return {name.removeprefix("model."): StoredTensor(path, name, tuple(about.size), dtype)
-            for name, about in described_weights(folder).items()}
+            for name, about in weights.items()}
 
 
 def check_names(folder, expected, stored):
@@ -206,7 +221,7 @@ def read_pieces(pieces, shape, rows):
     """These rows (a slice) of the tensor of this shape that has these pieces."""
     first = pieces[0]
     if first.file.name == METADATA:
-        return read_weight(first.file.parent, first.name).to(DTYPES[first.dtype])[rows]
+        return merged_weight(first.file.parent, first.name).to(DTYPES[first.dtype])[rows]
     if len(pieces) == 1 and first.shape == shape:
         with safe_open(first.file, framework="pt") as file:
             return file.get_slice(first.name)[rows]

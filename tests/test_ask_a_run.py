@@ -54,6 +54,27 @@ def test_the_last_checkpoint_is_the_model_folder_of_the_stage_to_the_bit(trained
         assert (tmp_path / "a" / name).read_text() == (tmp_path / "b" / name).read_text()
 
 
+def test_a_checkpoint_with_adapters_is_the_merged_model_of_its_stage(tmp_path, shards,  # noqa: F811
+                                                                     monkeypatch):
+    out = tmp_path / "run"
+    run(train, argv(out, shards, "--save_every=1", "--alignment.lr_llm=1e-2", "--lora_rank=4",
+                    stages=("alignment",)), monkeypatch)
+    convert.export(str(step(out, 4)), str(tmp_path / "a"), "internvl")
+    convert.export(str(out / "alignment"), str(tmp_path / "b"), "internvl")
+    a = load_file(tmp_path / "a" / "model.safetensors")
+    b = load_file(tmp_path / "b" / "model.safetensors")
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert (tmp_path / "a/config.json").read_text() == (tmp_path / "b/config.json").read_text()
+    assert ask(step(out, 4))[:2] == ask(out / "alignment")[:2]
+
+    path = step(out, 4) / "config.json"
+    config = json.loads(path.read_text())
+    config.pop("lora_scale")
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="how adapters are merged; let the run go on"):
+        weights.load_folder(str(step(out, 4)))
+
+
 def test_sample_answers_from_a_checkpoint_from_a_run_and_from_the_stage_alike(trained):
     stage = ask(trained / "alignment")
     assert stage[0] == 0 and stage[1].strip(), stage

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from model_config import config_json
 from training.checkpoint import checkpoints_in, verify_checkpoint
-from training.metadata import is_checkpoint
+from training.metadata import LORA_SCALE, is_checkpoint
 from training.progress import read_progress
 
 
@@ -18,6 +18,14 @@ def stage_config(cfg, source):
                              "max_dynamic_patch": cfg.max_tiles,
                              "use_thumbnail": cfg.thumbnail}
     return config_json(source.vision, source.llm, template=cfg.template, extra=extra)
+
+
+def checkpoint_config(cfg, source):
+    """config.json of a checkpoint: that of its stage, and how its adapters are to be merged."""
+    config = stage_config(cfg, source)
+    if cfg.lora_rank:
+        config[LORA_SCALE] = cfg.lora_alpha / cfg.lora_rank
+    return config
 
 
 def model_folder(path):

@@ -13,10 +13,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from inputs.files import read_json
+from training.lora import add_product
+
 # DCP says so when it runs on one process, which is what we ask it to do.
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
 METADATA = ".metadata"
+LORA_SCALE = "lora_scale"  # in config.json of a checkpoint with adapters: alpha / rank
 
 # module -> the names a pickle may ask for. They are classes that only hold values, and dtypes.
 DESCRIPTIONS = {
@@ -124,3 +128,14 @@ def read_weight(folder, name):
         first_failure, _ = next(iter(e.failures.values()))
         raise ValueError(f"{folder} cannot be read: {first_failure}") from None
     return tensor
+
+
+def merged_weight(folder, name):
+    """A weight of a checkpoint as the end of its stage would write it: its adapter is merged."""
+    weight = read_weight(folder, name)
+    linear = name.removesuffix(".weight")
+    if f"{linear}.lora_A" not in described_weights(folder):
+        return weight
+    A = read_weight(folder, f"{linear}.lora_A")
+    B = read_weight(folder, f"{linear}.lora_B")
+    return add_product(weight, A, B, read_json(Path(folder) / "config.json", dict)[LORA_SCALE])
