@@ -105,6 +105,13 @@ def test_frozen_blocks_and_what_lies_before_them_get_no_gradient_and_no_moments(
     assert head.requires_grad == (not tied)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_table_of_a_stage_says_that_a_head_is_frozen_with_the_embeddings(tied, capsys):
+    model, _ = adapted(RunConfig(freeze_llm_layers=1), tie_embeddings=tied)
+    optim.print_stage_table("stage", model, ALL)
+    assert ("the head, which shares it" in capsys.readouterr().out) == tied
+
+
 def kept_tensors(model):
     """How many tensors a forward pass keeps for the backward pass."""
     kept = []

@@ -121,6 +121,10 @@ def print_stage_table(title, model, stage):
     total = sum(row.parameters for row in rows)
     trainable = sum(row.trainable for row in rows)
     print(f"{'total':16s} {total:15,d} {trainable:15,d}", flush=True)
+    whole = unwrap(model)
+    tied = stage.lr_llm > 0 and whole.llm.tie_embeddings
+    if tied and not whole.language_model.lm_head.weight.requires_grad:
+        print("frozen with the embedding table: the head, which shares it", flush=True)
     return rows
 
 
