@@ -38,7 +38,7 @@ from evals.tiling import gray, row_tiles
 from generate import Assistant
 from inputs.files import file_hash, json_hash, naming, read_jsonl, write_atomic
 from inputs.images import MAX_TILES, Image, picture_uri
-from model_files import find_change, small_file_hashes
+from model_files import find_change, joined_hash, small_file_hashes, weights_hashes
 from training.checkpoint_folder import model_folder
 from training.distributed import (
     barrier,
@@ -47,7 +47,6 @@ from training.distributed import (
     gather,
     setup_distributed,
 )
-from weights import joined_hash, weights_hashes
 
 DESCRIBE = "Describe the image."
 

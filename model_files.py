@@ -2,6 +2,7 @@
 call the tensors.
 """
 import glob
+import hashlib
 import json
 import math
 import os
@@ -13,7 +14,7 @@ from typing import NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from inputs.files import check_file, file_hash, json_hash, read_json, write_atomic
-from training.metadata import METADATA, read_weight
+from training.metadata import METADATA, is_checkpoint, read_weight
 
 TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "added_tokens.json", "tokenizer_config.json",
@@ -340,3 +341,28 @@ def check_content(folder, tensors):
     if broken:
         raise ValueError(f"{folder}: not finite: {some_of(broken, ', ')}; take an earlier "
                          "checkpoint, or copy the folder again")
+
+
+def weights_hashes(folder):
+    """{name: sha256} of a folder's safetensors files."""
+    if is_checkpoint(folder):  # which was verified
+        files = read_json(Path(folder) / "manifest.json", dict)["files"]
+        return {name: digest for name, (_, digest) in files.items() if name.endswith(".distcp")}
+    digests = {path.name: file_hash(path) for path in sorted(Path(folder).glob("*.safetensors"))}
+    if not digests:
+        raise FileNotFoundError(
+            f"no *.safetensors in {folder!r}; give the model folder, --model=DIR")
+    return digests
+
+
+def weights_hash(folder):
+    """sha256 of a folder's safetensors file; of their digests joined, if there are several."""
+    return joined_hash(weights_hashes(folder))
+
+
+def joined_hash(digests):
+    """One hash of {name: sha256}."""
+    digests = list(digests.values())
+    if len(digests) == 1:
+        return digests[0]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()

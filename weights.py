@@ -4,7 +4,6 @@ The tensors of a whole model have our names. Those of a language model or a ViT 
 names without the prefix. Every stored tensor is used once and every parameter is filled once, or
 the folder is refused.
 """
-import hashlib
 import os
 import shutil
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from aimv2 import vision_encoder
-from inputs.files import file_hash, naming, read_json
+from inputs.files import naming, read_json
 from inputs.images import MEAN, STD
 from inputs.tokenizer import Tokenizer
 from model import VLM, LanguageModel, LLMConfig, kept_rows
@@ -54,7 +53,6 @@ DTYPES = {
 }
 IMG_CONTEXT_ID = 151667  # of <IMG_CONTEXT> in SAIL-VL and InternVL2.5, where there is no tokenizer
 SHARD_BYTES = 5 * 10**9
-ADAPTERS = ("lora_A", "lora_B")  # parameters of no model folder
 
 
 # ---- reading and checking ------------------------------------------------------------------------
@@ -206,7 +204,7 @@ def fill(model, tensors, prefix=""):
     # A tied head is the embedding table under a second name, which is not among these.
     own = {name for name, _ in model.named_parameters()}
     lost = [name for name in own
-            if prefix + name not in tensors and name.rpartition(".")[2] not in ADAPTERS]
+            if prefix + name not in tensors and not is_adapter(name)]
     if lost:
         raise ValueError(f"no stored tensor fills {some_of(sorted(lost), ', ')}; read them from a "
                          "folder that has them, or initialize them after `fill`")
@@ -384,28 +382,3 @@ def write_shards(folder, tensors, dtype, target):
         total = sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize
         write_content(folder / "model.safetensors.index.json", {
             "metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def weights_hashes(folder):
-    """{name: sha256} of a folder's safetensors files."""
-    if is_checkpoint(folder):  # which was verified
-        files = read_json(Path(folder) / "manifest.json", dict)["files"]
-        return {name: digest for name, (_, digest) in files.items() if name.endswith(".distcp")}
-    digests = {path.name: file_hash(path) for path in sorted(Path(folder).glob("*.safetensors"))}
-    if not digests:
-        raise FileNotFoundError(
-            f"no *.safetensors in {folder!r}; give the model folder, --model=DIR")
-    return digests
-
-
-def weights_hash(folder):
-    """sha256 of a folder's safetensors file; of their digests joined, if there are several."""
-    return joined_hash(weights_hashes(folder))
-
-
-def joined_hash(digests):
-    """One hash of {name: sha256}."""
-    digests = list(digests.values())
-    if len(digests) == 1:
-        return digests[0]
-    return hashlib.sha256("".join(digests).encode()).hexdigest()

@@ -4,9 +4,8 @@ import collections
 from evals.endpoint import ATTEMPTS, Replies, reply_key
 from generate import Assistant
 from inputs.files import json_hash
-from model_files import small_file_hashes
+from model_files import small_file_hashes, weights_hash
 from training import distributed
-from weights import weights_hash
 
 
 def model_key(folder):

@@ -16,6 +16,7 @@ from test_convert import tokenizer  # noqa: F401, a fixture
 from test_parity import text_config
 
 import convert
+import model_files
 import sample
 import sft
 import train
@@ -328,7 +329,7 @@ def test_transformers_reads_the_export_and_it_comes_back_bit_for_bit(
     assert back.image_token_id == vlm.image_token_id and again["template"] == raw["template"]
     assert run("check", tmp_path / "hf").stdout.endswith("every parameter filled once\n")
     assert run("export", tmp_path / "hf", tmp_path / "again").returncode == 0
-    assert weights.weights_hash(tmp_path / "again") == weights.weights_hash(folder)
+    assert model_files.weights_hash(tmp_path / "again") == model_files.weights_hash(folder)
 
     theirs.save_pretrained(tmp_path / "saved")  # as transformers itself writes it
     assert same_state(vlm, weights.load_folder(tmp_path / "saved")[0])

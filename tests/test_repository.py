@@ -53,6 +53,7 @@ vision
 aimv2
 model
 model_config
+training/lora
 training/metadata
 model_files
 weights
@@ -63,7 +64,6 @@ training/prefetch
 training/compile
 training/copies
 training/flops
-training/lora
 training/limits
 training/optim
 training/output

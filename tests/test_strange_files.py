@@ -15,6 +15,7 @@ from small_model import tiny
 
 import configurator
 import data
+import model_files
 import weights
 from evals.endpoint import Replies
 from evals.files import lock_folder, read_tsv
@@ -101,7 +102,7 @@ def test_weights_that_are_no_file_are_refused_by_their_path(folder, put):
     put(path)
     refused(lambda: weights.load_folder(folder), str(path))
     if put is not directory:  # a folder cannot be read in any case
-        refused(lambda: weights.weights_hash(folder), str(path))
+        refused(lambda: model_files.weights_hash(folder), str(path))
     assert str(path) in find_change(folder)
 
 

@@ -21,9 +21,10 @@ from model_files import (
     ADAPTER_WEIGHTS,
     check_tensor_header,
     transformers_tensors,
+    weights_hash,
 )
 from training.lora import add_product
-from weights import load_folder, save_folder, some_of, weights_hash
+from weights import load_folder, save_folder, some_of
 
 PREFIX_OF_PEFT = "base_model.model."
 
