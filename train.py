@@ -23,7 +23,7 @@ from inputs.images import MAX_TILES
 from inputs.tokenizer import Tokenizer
 from kernels.attention import choose_attention
 from model import LLMConfig
-from training import checkpoint, distributed, limits, lora, metrics, optim, run_folder, signals
+from training import checkpoint, distributed, fp8, limits, lora, metrics, optim, run_folder, signals
 from training.checkpoint_folder import checkpoint_config
 from training.compile import compile_blocks
 from training.copies import copy_weights, refresh_copies
@@ -93,7 +93,7 @@ class RunConfig:
     grad_clip: float = setting(1.0, at_most=1e9)  # largest global gradient norm; 0: no clipping
     # machine
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: a GPU if there is one
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPUs, else float32
+    dtype: Literal["auto", "float32", "bfloat16", "fp8"] = "auto"  # auto: bfloat16 on GPUs only
     # each rank holds the whole model (ddp), a share of it (fsdp), or a share of its node's (hsdp)
     parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
     attention: Literal["auto", "triton", "varlen", "sdpa"] = "auto"  # docs/speed.md: which to pick
@@ -233,6 +233,8 @@ def train_stage(run, name, stage, later_steps):
     tokenizer_dir = folder or cfg.tokenizer
     tokenizer = Tokenizer(tokenizer_dir)
     model, source = start_model(cfg, run.origins, folder, tokenizer)  # no weights as yet
+    dtype = distributed.compute_dtype(cfg.dtype, dist.device)
+    fp8.use_fp8(model, cfg.dtype, dist)
     vision, llm = model.vision, model.llm
     cfg.template = cfg.template or source.config.get("template", "sailvl-chat")
     with run.preemption.at_once():
@@ -242,7 +244,6 @@ def train_stage(run, name, stage, later_steps):
 
     # ---- what trains, on which device, with which weights ----
     trained = optim.set_trained_parts(model, stage, cfg)
-    dtype = distributed.compute_dtype(cfg.dtype, dist.device)
     autocast = torch.autocast(dist.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
     optim.set_dtypes(model, dtype)
     model.vision_model.drop_path = stage.drop_path

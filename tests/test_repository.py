@@ -63,6 +63,7 @@ training/distributed
 training/prefetch
 training/compile
 training/copies
+training/fp8
 training/flops
 training/limits
 training/optim

@@ -124,7 +124,16 @@ def say(dist, text):
 
 
 def compute_dtype(name, device):
-    """The torch dtype of --dtype; auto is bfloat16 on a GPU that has it, else float32."""
+    """The torch dtype of --dtype; auto is bfloat16 on a GPU that has it, else float32.
+
+    fp8 is bfloat16, but for what training/fp8.py multiplies. ValueError if the GPU has no fp8.
+    """
+    if name == "fp8":
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+            gpu = torch.cuda.get_device_name(device)
+            raise ValueError(f"--dtype=fp8: {gpu} does not multiply 8-bit floats, as an H100 does; "
+                             "set --dtype=bfloat16")
+        return torch.bfloat16
     if name != "auto":
         return getattr(torch, name)
     has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -201,6 +210,7 @@ def mesh_of(how, dist):
 EXPENSIVE = (
     "mm",
     "addmm",
+    "_scaled_mm",
     "_scaled_dot_product_flash_attention",
     "_scaled_dot_product_efficient_attention",
     "_scaled_dot_product_flash_attention_for_cpu",
@@ -228,11 +238,16 @@ def checkpoint_activations(model, how):
     if how == "selective":
         settings["context_fn"] = functools.partial(create_selective_checkpoint_contexts,
                                                    expensive_operations())
+    for block in blocks_of(model):
+        block.forward = checkpointed(block.forward, settings)
+
+
+def blocks_of(model):
+    """The blocks of the language model and, if the model has one, of the ViT."""
     blocks = list(model.language_model.model.layers)
     if getattr(model, "vision_model", None) is not None:
         blocks += model.vision_model.blocks
-    for block in blocks:
-        block.forward = checkpointed(block.forward, settings)
+    return blocks
 
 
 def checkpointed(forward, settings):

@@ -66,6 +66,8 @@ def print_stage_plan(cfg, name, stage, vision, llm, world):
           f"PyTorch reserves up to {memory.reserved / 1e9:.1f} GB")
     if cfg.compile == "off":
         print("    without --compile the activations take up to half as much again")
+    if cfg.dtype == "fp8":
+        print("    calculated as for bfloat16; the MFU of --dtype=fp8 is a share of that peak too")
     if world > 1:
         print_traffic(cfg, traffic_plan(cfg.parallel, model, world), flops / world,
                       forward / world)

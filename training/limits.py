@@ -19,6 +19,8 @@ def check_together(cfg, origins, stages):
             if origins[key] != "default":
                 raise ValueError(f"{origins[key]} sets {key}, but there are no adapters: set "
                                  "--lora_rank=16 or another rank too")
+    if cfg.lora_rank and cfg.dtype == "fp8":
+        raise ValueError("--dtype=fp8 has no adapters; set --dtype=bfloat16, or --lora_rank=0")
     for name, stage in stages:
         if cfg.lora_rank and not any(ranks(cfg, stage)):
             raise ValueError(f"--lora_rank={cfg.lora_rank} has nothing to adapt in stage {name}: "
