@@ -14,6 +14,7 @@ from vision import (
     Linear,
     RMSNorm,
     ViT,
+    add_branch,
     attend_tiles,
     check_division,
     resize_positions,
@@ -62,12 +63,12 @@ class AIMv2Block(nn.Module):
         """x (N*P, C) -> (N*P, C); cu_seqlens and keep as in vision.VisionBlock."""
         qkv = self.attn.qkv(self.norm_1(x))
         branch = self.attn.proj(attend_tiles(qkv, self.n_heads, cu_seqlens))
-        x = x + (branch if keep is None else branch * keep[0, :, None])
+        x = add_branch(x, branch, None if keep is None else keep[0])
 
         mlp = self.mlp
         y = self.norm_2(x)
         branch = mlp.fc2(F.silu(mlp.fc1(y)) * mlp.fc3(y))
-        return x + (branch if keep is None else branch * keep[1, :, None])
+        return add_branch(x, branch, None if keep is None else keep[1])
 
 
 class AIMv2(nn.Module):

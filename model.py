@@ -24,7 +24,7 @@ from inputs.chat import IGNORE
 from inputs.images import normalize
 from kernels.attention import attention
 from kernels.cross_entropy import linear_cross_entropy
-from vision import Linear, Projector, RMSNorm, VisionBlock, pixel_shuffle
+from vision import Linear, Projector, RMSNorm, VisionBlock, pixel_shuffle, working_dtype
 
 
 @dataclass(slots=True)
@@ -181,8 +181,9 @@ class LanguageModel(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def embed(self, tokens):
-        """tokens (T,) -> embeddings (T, C)."""
-        return self.model.embed_tokens(tokens)
+        """tokens (T,) -> embeddings (T, C) in the dtype of the arithmetic, see working_dtype."""
+        h = self.model.embed_tokens(tokens)
+        return h.to(working_dtype(h))
 
     def hidden(self, h, positions, attend, cache=None, rows=None):
         """Run the blocks on embeddings h (T, C) at positions (T,) -> (T, C), before the last norm.

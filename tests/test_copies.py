@@ -6,6 +6,7 @@ from small_model import pack, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from training import distributed
+from training.compile import compile_blocks
 from training.copies import copy_weights, refresh_copies
 from vision import Linear
 
@@ -96,3 +97,23 @@ def test_frozen_weights_and_fp32_arithmetic_have_no_copies():
     assert copy_weights(model, torch.float32) == ([], [])
     model.requires_grad_(False)
     assert copy_weights(model, torch.bfloat16) == ([], [])
+
+
+def test_sizes_of_copies_are_numbers_to_the_compiler():
+    """As those of weights are. A symbolic width costs the ViT a copy of its gradients."""
+    model = tiny(n_layers=2).train()
+    copy_weights(model, torch.bfloat16)
+    found = []
+
+    def backend(graph, inputs):
+        for node in graph.graph.nodes:
+            if node.op == "placeholder" and "_copy" in node.target:
+                found.append(node.meta["example_value"].shape)
+        return graph
+
+    compile_blocks(model, backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(*pack([40, 30], [3, 2]))
+    torch._dynamo.reset()
+    symbolic = [shape for shape in found if not all(isinstance(n, int) for n in shape)]
+    assert found and not symbolic

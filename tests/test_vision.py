@@ -68,7 +68,7 @@ def test_positions_are_interpolated_to_another_grid():
 def test_stochastic_depth_drops_whole_tiles_keeps_the_mean_and_is_off_in_evaluation():
     torch.manual_seed(0)
     tiles, length = 4000, 3
-    layers = keep_factors(3, tiles, length, 0.4, torch.empty(0))
+    layers = keep_factors(3, tiles, length, 0.4, "cpu")
     for rate, factors in zip([0.0, 0.2, 0.4], layers, strict=True):
         assert factors.shape == (2, tiles * length)
         by_tile = factors.view(2, tiles, length)

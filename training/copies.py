@@ -41,6 +41,8 @@ def copy_weights(model, dtype):
         for name, p in layer.named_parameters(recurse=False):
             if p.requires_grad and p.dtype != dtype and not isinstance(p, DTensor):
                 copy = _Copy.apply(p, dtype)
+                # To torch.compile its sizes are numbers, as those of a parameter are.
+                torch._dynamo.mark_static(copy)
                 setattr(layer, f"{name}_copy", copy)
                 weights.append(p)
                 copies.append(copy)

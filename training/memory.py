@@ -45,13 +45,10 @@ class MemoryPlan:
 # ---- activations ---------------------------------------------------------------------------------
 
 
-def llm_row_bytes(llm, trains, sharded, checkpointing):
-    """What a block of the language model keeps for each token -> (all of it, its MLP's part).
-
-    Residuals are fp32 where embeddings are: if the model trains, and is not in FSDP's bf16 copies.
-    """
+def llm_row_bytes(llm, trains, checkpointing):
+    """What a block of the language model keeps for each token -> (all of it, its MLP's part)."""
     C, H, K, D, F = llm.dim, llm.n_heads, llm.n_kv_heads, llm.head_dim, llm.ffn_dim
-    residual = 4 * C if trains and not sharded else 2 * C
+    residual = 2 * C
     if checkpointing == "full":
         return residual, 0
     heads = 2 * (H + 2 * K) * D + 2 * H * D + 4 * H  # q, k, v; attention and its log-sums
@@ -82,10 +79,10 @@ def recomputed_row_bytes(llm, rank):
     return 2 * wide * llm.ffn_dim + 20 * llm.dim
 
 
-def vit_row_bytes(vision, sharded, checkpointing):
+def vit_row_bytes(vision, checkpointing):
     """What a block of a ViT that trains keeps for each patch and class token."""
     C, H, F = vision.dim, vision.n_heads, vision.ffn_dim
-    residual = 2 * C if sharded else 4 * C
+    residual = 2 * C
     if checkpointing == "full":
         return residual
     qkv = 6 * C
@@ -101,12 +98,11 @@ def vit_row_bytes(vision, sharded, checkpointing):
     return kept + 4 * C + 2 * F + 16
 
 
-def activation_bytes(cfg, model, trained, sharded):
+def activation_bytes(cfg, model, trained):
     """Bytes that one micro-batch, the fullest pack, keeps from its forward for its backward pass.
 
     trained: a Trained, or its first three fields. Blocks that no gradient passes keep nothing.
-    Where the embeddings are frozen the residuals are bf16. An adapter keeps x A^T beside its
-    input. Frozen blocks and adapters are not measured.
+    An adapter keeps x A^T beside its input. Frozen blocks and adapters are not measured.
     """
     vision = model.vision
     llm = model.llm
@@ -116,11 +112,10 @@ def activation_bytes(cfg, model, trained, sharded):
     trained = Trained(*trained)
 
     frozen, passing = gradients_pass(llm, trained)
-    in_bf16 = sharded or trained.llm_rank > 0 or frozen > 0
-    of_frozen, mlp = llm_row_bytes(llm, False, in_bf16, checkpointing)
+    of_frozen, mlp = llm_row_bytes(llm, False, checkpointing)
     kept_bytes = frozen * tokens * of_frozen if passing else 0
     if frozen < llm.n_layers:
-        per_row, mlp = llm_row_bytes(llm, True, in_bf16, checkpointing)
+        per_row, mlp = llm_row_bytes(llm, True, checkpointing)
         if checkpointing != "full":
             per_row += 7 * 2 * trained.llm_rank
         kept_bytes += (llm.n_layers - frozen) * tokens * per_row
@@ -129,7 +124,7 @@ def activation_bytes(cfg, model, trained, sharded):
     if trained.vision:
         rows = tiles * vision.rows_per_tile
         pixels = 2 * tiles * 3 * vision.image_size**2
-        per_row = vit_row_bytes(vision, sharded, checkpointing)
+        per_row = vit_row_bytes(vision, checkpointing)
         if checkpointing != "full":
             per_row += 5 * 2 * trained.vision_rank
         kept_bytes += (vision.n_layers - trained.frozen_vision_layers) * rows * per_row + pixels
@@ -235,7 +230,7 @@ def memory_plan(cfg, model, trained, world):
     return MemoryPlan(
         state=state,
         copies=copies,
-        activations=activation_bytes(cfg, model, trained, sharded),
+        activations=activation_bytes(cfg, model, trained),
         work=max(at_head, in_block),
         fragments=fragments,
     )
