@@ -15,7 +15,8 @@
 Rows come as they are measured. At the end, whatever happened, come device and versions, a markdown
 table and, on the last line, the same rows as JSON: row, value, unit and, beside a peer, peer,
 peer_value, ratio (ours over theirs, above 1 is better). A row that fails, or whose sides disagree,
-is named and left out, and the exit code is 1. Data and weights are random.
+is named and left out, and the exit code is 1. A row that does not fit on the GPU is named and not
+run. Data and weights are random.
 """
 import gc
 import signal
@@ -28,6 +29,7 @@ import torch
 from bench import kernels, loading
 from bench.decoding import decoding_rows
 from bench.measure import format_cell, print_table
+from bench.room import fitting_rows
 from bench.samples import TRAINED_PARTS
 from bench.training import stage_rows, training_rows, transformers_rows, warmup_rows
 from configurator import configure, run_script, setting, subcommand
@@ -50,6 +52,7 @@ def training_table(cuda):
     if cuda:
         table["2b_mix_alignment"] = ("2b_mix", "alignment")
         table["2b_sft_selective"] = ("2b", "sft", "selective")
+        table["2b_16k_sft_selective"] = ("2b_16k", "sft", "selective")
         table["8b_advance_selective"] = ("8b", "advance", "selective")
     else:
         table["7m_mix_sft"] = ("7m_mix", "sft")
@@ -64,8 +67,8 @@ def transformers_table(cuda):
         "25m_bf16": ("25m", torch.bfloat16),
     }
     if cuda:
-        table = {"2b_bf16": ("2b", torch.bfloat16), **table,
-                 "2b_bf16_compiled": ("2b", torch.bfloat16, True)}
+        table = {"2b_4k_bf16": ("2b_4k", torch.bfloat16), **table,
+                 "2b_4k_bf16_compiled": ("2b_4k", torch.bfloat16, True)}
     return table
 
 
@@ -78,6 +81,7 @@ def decoding_table():
 def bench_parts(device):
     """{part: (function, {row: its further arguments})}; a function yields rows."""
     cuda = device.type == "cuda"
+    stages = {"2b_4k": ("2b_4k",)} if cuda else {"toy": ("toy",), "25m": ("25m",)}
     shapes = kernels.ATTENTION_SHAPES_CUDA if cuda else kernels.ATTENTION_SHAPES_CPU
     packs = {"8k": (8192, 48), "16k": (16384, 64), "8k_28_tiles": (8192, 28),
              "16k_56_tiles": (16384, 56)}
@@ -85,7 +89,7 @@ def bench_parts(device):
         "attn": (kernels.attention_rows, {name: (shape,) for name, shape in shapes.items()}),
         "ce": (kernels.head_loss_rows, {"ce_frozen": (False,), "ce_trains": (True,)}),
         "train": (training_rows, training_table(cuda)),
-        "stages": (stage_rows, {"2b": ("2b",)} if cuda else {"toy": ("toy",), "25m": ("25m",)}),
+        "stages": (stage_rows, stages),
         "warmup": (warmup_rows, {"2b_mix": ("2b_mix",)} if cuda else {"toy": ("toy",)}),
         "vs-hf": (transformers_rows, transformers_table(cuda)),
         "pack": (loading.packing_rows, packs),
@@ -146,6 +150,8 @@ def main():
     wanted = {name: arguments for name, arguments in table.items() if name.startswith(beginnings)}
     if not wanted:
         raise ValueError(f"--rows={cfg.rows}: no such row; there are {', '.join(table)}")
+    if device.type == "cuda":
+        wanted = fitting_rows(part, wanted, torch.cuda.get_device_properties(device).total_memory)
     failed = measure_rows(cfg, device, function, wanted)
     sys.exit(1 if failed else 0)
 

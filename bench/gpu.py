@@ -17,12 +17,12 @@ NEEDED = ("torch", "triton", "numpy", "PIL", "tiktoken", "safetensors", "tqdm", 
           "transformers")
 # (seconds, arguments of python)
 PARTS = [
-    (100, ["-m", "pytest", "-q", "-m", "gpu", "tests"]),
+    (120, ["-m", "pytest", "-q", "-m", "gpu", "tests"]),
     (90, ["-m", "bench", "attn", "--rounds=5"]),
     (30, ["-m", "bench", "ce", "--rounds=5"]),
     (130, ["-m", "bench", "train", "--rounds=5"]),
     (40, ["-m", "bench", "stages", "--rounds=5"]),
-    (110, ["-m", "bench", "vs-hf", "--rounds=5", "--rows=2b"]),
+    (110, ["-m", "bench", "vs-hf", "--rounds=5", "--rows=25m,2b"]),
     (30, ["-m", "bench", "decode", "--rounds=5"]),
     (40, ["-m", "bench", "warmup"]),
 ]

@@ -36,15 +36,15 @@ ATTENTION_SHAPES_CPU = {
     "llm_1k": AttentionShape([500, 300, 224], 12, 2, 128, True),
 }
 ATTENTION_SHAPES_CUDA = {
-    "vit_1024": AttentionShape([1024] * 64, 16, 16, 64, False),
-    "vit_1025": AttentionShape([1025] * 64, 16, 16, 64, False),
-    # packs of 8k, which the configs train on, and of 16k
+    # packs of 8k with their 32 tiles, which the configs train on, and of 16k
+    "vit_1024": AttentionShape([1024] * 32, 16, 16, 64, False),
+    "vit_1025": AttentionShape([1025] * 32, 16, 16, 64, False),
     "llm_2b_8k": AttentionShape([2048] * 4, 12, 2, 128, True),
     "llm_2b_8k_mixed": AttentionShape(LENGTHS_MIXED_8K, 12, 2, 128, True),
+    "llm_2b_8k_one": AttentionShape([8192], 12, 2, 128, True),
     "llm_8b_8k": AttentionShape([2048] * 4, 28, 4, 128, True),
     "llm_2b_16k": AttentionShape([2048] * 8, 12, 2, 128, True),
     "llm_2b_16k_mixed": AttentionShape(LENGTHS_MIXED_16K, 12, 2, 128, True),
-    "llm_2b_16k_one": AttentionShape([16384], 12, 2, 128, True),
 }
 
 

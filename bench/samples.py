@@ -19,6 +19,7 @@ from vision import VisionConfig
 from weights import image_token_id
 
 TOKENIZER_FOLDER = Path(__file__).resolve().parent.parent / "toy" / "tokenizer"
+WARMUP_PACKS = 21  # of the rows of `warmup`
 TRAINED_PARTS = dict(  # which of ViT, projector, LLM train
     alignment=(False, True, False),
     advance=(True, True, False),
@@ -48,9 +49,12 @@ BENCH_SIZES = {
     "7m_mix": BenchSize(VISION_7M, LLM_7M, 32, None, None),
     "25m": BenchSize(VISION_25M, LLM_25M, 16, (1,), (24, 120)),
     "toy": BenchSize(VISION_TOY, LLM_TOY, 24, (0, 1, 1, 1, 3, 3, 4, 5), (16, 64)),
-    "2b": BenchSize(VisionConfig(), LLMConfig(), 8, (7,), (128, 384)),
-    "2b_mix": BenchSize(VisionConfig(), LLMConfig(), 6, (0, 1, 1, 3, 5, 7), (64, 512)),
-    "8b": BenchSize(VisionConfig(), LLM_8B, 8, (7,), (128, 384)),
+    # packs of 4k, of 8k, as the recipes train on, and of 16k
+    "2b_4k": BenchSize(VisionConfig(), LLMConfig(), 2, (7,), (128, 384)),
+    "2b": BenchSize(VisionConfig(), LLMConfig(), 4, (7,), (128, 384)),
+    "2b_16k": BenchSize(VisionConfig(), LLMConfig(), 8, (7,), (128, 384)),
+    "2b_mix": BenchSize(VisionConfig(), LLMConfig(), 4, (0, 1, 1, 3, 5, 7), (64, 512)),
+    "8b": BenchSize(VisionConfig(), LLM_8B, 4, (7,), (128, 384)),
 }
 
 
@@ -146,6 +150,12 @@ def batches_of_8(samples):
     return [range(i, min(i + 8, len(samples))) for i in range(0, len(samples), 8)]
 
 
+def stage_rates(stage):
+    """The Stage in which these of TRAINED_PARTS have a learning rate."""
+    vision, projector, llm = TRAINED_PARTS[stage]
+    return Stage(lr_vision=1e-6 * vision, lr_projector=1e-6 * projector, lr_llm=1e-6 * llm)
+
+
 def build_model(name, stage, dtype, device):
     """-> model, optimizer. What trains is kept in fp32; the arithmetic of `dtype` is autocast's."""
     size = BENCH_SIZES[name]
@@ -159,8 +169,7 @@ def build_model(name, stage, dtype, device):
             p.data.normal_(0, 0.02)
         else:
             p.data.fill_(0.0 if parameter_name.endswith("bias") else 1.0)
-    vision, projector, llm = TRAINED_PARTS[stage]
-    rates = Stage(lr_vision=1e-6 * vision, lr_projector=1e-6 * projector, lr_llm=1e-6 * llm)
+    rates = stage_rates(stage)
     optim.set_trainable(model, rates)
     optim.set_dtypes(model, dtype)
     return model.train(), optim.make_optimizer(model, rates, RunConfig())

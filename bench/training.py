@@ -17,6 +17,7 @@ from bench.samples import (
     BENCH_SIZES,
     TOKENIZER_FOLDER,
     TRAINED_PARTS,
+    WARMUP_PACKS,
     batches_of_8,
     build_model,
     count_supervised,
@@ -88,10 +89,6 @@ def stage_rows(cfg, device, name, size):
     dtype = distributed.compute_dtype("auto", device)
     samples, tiles = random_samples(size)
     shape = BENCH_SIZES[size]
-    if size == "2b":
-        # three models and their moments leave room for less
-        samples = samples[:3]
-        tiles = tiles[:3 * shape.tiles[0]]
     pack = pack_samples(samples, tiles, device)
     lengths = [len(tokens) for tokens, _ in samples]
     supervised = count_supervised(samples)
@@ -121,6 +118,8 @@ def warmup_rows(cfg, device, name, size):
     """Seconds until the first compiled step is done; graphs compiled for 20 more packs."""
     dtype = distributed.compute_dtype("auto", device)
     model, optimizer = build_model(size, "sft", dtype, device)
+    if device.type == "cuda":
+        distributed.checkpoint_activations(model, "selective")
     compile_blocks(model)
 
     def step_on(pack):
@@ -128,7 +127,7 @@ def warmup_rows(cfg, device, name, size):
 
     seconds = []
     graphs = []
-    for seed in range(21):
+    for seed in range(WARMUP_PACKS):
         pack = pack_samples(*random_samples(size, seed), device)
         start = time.perf_counter()
         step_on(pack)
@@ -197,7 +196,7 @@ def transformers_rows(cfg, device, name, size, dtype, compiled=False):
     peer.train()
     losses = losses_beside_transformers(model, peer, samples, tiles, device)
     checked = losses
-    if size == "2b":
+    if size == "2b_4k":
         few = tiles[:shape.tiles[0]]
         checked = losses_beside_transformers(model, peer, samples[:1], few, device)
     weight = "layers.0.self_attn.k_proj.weight"

@@ -3,7 +3,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench import gpu
+import torch
+
+from bench import gpu, room
+from bench.__main__ import bench_parts
 
 ROOT = Path(__file__).parent.parent
 GOOD = "print('noise'); print('[{\"row\": \"a\", \"value\": 1234.5, \"unit\": \"s\"}]')"
@@ -50,3 +53,36 @@ def test_missing_packages_are_named_before_anything_runs():
 
 def test_all_parts_together_end_within_ten_minutes():
     assert sum(seconds for seconds, _ in gpu.PARTS) <= 600 - gpu.GRACE_S
+
+
+# ---- rows that fit -------------------------------------------------------------------------------
+
+H100_BYTES = 79.1 * 2**30  # what PyTorch says of a card of 80 GB
+H200_BYTES = 139.8 * 2**30
+
+
+def fitting(part, card_bytes):
+    """-> names of the rows of a part that run on such a card, and of all rows of it."""
+    table = bench_parts(torch.device("cuda"))[part][1]
+    return set(room.fitting_rows(part, table, card_bytes)), set(table)
+
+
+def test_rows_over_80_gb_are_named_and_run_only_on_a_larger_card(capsys):
+    kept, rows = fitting("train", H100_BYTES)
+    assert {"2b_alignment", "2b_advance", "2b_sft_selective", "8b_advance_selective"} <= kept
+    assert rows - kept == {"2b_sft", "2b_16k_sft_selective"}
+    assert "2b_sft: not run, it needs" in capsys.readouterr().out
+    assert fitting("train", H200_BYTES)[0] == rows
+
+
+def test_every_other_part_has_a_row_on_a_card_of_80_gb():
+    assert fitting("stages", H100_BYTES)[0] == {"2b_4k"}
+    assert fitting("warmup", H100_BYTES)[0] == {"2b_mix"}
+    assert fitting("vs-hf", H100_BYTES)[0] == {"7m_fp32", "7m_bf16", "25m_bf16"}
+
+
+def test_two_models_beside_one_another_need_the_room_of_transformers_row():
+    table = bench_parts(torch.device("cuda"))["vs-hf"][1]
+    one = room.step_plan("2b_4k", "sft")
+    assert room.row_bytes("vs-hf", table["2b_4k_bf16"]) > 2 * one.state + one.activations
+    assert fitting("vs-hf", H200_BYTES)[0] == set(table)

@@ -4,13 +4,20 @@
 """
 
 import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from test_train import argv, log, weights
 
 from bench import samples as bench
 from generate import generate
 from model_config import config_json
+from toy.__main__ import Config as ToyConfig
+from toy.__main__ import write_parts
 from training import distributed
 from training.compile import compile_blocks
 from weights import load_folder, save_folder
@@ -119,3 +126,69 @@ def test_a_step_over_nccl_is_the_step_of_one_process(parallel, monkeypatch):
         assert error(full, exact[1:]) <= 1e-5
     finally:
         distributed.close_distributed()
+
+
+# ---- whole runs ----------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parent.parent
+# Waits for the first checkpoint at the end of step 5, and dies.
+KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+sys.path.insert(0, "")
+import train
+from training import signals
+note = signals.Watchdog.note
+def note_or_die(self, text):
+    note(self, text)
+    if text.startswith("alignment step 5: samples"):
+        while not list(self.path.parent.parent.glob("checkpoints/step_*/manifest.json")):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+signals.Watchdog.note = note_or_die
+train.main()
+"""
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    write_parts(ToyConfig(out=str(folder), n=60), ["pretrain"])
+    rows = []
+    for i in range(40):
+        asked = "What is it? " * (i % 5 + 1)
+        said = "A red star. " * (i % 7 + 1)
+        turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": said}]
+        rows.append(json.dumps({"id": f"t{i}", "conversations": turns}) + "\n")
+    (folder / "text.jsonl").write_text("".join(rows))
+    return f"{folder}/pretrain-*.tar"
+
+
+def run_train(out, shards, *more, steps, code=None):
+    """train.py on the GPU, one stage in which all trains -> its exit code."""
+    flags = argv(out, shards, "--device=cuda", *more, stages=("alignment",), steps=steps,
+                 everything=True)
+    script = ["-c", code] if code else ["train.py"]
+    return subprocess.run([sys.executable, *script, *flags], cwd=ROOT).returncode
+
+
+def test_a_run_that_was_killed_on_a_gpu_goes_on_with_the_same_bits(tmp_path, shards):
+    flags = ["--dtype=bfloat16", "--save_every=3", "--grad_accum_steps=2", "--num_workers=2"]
+    assert run_train(tmp_path / "whole", shards, *flags, steps=8) == 0
+    assert run_train(tmp_path / "killed", shards, *flags, steps=8, code=KILLED) == -9
+    assert list((tmp_path / "killed").glob("checkpoints/step_*/manifest.json"))
+    assert run_train(tmp_path / "killed", shards, *flags, steps=8) == 0
+    whole = weights(tmp_path / "whole" / "alignment")
+    resumed = weights(tmp_path / "killed" / "alignment")
+    different = [name for name in whole if not torch.equal(whole[name], resumed[name])]
+    assert not different
+    losses = [[row["loss"] for row in log(tmp_path / name)] for name in ("whole", "killed")]
+    assert losses[0] == losses[1]
+
+
+def test_the_golden_curve_of_fifty_steps_is_met_on_a_gpu(tmp_path, shards):
+    golden = json.loads((ROOT / "tests" / "golden_curve.json").read_text())
+    flags = ["--dtype=float32", "--grad_accum_steps=2", "--compile=off"]
+    assert run_train(tmp_path / "run", shards, *flags, steps=50) == 0
+    # the tolerance of another CPU
+    assert [row["loss"] for row in log(tmp_path / "run")] == pytest.approx(golden["loss"], abs=1e-3)

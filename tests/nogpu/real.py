@@ -3,11 +3,15 @@
     python tests/nogpu/real.py OUT [--compile=off ...]
 
 Real: the loader with its workers and pinned memory, weights read from a folder, compiled blocks,
-checkpoints written in the background, model folders. The last line is JSON.
+checkpoints written in the background, model folders. The first run is killed after a checkpoint,
+and the next one has to go on from it. The last line is JSON.
 """
 import json
+import os
 import shutil
+import signal
 import sys
+import time
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent.parent)]
@@ -16,12 +20,51 @@ import card  # noqa: E402
 import model as model_file  # noqa: E402
 import sft  # noqa: E402
 import train  # noqa: E402
-from training import checkpoint  # noqa: E402
+from training import checkpoint, signals  # noqa: E402
+
+KILL_AT = "alignment step 4: samples"
 
 
 def run_script(script, *argv):
     sys.argv = ["script", *argv]
     script.main()
+
+
+def run_and_kill(script, out, *argv):
+    """Run the script in a process that dies in step 5, once there is a checkpoint -> its faults."""
+    note = signals.Watchdog.note
+
+    def note_or_die(self, text):
+        note(self, text)
+        if text.startswith(KILL_AT):
+            while not list(out.glob("checkpoints/step_*/manifest.json")):
+                time.sleep(0.1)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()  # nothing has used the card yet
+    if not child:
+        signals.Watchdog.note = note_or_die
+        try:
+            run_script(script, *argv)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    if os.waitstatus_to_exitcode(status) != -signal.SIGKILL:
+        return ["the run that was to be killed ended by itself"]
+    return []
+
+
+def resumed_from():
+    """A list to which the paths of the checkpoints are added that are loaded from now on."""
+    loaded = []
+    load_checkpoint = checkpoint.load_checkpoint
+
+    def load(path, *rest):
+        loaded.append(path)
+        return load_checkpoint(path, *rest)
+
+    checkpoint.load_checkpoint = load
+    return loaded
 
 
 def faults_of(out, stages):
@@ -48,16 +91,22 @@ def main():
 
     first = ["config/toy.py", f"--init_from={out}/start", f"--data={out}/toy/pretrain-*.tar",
              f"--out_dir={pretrained}", *flags]
-    run_script(train, *first, "--stages=alignment", "--max_steps=3")
-    run_script(train, *first, "--max_steps=5")  # alignment is done, advance runs
-    faults, unpinned = faults_of(pretrained, ("alignment", "advance"))
+    first.append("--max_steps=6")
+    faults = run_and_kill(train, pretrained, *first)
+    loaded = resumed_from()
+    run_script(train, *first)
+    if not loaded:
+        faults.append("the run did not go on from its checkpoint after it was killed")
+    more, unpinned = faults_of(pretrained, ("alignment", "advance"))
+    faults += more
     second = ["config/toy_sft.py", f"--init_from={pretrained}/advance", f"--out_dir={tuned}",
               "--max_steps=3", *flags]
     stages = ("knowledge", "instruction", "preference")
     second += [f"--{name}.data={out}/toy/{name}-*.tar" for name in stages]
     run_script(sft, *second)
     more, more_unpinned = faults_of(tuned, stages)
-    says = ("train.py and sft.py ran all five toy stages, with checkpoints in the background; "
+    says = ("train.py and sft.py ran all five toy stages, with checkpoints in the background, and "
+            "went on after a kill; "
             f"{unpinned + more_unpinned} copies to the card from memory that is not pinned")
     print(json.dumps({"faults": faults + more, "says": says}))
 
