@@ -1,5 +1,6 @@
 """torch.compile of the transformer blocks."""
 import torch
+import torch._inductor.config as inductor_config
 import torch.fx.experimental._config as fx_config
 
 from aimv2 import AIMv2Block
@@ -20,6 +21,9 @@ def compile_blocks(model, backend="inductor"):
     torch._dynamo.config.optimize_ddp = False
     # Two sizes that are equal in the first pack are not the same size.
     fx_config.use_duck_shape = False
+    # Inductor would fuse two sums over the same rows only where there are many. So the last block,
+    # which computes rows with a label, would be compiled anew for a pack with more of them.
+    inductor_config.triton.mix_order_reduction_non_strict_mode = True
     for module in model.modules():
         if isinstance(module, (VisionBlock, AIMv2Block, Block)):
             module.compile(dynamic=True, backend=backend)
