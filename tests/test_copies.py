@@ -117,3 +117,18 @@ def test_sizes_of_copies_are_numbers_to_the_compiler():
     torch._dynamo.reset()
     symbolic = [shape for shape in found if not all(isinstance(n, int) for n in shape)]
     assert found and not symbolic
+
+
+def test_the_gradient_of_a_copy_is_added_before_the_next_block_runs_backward():
+    """So bf16 gradients are not kept, and DDP sums beside the backward pass."""
+    model = tiny(n_layers=2).train()
+    copy_weights(model, torch.bfloat16)
+    first, last = model.language_model.model.layers
+    added = []
+    weight = last.mlp.down_proj.weight
+    weight.register_post_accumulate_grad_hook(lambda _: added.append("last"))
+    first.input_layernorm.weight.register_hook(lambda _: added.append("first"))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(*pack([40, 30], [3, 2]))
+    loss.backward()
+    assert added == ["last", "first"]

@@ -41,6 +41,9 @@ def copy_weights(model, dtype):
         for name, p in layer.named_parameters(recurse=False):
             if p.requires_grad and p.dtype != dtype and not isinstance(p, DTensor):
                 copy = _Copy.apply(p, dtype)
+                # What was computed first comes last in a backward pass. All gradients of copies
+                # would wait for its end, and with them the sums of DDP.
+                copy.grad_fn._set_sequence_nr(2**62)
                 # To torch.compile its sizes are numbers, as those of a parameter are.
                 torch._dynamo.mark_static(copy)
                 setattr(layer, f"{name}_copy", copy)
