@@ -4,9 +4,8 @@ Shape letters: T tokens of a prompt, S rows that decode together, K key/value he
 vocabulary, N tiles of side s.
 """
 import collections
-import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -32,8 +31,10 @@ class Decoding:
     top_p: float = 1.0  # draw among the likeliest tokens of this total probability
     top_k: int = 0  # draw among so many tokens; 0 = all
     seed: int = 0
+    stopped: bool = False  # whoever asked may set it: the answer ends with its next token
     batch_size: int = 64  # rows that decode together, at most
     batch_tokens: int = 2**19  # places of their cache, at most; a single row gets what it needs
+    places: int = 0  # of a row: prompt and answer; 0: what the longest waiting prompt needs
 
 
 class Request(NamedTuple):
@@ -41,6 +42,7 @@ class Request(NamedTuple):
     number: int
     prompt: list  # token ids
     tiles: torch.Tensor | None  # uint8 (N, 3, s, s)
+    settings: Decoding
 
 
 @dataclass(slots=True)
@@ -49,23 +51,28 @@ class Row:
     number: int  # of the request
     position: int  # of the newest token, which the next step reads
     end: int  # position at which the answer is as long as allowed
+    settings: Decoding
     noise: torch.Generator
 
 
 @dataclass(slots=True)
 class Batch:
-    """Rows that decode together: S slots, each with its part of the cache."""
-    cache: torch.Tensor  # keys and values (n_layers, 2, S, K, places, D)
-    tokens: torch.Tensor  # (S,) the newest token of each row
-    rows: list  # of S: the Row in this slot, or None while it is free
+    """Rows that decode together. Their places in the cache, its slots, are the first ones."""
+    cache: torch.Tensor  # keys and values (n_layers, 2, slots, K, places, D)
+    tokens: torch.Tensor  # (slots,) the newest token of each row
+    rows: list  # Rows, at most one for each slot
     longest_prompt: int  # that still fits, with its answer
     graphs: dict  # CUDA graphs of these tensors, see graph_step
 
-    def busy_slots(self):
-        return [slot for slot, row in enumerate(self.rows) if row]
-
-    def free_slots(self):
-        return [slot for slot, row in enumerate(self.rows) if not row]
+    def remove(self, slot):
+        """Take a row out. The last one moves into its slot."""
+        row = self.rows.pop()
+        if slot < len(self.rows):
+            filled = row.position + 1
+            last = len(self.rows)
+            self.cache[:, :, slot, :, :filled] = self.cache[:, :, last, :, :filled]
+            self.tokens[slot] = self.tokens[last]
+            self.rows[slot] = row
 
 
 # ---- the scheduler -------------------------------------------------------------------------------
@@ -79,35 +86,59 @@ def decode(model, requests, settings):
     (number, None) when an answer is whole. Rows that end make room for the next requests; the
     iterable is read only as far as there is room. A draw depends on seed + number and on the step,
     not on the rows beside it.
+
+    A request may have a Decoding of its own as a third element; its draws depend on its seed alone.
+    An iterable that yields None has no request now. It is asked again after the next step, and
+    should wait rather than yield None when no answer is being generated.
     """
-    numbered = (Request(number, *request) for number, request in enumerate(requests))
     if settings.max_new_tokens == 0:
-        for request in numbered:
-            yield request.number, None
+        for number, _ in enumerate(requests):
+            yield number, None
         return
 
-    waiting = collections.deque(itertools.islice(numbered, settings.batch_size))
+    numbered = number_requests(requests, settings)
+    waiting = collections.deque()
+    read_requests(waiting, numbered, settings.batch_size)
     while waiting:
         batch = new_batch(model, waiting, settings)
         while True:
             # New prompts go first. They get their first token, then all rows get their next ones.
-            admitted = admit(batch, waiting, numbered)
+            read_requests(waiting, numbered, settings.batch_size)
+            first = len(batch.rows)
+            admitted = admit(batch, waiting)
             if admitted:
-                slots, logits = start_rows(model, batch, admitted, settings)
-            elif batch.busy_slots():
-                slots, logits = advance_rows(model, batch, is_last=not waiting)
+                logits = start_rows(model, batch, admitted)
+            elif batch.rows:
+                first = 0
+                logits = advance_rows(model, batch)
             else:
-                break
-            rows = [batch.rows[slot] for slot in slots]
-            tokens, finite = choose_tokens(model, logits, rows, settings)
-            if len(slots) == len(batch.rows):
-                batch.tokens.copy_(tokens)
-            else:
-                batch.tokens[slots] = tokens
-            tokens = read_tokens(model, tokens, finite)
-            yield from finish_rows(batch, slots, tokens, settings.stop_ids)
-        # a prompt that was too long for this batch still waits
-        waiting.extend(itertools.islice(numbered, settings.batch_size - len(waiting)))
+                break  # a prompt that is too long for this batch may still wait
+            tokens, finite = choose_tokens(model, logits, batch.rows[first:])
+            batch.tokens[first:len(batch.rows)] = tokens
+            yield from finish_rows(batch, first, read_tokens(model, tokens, finite))
+
+
+def number_requests(requests, settings):
+    """Yield a Request for each request, and None for None."""
+    number = 0
+    for request in requests:
+        if request is None:
+            yield None
+            continue
+        prompt, tiles, *own = request
+        if not own:
+            own = [replace(settings, seed=settings.seed + number)]
+        yield Request(number, prompt, tiles, *own)
+        number += 1
+
+
+def read_requests(waiting, numbered, most):
+    """Fill the queue with up to `most` requests, as far as there are any now."""
+    while len(waiting) < most:
+        request = next(numbered, None)
+        if request is None:
+            return
+        waiting.append(request)
 
 
 def new_batch(model, waiting, settings):
@@ -115,24 +146,30 @@ def new_batch(model, waiting, settings):
     longest = max(len(request.prompt) for request in waiting)
     longest = 64 * math.ceil(longest / 64)
     places = longest + settings.max_new_tokens
-    S = max(1, min(len(waiting), settings.batch_tokens // places))
+    S = min(len(waiting), settings.batch_tokens // places)
+    if settings.places:  # more may come than wait now
+        places = settings.places
+        longest = places
+        S = settings.batch_size
+    S = max(S, 1)
     head = model.language_model.lm_head.weight
     cache = torch.zeros(
         model.llm.n_layers, 2, S, model.llm.n_kv_heads, places, model.llm.head_dim,
         dtype=working_dtype(head), device=head.device)
     tokens = torch.zeros(S, dtype=torch.int64, device=head.device)
-    return Batch(cache, tokens, rows=[None] * S, longest_prompt=longest, graphs={})
+    return Batch(cache, tokens, rows=[], longest_prompt=longest, graphs={})
 
 
-def admit(batch, waiting, requests):
-    """Take the waiting requests that start now -> a list, empty as long as most slots are busy.
+def admit(batch, waiting):
+    """Take the waiting requests that start now -> a list.
 
-    Several prompts in one pack cost less than one after the other, so nobody is admitted until a
-    quarter of the slots is free. For each request that leaves the queue another one is read.
+    Several prompts in one pack cost less than one after the other, so as long as more wait than
+    slots are free, nobody is admitted until a quarter of the slots is free.
     """
     admitted = []
-    n_free = len(batch.free_slots())
-    if 4 * n_free < len(batch.rows):
+    n_slots = len(batch.tokens)
+    n_free = n_slots - len(batch.rows)
+    if 4 * n_free < n_slots and n_free < len(waiting):
         return admitted
     n_tokens = 0
     while waiting and len(admitted) < n_free:
@@ -143,80 +180,76 @@ def admit(batch, waiting, requests):
         if admitted and n_tokens > PREFILL_TOKENS:
             break  # it goes into the next pack
         admitted.append(waiting.popleft())
-        waiting.extend(itertools.islice(requests, 1))
     return admitted
 
 
-def start_rows(model, batch, admitted, settings):
-    """Put requests into free slots and run their prompts -> (slots, logits (len(slots), V))."""
-    slots = batch.free_slots()[:len(admitted)]
+def start_rows(model, batch, admitted):
+    """Put requests into the next slots and run their prompts -> logits (len(admitted), V)."""
+    first = len(batch.rows)
+    for request in admitted:
+        length = len(request.prompt)
+        end = length + request.settings.max_new_tokens
+        noise = torch.Generator().manual_seed(request.settings.seed)
+        batch.rows.append(Row(request.number, length, end, request.settings, noise))
     prompts = [request.prompt for request in admitted]
     tiles = [request.tiles for request in admitted]
-    logits = prefill(model, prompts, tiles, batch.cache, slots)
-    for slot, request in zip(slots, admitted, strict=True):
-        length = len(request.prompt)
-        noise = torch.Generator().manual_seed(settings.seed + request.number)
-        batch.rows[slot] = Row(request.number, length, length + settings.max_new_tokens, noise)
-    return slots, logits
+    slots = list(range(first, len(batch.rows)))
+    return prefill(model, prompts, tiles, batch.cache, slots)
 
 
-def advance_rows(model, batch, is_last):
-    """Run the newest token of every row -> (slots, logits (len(slots), V)).
-
-    is_last: nobody waits, so free slots are dropped. That copies the cache, so it is done when
-    half of them are free. It is not done on CUDA, where graphs hold on to the tensors. There all
-    slots are returned, free ones too: picking the busy ones would wait for the GPU.
-    """
-    on_gpu = batch.cache.is_cuda
-    slots = list(range(len(batch.rows))) if on_gpu else batch.busy_slots()
-    if is_last and not on_gpu and 2 * len(slots) <= len(batch.rows):
-        batch.cache = batch.cache[:, :, slots]
-        batch.tokens = batch.tokens[slots]
-        batch.rows = [batch.rows[slot] for slot in slots]
-        slots = list(range(len(slots)))
-
-    positions = torch.tensor([row.position if row else 0 for row in batch.rows])
+def advance_rows(model, batch):
+    """Run the newest token of every row -> logits (S, V)."""
+    S = len(batch.rows)
+    positions = torch.tensor([row.position for row in batch.rows])
     length = int(positions.max()) + 1
-    if on_gpu:
-        logits = graph_step(model, batch, positions, length)
+    if batch.cache.is_cuda:
+        # A graph runs all slots. What it does in a free one is overwritten by the next prompt.
+        free = torch.zeros(len(batch.tokens) - S, dtype=torch.int64)
+        logits = graph_step(model, batch, torch.cat([positions, free]), length)[:S]
     else:
-        logits = decode_step(model, batch.tokens, positions, batch.cache, length)
-    if len(slots) < len(batch.rows):
-        logits = logits[slots]
+        logits = decode_step(model, batch.tokens[:S], positions, batch.cache[:, :, :S], length)
     for row in batch.rows:
-        if row:
-            row.position += 1
-    return slots, logits
+        row.position += 1
+    return logits
 
 
-def finish_rows(batch, slots, tokens, stop_ids):
-    """Yield what decode yields for these new tokens; free the slots whose answers are whole."""
-    for slot, token in zip(slots, tokens, strict=True):
+def finish_rows(batch, first, tokens):
+    """Yield what decode yields for new tokens of the rows from `first` on; take out whole ones."""
+    whole = []
+    for slot, token in enumerate(tokens, first):
         row = batch.rows[slot]
-        if row is None:
-            continue
-        stopped = token in stop_ids
+        stopped = token in row.settings.stop_ids or row.settings.stopped
         if not stopped:
             yield row.number, token
         if stopped or row.position + 1 >= row.end:
-            batch.rows[slot] = None
+            whole.append(slot)
             yield row.number, None
+    for slot in reversed(whole):
+        batch.remove(slot)
 
 
 # ---- sampling ------------------------------------------------------------------------------------
 
-def choose_tokens(model, logits, rows, settings):
+def choose_tokens(model, logits, rows):
     """logits (S, V) of these rows -> (their next token ids (S,), whether all logits are finite).
 
-    Both stay on the device, where read_tokens reads them. A row may be None, in a free slot.
+    Both stay on the device, where read_tokens reads them.
     """
     finite = logits.sum(dtype=torch.float32).isfinite()  # any NaN or infinity gets into the sum
     logits[:, model.image_token_id] = float("-inf")  # a placeholder is never an answer
-    if settings.temperature == 0:
-        return logits.argmax(-1), finite
-    noise = [torch.rand(1, generator=row.noise) if row else torch.zeros(1) for row in rows]
-    noise = without_waiting(torch.cat(noise), logits.device)
-    return sample(logits, settings.temperature, settings.top_p, settings.top_k, noise), finite
+    likeliest = logits.argmax(-1)
+    if all(row.settings.temperature == 0 for row in rows):
+        return likeliest, finite
+    wanted = []
+    for row in rows:
+        draw = row.settings
+        noise = torch.rand(1, generator=row.noise).item()
+        wanted.append([draw.temperature or 1.0, draw.top_p, draw.top_k, noise,
+                       draw.temperature == 0])
+    wanted = without_waiting(torch.tensor(wanted), logits.device)  # (S, 5), fp32
+    temperature, top_p, top_k, noise, greedy = wanted.unbind(1)
+    drawn = sample(logits, temperature, top_p, top_k, noise)
+    return torch.where(greedy > 0, likeliest, drawn), finite
 
 
 def read_tokens(model, tokens, finite):
@@ -232,15 +265,17 @@ def read_tokens(model, tokens, finite):
 
 
 def sample(logits, temperature, top_p, top_k, noise):
-    """logits (S, V), noise (S,) uniform in [0, 1), temperature above 0 -> token ids (S,)."""
-    p, ids = (logits / temperature).softmax(-1).sort(-1, descending=True)
+    """logits (S, V) -> token ids (S,). The others (S,): settings of each row, see Decoding.
+
+    temperature is above 0, noise uniform in [0, 1).
+    """
+    p, ids = (logits / temperature[:, None]).softmax(-1).sort(-1, descending=True)
     mass_before = p.cumsum(-1) - p
-    outside = mass_before >= top_p
+    outside = mass_before >= top_p[:, None]
+    place = torch.arange(p.shape[1], device=p.device)
+    outside |= (place >= top_k[:, None]) & (top_k[:, None] > 0)
     outside[:, 0] = False  # the first token always stays
-    p = p.masked_fill(outside, 0.0)
-    if top_k:
-        p[:, top_k:] = 0.0
-    mass = p.cumsum(-1)
+    mass = p.masked_fill(outside, 0.0).cumsum(-1)
     choice = (mass <= noise[:, None] * mass[:, -1:]).sum(-1, keepdim=True)
     return ids.gather(-1, choice)[:, 0]
 

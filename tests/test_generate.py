@@ -100,6 +100,53 @@ def test_requests_are_taken_from_an_iterator_only_when_there_is_room_and_a_long_
     assert len(taken) <= 4
 
 
+def test_requests_with_settings_of_their_own_answer_as_they_would_alone():
+    vlm = tiny().eval()
+    prompts, tiles = prompts_and_tiles(6)
+    own = [dict(max_new_tokens=3 + i, stop_ids=set(range(0, 320, 7 + i)), temperature=0.8 * (i % 3),
+                top_p=1 - 0.1 * i, top_k=(0, 9)[i % 2], seed=i) for i in range(6)]
+    requests = zip(prompts, tiles, [Decoding(**settings) for settings in own], strict=True)
+    together = [[] for _ in own]
+    for number, token in G.decode(vlm, requests, Decoding(20, set(), batch_size=4)):
+        if token is not None:
+            together[number].append(token)
+    alone = [generate(vlm, [prompt], [t], **settings)[0]
+             for prompt, t, settings in zip(prompts, tiles, own, strict=True)]
+    assert together == alone
+
+
+def test_a_request_that_comes_later_joins_the_others_and_a_stopped_one_ends():
+    vlm = tiny().eval()
+    prompts, tiles = prompts_and_tiles(3)
+    alone = generate(vlm, prompts, tiles, 30, set())
+    asked = [Decoding(30, set()) for _ in prompts]
+    running = set()
+    came = []  # how many answers were being generated when the request was taken
+
+    def requests():
+        for number in (0, 1):
+            running.add(number)
+            yield prompts[number], tiles[number], asked[number]
+        for _ in range(3):
+            yield None
+        came.append(len(running))
+        running.add(2)
+        yield prompts[2], tiles[2], asked[2]
+        while running:
+            yield None
+
+    answers = [[], [], []]
+    settings = Decoding(30, set(), batch_size=4, places=160)
+    for number, token in G.decode(vlm, requests(), settings):
+        if token is None:
+            running.discard(number)
+            continue
+        answers[number].append(token)
+        asked[1].stopped = len(answers[1]) == 5
+    assert came == [2]
+    assert answers == [alone[0], alone[1][:5], alone[2]]
+
+
 def test_streamed_tokens_equal_the_answer_and_sampling_is_reproducible():
     vlm = tiny().eval()
     (prompt,), (t,) = prompts_and_tiles(1)
@@ -116,12 +163,17 @@ def test_streamed_tokens_equal_the_answer_and_sampling_is_reproducible():
 def test_sampling_draws_with_the_probabilities_of_the_softmax():
     logits = torch.tensor([[1.0, 3.0, 2.0, -50.0]])
     noise = torch.arange(0, 1, 1e-4)
-    drawn = G.sample(logits.expand(len(noise), -1), 2.0, 1.0, 0, noise)
+
+    def draw(temperature, top_p, top_k):
+        settings = [torch.full_like(noise, value) for value in (temperature, top_p, top_k)]
+        return G.sample(logits.expand(len(noise), -1), *settings, noise)
+
+    drawn = draw(2.0, 1.0, 0)
     torch.testing.assert_close(
         drawn.bincount(minlength=4) / len(noise), (logits[0] / 2).softmax(-1), atol=2e-4, rtol=0
     )
-    assert set(G.sample(logits.expand(len(noise), -1), 2.0, 1.0, 2, noise).tolist()) == {1, 2}
-    assert set(G.sample(logits.expand(len(noise), -1), 2.0, 0.3, 0, noise).tolist()) == {1}
+    assert set(draw(2.0, 1.0, 2).tolist()) == {1, 2}
+    assert set(draw(2.0, 0.3, 0).tolist()) == {1}
 
 
 def test_a_prompt_with_placeholders_but_without_tiles_is_refused():
@@ -164,7 +216,8 @@ def test_logits_that_are_not_finite_are_an_error_in_prefill_and_in_each_step(val
 def test_choosing_tokens_reads_nothing_from_the_device(temperature):
     """A step waits for a GPU once, in read_tokens. A tensor on the meta device cannot be read."""
     logits = torch.empty(2, 320, device="meta")
-    row = G.Row(0, position=3, end=9, noise=torch.Generator().manual_seed(0))
     settings = Decoding(5, set(), temperature, top_p=0.9, top_k=7)
-    tokens, finite = G.choose_tokens(tiny(), logits, [row, None], settings)
+    noise = torch.Generator().manual_seed(0)
+    row = G.Row(0, position=3, end=9, settings=settings, noise=noise)
+    tokens, finite = G.choose_tokens(tiny(), logits, [row, row])
     assert tokens.shape == (2,) and finite.shape == ()
