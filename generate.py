@@ -322,19 +322,20 @@ class Assistant:
         self.thumbnail = about.get("use_thumbnail", True)
         self.max_tiles = max_tiles or about.get("max_dynamic_patch", 12)
 
-    def tiles(self, path):
-        """Picture file -> uint8 tiles (N, 3, s, s)."""
+    def tiles(self, source, max_tiles=0):
+        """Picture, a path or the bytes of a file -> uint8 tiles (N, 3, s, s)."""
         side = self.model.vision.image_size
-        return make_tiles(load_image(path), 1, self.max_tiles, side, self.thumbnail)
+        return make_tiles(load_image(source), 1, max_tiles or self.max_tiles, side, self.thumbnail)
 
-    def prompt(self, turns, tiles):
+    def prompt(self, turns, tiles, system=None):
         """[(question, answer), ..., (question, None)] and the tiles of each picture, in a list.
 
-        -> (ids (T,), tiles (N, 3, s, s) of all pictures or None).
+        system: a message in place of the template's. -> (ids (T,), tiles (N, 3, s, s) of all
+        pictures or None).
         """
         counts = [len(t) for t in tiles]
         ids = chat_ids(self.tokenizer, self.template, turns, counts,
-                       self.model.vision.tokens_per_tile, self.model.llm.max_positions)
+                       self.model.vision.tokens_per_tile, self.model.llm.max_positions, system)
         return ids, torch.cat(tiles) if tiles else None
 
     def ids_each(self, prompts, **settings):
@@ -361,10 +362,14 @@ class Assistant:
 
     def stream(self, ids, tiles):
         """Yield the answer piece by piece; a character of several tokens comes when it is whole."""
+        yield from self.texts(generate_stream(self.model, ids, tiles, **self.settings))
+
+    def texts(self, tokens):
+        """Token ids as they come -> the pieces of their text, none cut inside a character."""
         ids_so_far = []
         shown = ""
         text = ""
-        for token in generate_stream(self.model, ids, tiles, **self.settings):
+        for token in tokens:
             ids_so_far.append(token)
             text = self.tokenizer.decode(ids_so_far).strip()  # spaces at the end are held back
             if len(text) > len(shown) and not text.endswith("\ufffd"):

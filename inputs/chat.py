@@ -50,16 +50,18 @@ def row_segments(row, tokenizer, template, n_tiles, tokens_per_tile):
     return segments(tokenizer, template, turns, images, system, supervised)
 
 
-def chat_ids(tokenizer, template, turns, n_tiles, tokens_per_tile, most=math.inf):
+def chat_ids(tokenizer, template, turns, n_tiles, tokens_per_tile, most=math.inf, system=None):
     """Prompt ids, up to and including `assistant\\n`, of turns [(user, assistant), ...].
 
     The last assistant is None. n_tiles: tiles of each image, in the order of the `<image>`
-    placeholders. If no placeholder is written, the images go first. ValueError if there are more
-    than `most` ids.
+    placeholders. If no placeholder is written, the images go first. A user's turn may also be a
+    list, of the texts before, between and behind its images; no placeholder is looked for then.
+    system: a message in place of the template's. ValueError if there are more than `most` ids.
     """
     images = image_ids(tokenizer, n_tiles, tokens_per_tile)
-    turns = place_images(turns, len(images))
-    ids, _ = join_segments(segments(tokenizer, template, turns, images))
+    if not any(isinstance(user, list) for user, _ in turns):
+        turns = place_images(turns, len(images))
+    ids, _ = join_segments(segments(tokenizer, template, turns, images, system))
     if len(ids) > most:
         raise ValueError(f"a prompt of {len(ids):,} tokens, the model has {most:,} positions; "
                          "shorten it, or take fewer pictures or --max_tiles")
@@ -106,11 +108,12 @@ def fixed_ids(tokenizer, template):
 def segments(tokenizer, template, turns, images, system=None, supervised=None):
     """Yield (ids, whether they are supervised) of a conversation, in order.
 
-    images: the ids between <img> and </img> of each `<image>` in the turns; system: a message in
-    place of the template's; supervised: for each answer whether it is (None: all are).
+    images: the ids between <img> and </img> of each image in the turns, see chat_ids; system: a
+    message in place of the template's; supervised: for each answer whether it is (None: all are).
     """
-    texts = [system or "", *(text or "" for turn in turns for text in turn)]
-    n_characters = sum(len(text) for text in texts)
+    n_characters = len(system or "")
+    for user, assistant in turns:
+        n_characters += len("".join(user)) + len(assistant or "")
     if n_characters > MAX_TEXT:
         raise ValueError(f"a dialogue that cannot be split into tokens: {n_characters:,} "
                          f"characters, at most {MAX_TEXT:,} are read; shorten it")
@@ -122,8 +125,8 @@ def segments(tokenizer, template, turns, images, system=None, supervised=None):
     else:
         yield fixed["system"], False
     for k, (user, assistant) in enumerate(turns):
-        before, *after = ("user\n" + user).split("<image>")
-        yield fixed["ask"] + encode(before), False
+        before, *after = user if isinstance(user, list) else user.split("<image>")
+        yield fixed["ask"] + encode("user\n" + before), False
         for text in after:
             yield fixed["img"] + next(images) + fixed["img_end"] + encode(text), False
         yield fixed["answer"], False
