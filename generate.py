@@ -17,6 +17,7 @@ from inputs.tokenizer import Tokenizer
 from vision import working_dtype
 from weights import check_vocabulary, load_folder
 
+GREEDY_BELOW = 1e-5  # a temperature below is 0: logits divided by it may overflow
 PREFILL_TOKENS = 16384  # prompt tokens that go through the model at once
 
 
@@ -238,14 +239,15 @@ def choose_tokens(model, logits, rows):
     finite = logits.sum(dtype=torch.float32).isfinite()  # any NaN or infinity gets into the sum
     logits[:, model.image_token_id] = float("-inf")  # a placeholder is never an answer
     likeliest = logits.argmax(-1)
-    if all(row.settings.temperature == 0 for row in rows):
+    if all(row.settings.temperature < GREEDY_BELOW for row in rows):
         return likeliest, finite
     wanted = []
     for row in rows:
         draw = row.settings
         noise = torch.rand(1, generator=row.noise).item()
-        wanted.append([draw.temperature or 1.0, draw.top_p, draw.top_k, noise,
-                       draw.temperature == 0])
+        greedy = draw.temperature < GREEDY_BELOW
+        temperature = 1.0 if greedy else draw.temperature
+        wanted.append([temperature, draw.top_p, draw.top_k, noise, greedy])
     wanted = without_waiting(torch.tensor(wanted), logits.device)  # (S, 5), fp32
     temperature, top_p, top_k, noise, greedy = wanted.unbind(1)
     drawn = sample(logits, temperature, top_p, top_k, noise)

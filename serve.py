@@ -13,37 +13,32 @@ It is meant for looking, evaluating and recaptioning with one GPU. For many user
 and serve it with vLLM (docs/serving.md). All that a client can ask for is bounded.
 """
 import hmac
-import json
-import math
+import re
 import select
 import signal
 import socket
 import sys
 import threading
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
 
 from PIL import Image
 
 from configurator import configure, run_script, setting
 from generate import Assistant
+from inputs.files import naming
 from inputs.images import MAX_TILES, picture_uri
 from model_files import check_sizes_of_weights
 from serving.answer import as_json, error_object
-from serving.ask import Refused, number, read_ask, read_picture
-from serving.connections import Connections
+from serving.ask import Refused, number, picture_tiles, read_ask, read_picture
+from serving.connections import Connection, Connections, tell
 from serving.engine import Engine
 from training.checkpoint_folder import model_folder
 from training.distributed import compute_dtype, setup_distributed
 
 PAGE = Path(__file__).parent / "serving" / "page.html"
 LOCAL = ("localhost", "127.0.0.1", "::1")
-MAX_BODY = 20 * 2**20  # bytes of a request
-READ_SECONDS = 30  # to send a request
-IDLE_SECONDS = 60  # a connection may be kept open between requests
 
 
 @dataclass(slots=True)
@@ -69,35 +64,22 @@ class Server(Connections):
         self.key = key
         self.assistant = assistant
         self.name = Path(cfg.model).resolve().name
-        self.pictures = threading.Semaphore(2)  # decoded pictures are large: two at a time
         super().__init__(cfg.host, cfg.port, Handler)
         places = min(cfg.context, assistant.model.llm.max_positions)
         self.engine = Engine(assistant, cfg.batch_size, cfg.waiting, places)
 
+    def close(self):
+        """Finish the answers at work. A client that does not take its answer is still closed."""
+        self.server_close()
+        print("shutting down: the answers at work are finished first", flush=True)
+        self.engine.close()
+        while self.engine.thread.is_alive():
+            self.service_actions()
+            self.engine.thread.join(0.1)
 
-class Handler(BaseHTTPRequestHandler):
-    """The requests of one connection."""
-    protocol_version = "HTTP/1.1"
-    server_version = "sail-vl"
-    sys_version = ""
-    disable_nagle_algorithm = True
 
-    def log_message(self, *_):
-        """No line for each request."""
-
-    def handle_one_request(self):
-        self.n_reserved = 0
-        self.server.set_deadline(self.connection, IDLE_SECONDS)
-        try:
-            super().handle_one_request()
-        finally:
-            self.server.reserve(-self.n_reserved)
-
-    def parse_request(self):
-        self.server.set_deadline(self.connection, READ_SECONDS)
-        return super().parse_request()
-
-    # ---- which request it is -----------------------------------------------------------------
+class Handler(Connection):
+    """Which request is answered by what."""
 
     def do_GET(self):
         self.route({"/": self.send_page, "/health": self.send_health,
@@ -118,65 +100,22 @@ class Handler(BaseHTTPRequestHandler):
             paths[path]()
         except Refused as e:
             self.send_error(e.status, str(e), e.param)
+        except OSError:
+            raise  # the client has gone
+        except Exception as e:
+            tell(e)
+            self.send_error(500, "a fault of the server, which has printed it")
 
     def check_client(self, path):
         """Refused without the key; and, if we listen for this machine only, with another name."""
-        host = urlsplit("//" + self.headers.get("Host", "")).hostname
-        if self.server.cfg.host in LOCAL and host not in LOCAL:  # a web page can make up a name
-            raise Refused(403, f"this server is {self.server.cfg.host}, not {host}")
+        host = self.headers.get("Host", "")
+        name = re.sub(r":\d*$", "", host).strip("[]").lower()
+        if self.server.cfg.host in LOCAL and name not in LOCAL:  # a web page can make up a name
+            raise Refused(403, f"this server is {self.server.cfg.host}, not {host[:100]!r}")
         sent = self.headers.get("Authorization", "").removeprefix("Bearer ").encode()
         if self.server.key and path not in ("/", "/health"):
             if not hmac.compare_digest(sent, self.server.key.encode()):
                 raise Refused(401, "the API key is missing or wrong")
-
-    def read_body(self):
-        """The JSON object of a request -> dict. Web pages of others cannot send this type."""
-        if self.headers.get_content_type() != "application/json":
-            raise Refused(415, "send Content-Type: application/json")
-        length = self.headers.get("Content-Length", "")
-        if not length.isdecimal() or len(length) > 18:
-            raise Refused(411, "send Content-Length")
-        length = int(length)
-        if length > MAX_BODY:
-            raise Refused(413, f"{length:,} bytes; at most {MAX_BODY:,} are read")
-        self.server.reserve(length)
-        self.n_reserved = length
-        content = self.rfile.read(length)
-        if len(content) < length:
-            raise ConnectionAbortedError
-        self.server.set_deadline(self.connection, math.inf)
-        try:
-            body = json.loads(content)
-        except (ValueError, RecursionError) as e:
-            raise Refused(400, f"the body is not JSON: {e}") from None
-        if not isinstance(body, dict):
-            raise Refused(400, "the body must be a JSON object")
-        return body
-
-    # ---- answers -----------------------------------------------------------------------------
-
-    def send(self, status, content, kind="application/json", headers=()):
-        """Send a whole answer; content: bytes, or what becomes JSON."""
-        if not isinstance(content, bytes):
-            content = as_json(content)
-        self.send_response(status)
-        for name, value in [("Content-Type", kind), ("Content-Length", len(content)), *headers]:
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
-
-    def send_error(self, status, message=None, param=None):
-        """An error as OpenAI's clients read it. The base class calls this for malformed requests.
-
-        The connection is closed, because the body may not have been read.
-        """
-        self.close_connection = True
-        message = message or self.responses.get(status, ("error",))[0]
-        headers = [("Connection", "close")]
-        if status in (429, 503):
-            headers.append(("Retry-After", "1"))
-        self.send(status, {"error": error_object(status, message, param)}, headers=headers)
 
     def send_page(self):
         self.send(200, PAGE.read_bytes(), "text/html; charset=utf-8", [
@@ -197,11 +136,8 @@ class Handler(BaseHTTPRequestHandler):
         assistant = self.server.assistant
         most = number(body, "max_tiles", 0, 1, assistant.max_tiles, whole=True)
         picture = read_picture({"image_url": body.get("image")}, "image")
-        with self.server.pictures:
-            try:
-                tiles = assistant.tiles(picture, most)
-            except ValueError as e:
-                raise Refused(400, str(e), "image") from None
+        with self.server.engine.place():
+            tiles = picture_tiles(assistant, picture, most, "image")
         uris = [picture_uri(Image.fromarray(tile.permute(1, 2, 0).numpy())) for tile in tiles]
         tokens = len(tiles) * assistant.model.vision.tokens_per_tile
         self.send(200, {"tiles": uris, "tokens": tokens})
@@ -214,9 +150,8 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(404, f"the model {str(body['model'])[:100]!r} is not here, only "
                                f"{server.name!r}", "model")
         with server.engine.place():
-            with server.pictures:
-                ask = read_ask(body, server.assistant, server.cfg.max_new_tokens,
-                               server.engine.places)
+            ask = read_ask(body, server.assistant, server.cfg.max_new_tokens,
+                           server.engine.places)
             answer = server.engine.start(ask)
             try:
                 if ask.stream:
@@ -240,19 +175,20 @@ class Handler(BaseHTTPRequestHandler):
 
         def send_event(delta, reason=None, **more):
             event = answer.as_object(self.server.name, "delta", delta, reason, **more)
-            self.wfile.write(b"data: " + as_json(event) + b"\n\n")
+            self.write(b"data: " + as_json(event) + b"\n\n")
 
         try:
             send_event({"role": "assistant", "content": ""})
             for text in answer.texts(self.server.assistant, self.tokens(answer)):
-                send_event({"content": text})
+                if text:
+                    send_event({"content": text})
             send_event({}, answer.finish_reason())
             if answer.ask.usage:
                 send_event({}, choices=[], usage=answer.usage())
-            self.wfile.write(b"data: [DONE]\n\n")
+            self.write(b"data: [DONE]\n\n")
         except Refused as e:  # the head has been sent, so that the error is an event
             error = {"error": error_object(e.status, str(e), e.param)}
-            self.wfile.write(b"data: " + as_json(error) + b"\n\n")
+            self.write(b"data: " + as_json(error) + b"\n\n")
 
     def tokens(self, answer):
         """The token ids of an answer as they come. It is stopped if the client has gone."""
@@ -269,14 +205,21 @@ class Handler(BaseHTTPRequestHandler):
 
 # ---- the script ----------------------------------------------------------------------------------
 
+def read_key(path):
+    """The first line of a file that holds the key; ValueError if that cannot be sent."""
+    with naming(path):
+        key = Path(path).read_bytes().partition(b"\n")[0].decode("latin-1").strip()
+    if not key or not key.isascii() or not key.isprintable():
+        raise ValueError(f"{path}: write a key into its first line, of letters and digits")
+    return key
+
+
 def main():
     cfg = Config()
     configure(cfg)
-    key = ""
-    if cfg.api_key_file:
-        key = Path(cfg.api_key_file).read_text().partition("\n")[0].strip()
-        if not key:
-            raise ValueError(f"{cfg.api_key_file}: its first line is empty; write the key there")
+    if not cfg.host:
+        raise ValueError("give --host=127.0.0.1, or 0.0.0.0 for other machines too")
+    key = read_key(cfg.api_key_file) if cfg.api_key_file else ""
     cfg.model = model_folder(cfg.model)
     check_sizes_of_weights(cfg.model)
     device = setup_distributed(cfg.device).device
@@ -285,6 +228,7 @@ def main():
     server = Server(cfg, assistant, key)
 
     def end(*_):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C waits for nothing
         threading.Thread(target=server.shutdown).start()  # it waits for the loop that we are in
 
     for name in ("SIGTERM", "SIGINT"):
@@ -294,9 +238,7 @@ def main():
     host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
     print(f"{server.name}: http://{host}:{server.server_port}/", flush=True)
     server.serve_forever()
-    server.server_close()
-    print("shutting down: the answers at work are finished first", flush=True)
-    server.engine.close()
+    server.close()
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ class Answer:
     tokens: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)  # ids, then ENDED
     number: int = field(default_factory=itertools.count(1).__next__)
     created: int = field(default_factory=lambda: int(time.time()))
-    n_tokens: int = 0  # that were generated
+    n_tokens: int = 0  # that were read
     stopped_at_text: bool = False  # whether one of ask.stops came
-    error: str = ""  # why it ended, if it failed
+    failed: bool = False  # whether the model failed
 
     def finish_reason(self):
         """Why a whole answer ended, in OpenAI's words."""
@@ -44,12 +44,13 @@ class Answer:
             if token is ENDED:
                 break
             if token is not None:
+                self.n_tokens += 1
                 yield token
             if time.monotonic() >= looked + LOOK_SECONDS:
                 looked = time.monotonic()
                 yield None
-        if self.error:
-            raise Refused(500, self.error)
+        if self.failed:
+            raise Refused(500, "the model failed; the server has printed why")
 
     def texts(self, assistant, tokens):
         """Token ids as they come -> the pieces of the answer, up to a text that ends it."""

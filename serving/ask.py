@@ -4,6 +4,8 @@ Pictures come as data URIs. No path and no URL is opened for a client, and no te
 becomes a placeholder or a token that steers the conversation.
 """
 import itertools
+import random
+import threading
 from dataclasses import dataclass
 
 from generate import Decoding
@@ -11,7 +13,11 @@ from inputs.picture_names import data_uri_problem, inline_bytes
 
 MAX_PICTURES = 8  # of a request
 MAX_CHARACTERS = 32_000  # of the texts of a request
+MAX_ESCAPES = 100  # of a data URI, such as %2B
 MAX_STOPS = 4  # as in OpenAI's own service
+
+# Decoded pictures are large: two at a time.
+picture_work = threading.Semaphore(2)
 
 # What is read, and what changes nothing here and may be there.
 READ = {"model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k",
@@ -77,7 +83,9 @@ def check_keys(body):
 
 
 def read_stops(body):
-    stops = body.get("stop") or []
+    stops = body.get("stop")
+    if stops is None:
+        stops = []
     if isinstance(stops, str):
         stops = [stops]
     if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(
@@ -97,12 +105,23 @@ def read_picture(part, where):
     if not isinstance(url, str) or not url.startswith("data:image/"):
         raise Refused(400, f"{where}: a picture must be a data URI, data:image/png;base64,...; no "
                            "address and no file is opened here", where)
+    if url.count("%") > MAX_ESCAPES:
+        raise Refused(400, f"{where}: more than {MAX_ESCAPES} %; send base64 as it is", where)
     if data_uri_problem(url):
         raise Refused(400, f"{where}: {data_uri_problem(url)}", where)
     try:
         return inline_bytes(url)
     except ValueError as e:
         raise Refused(400, f"{where}: {e}", where) from None
+
+
+def picture_tiles(assistant, picture, max_tiles, where):
+    """Bytes of a picture -> its tiles. Raises Refused."""
+    try:
+        with picture_work:
+            return assistant.tiles(picture, max_tiles)
+    except ValueError as e:
+        raise Refused(400, str(e), where) from None
 
 
 def read_parts(content, where):
@@ -200,20 +219,22 @@ def read_ask(body, assistant, longest_answer, places):
     wanted = body.get("max_completion_tokens")
     name = "max_tokens" if wanted is None else "max_completion_tokens"
     most = number(body, name, longest_answer, 1, longest_answer, whole=True)
-    options = body.get("stream_options") or {}
+    options = body.get("stream_options")
+    if options is None:
+        options = {}
     if not isinstance(options, dict) or set(options) - {"include_usage"}:
         raise Refused(400, "stream_options may have include_usage only", "stream_options")
     decoding = Decoding(
         max_new_tokens=most,
         stop_ids=assistant.settings["stop_ids"],
         temperature=number(body, "temperature", 0.0, 0, 100),
-        top_p=number(body, "top_p", 1.0, 1e-6, 1),
+        top_p=number(body, "top_p", 1.0, 0, 1),
         top_k=number(body, "top_k", 0, 0, 2**20, whole=True),
-        seed=number(body, "seed", 0, 0, 2**32 - 1, whole=True),
+        seed=number(body, "seed", random.getrandbits(32), -2**63, 2**63 - 1, whole=True),
     )
     stops = read_stops(body)
+    tiles = [picture_tiles(assistant, picture, max_tiles, "messages") for picture in pictures]
     try:
-        tiles = [assistant.tiles(picture, max_tiles) for picture in pictures]
         ids, tiles = assistant.prompt(turns, tiles, system)
     except ValueError as e:
         raise Refused(400, str(e), "messages") from None

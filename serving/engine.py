@@ -10,6 +10,7 @@ import threading
 from generate import Decoding, decode
 from serving.answer import ENDED, Answer
 from serving.ask import Refused
+from serving.connections import tell
 
 
 class Engine:
@@ -56,10 +57,9 @@ class Engine:
         return answer
 
     def close(self):
-        """Refuse what comes from now on, wait until all places are free, end the thread."""
+        """Refuse what comes from now on. The thread ends when all places are free."""
         with self.lock:
             self.closing = True
-        self.thread.join()
 
     def is_done(self):
         return self.closing and self.n_held == 0
@@ -78,6 +78,8 @@ class Engine:
                 if self.running:
                     yield None
                 continue
+            if answer.ask.decoding.stopped:
+                continue  # the client went away while it waited
             self.running[number] = answer
             number += 1
             yield answer.ask.ids, answer.ask.tiles, answer.ask.decoding
@@ -93,10 +95,10 @@ class Engine:
                         del self.running[number]
                         answer.tokens.put(ENDED)
                     else:
-                        answer.n_tokens += 1
                         answer.tokens.put(token)
             except Exception as e:  # of the model: a connection's own mistakes are caught before
+                tell(e)
                 for answer in self.running.values():
-                    answer.error = str(e) or type(e).__name__
+                    answer.failed = True
                     answer.tokens.put(ENDED)
                 self.running.clear()

@@ -34,8 +34,7 @@ def server(tmp_path_factory):
     yield running
     running.shutdown()
     thread.join()
-    running.server_close()
-    running.engine.close()
+    running.close()
 
 
 @pytest.fixture(scope="module")
