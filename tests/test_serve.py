@@ -253,8 +253,8 @@ def test_a_key_file_that_holds_no_key_is_refused_by_name(tmp_path, content):
 
 
 def test_an_address_that_is_taken_or_not_ours_is_refused_in_one_line(server, folder):
-    for flags in ([f"--port={server.server_port}"], ["--host=203.0.113.7"], ["--host="],  # the last one would listen everywhere
-                 
+    # An empty host would listen everywhere.
+    for flags in ([f"--port={server.server_port}"], ["--host=203.0.113.7"], ["--host="],
                   ["--host=no.such.host.invalid"], ["--api_key_file=/nonexistent/key"]):
         code, _, err = command_line.run(serve.main, ["serve.py", f"--model={folder}",
                                                      "--device=cpu", *flags])
