@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 OPTIONAL = ("evals", "curation", "toy", "bench", "runs")  # each can be deleted
-ROOMS = ("kernels", "inputs", "training", *OPTIONAL)
+ROOMS = ("kernels", "inputs", "training", "serving", *OPTIONAL)
 PROGRAM = sorted(path for room in (".", *ROOMS) for path in ROOT.glob(f"{room}/*.py"))
 CONFIGS = sorted(ROOT.glob("config/*.py"))
 TESTS = sorted(ROOT.glob("tests/*.py"))
@@ -85,6 +85,7 @@ training/result
 training/memory
 training/traffic
 training/dry_run
+serving/*
 train
 sft
 sample

@@ -294,7 +294,7 @@ def hostile(number):
         [b'{"messages": [], "x": "' + draw.randbytes(99).hex().encode() * 5000 + b'"}'],
     ]
     kind = number % len(kinds)
-    content = kinds[kind][number // len(kinds) % len(kinds[kind])]
+    content = draw.choice(kinds[kind])
     if kind in (0, 5, 6):
         content = with_length(content)
     if number % 11 == 0:  # slowly
