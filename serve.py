@@ -12,6 +12,7 @@
 It is meant for looking, evaluating and recaptioning with one GPU. For many users, export the model
 and serve it with vLLM (docs/serving.md). All that a client can ask for is bounded.
 """
+import contextlib
 import hmac
 import re
 import select
@@ -71,8 +72,9 @@ class Server(Connections):
     def close(self):
         """Finish the answers at work. A client that does not take its answer is still closed."""
         self.server_close()
-        print("shutting down: the answers at work are finished first", flush=True)
         self.engine.close()
+        with contextlib.suppress(OSError):  # whoever read our output may have gone
+            print("shutting down: the answers at work are finished first", flush=True)
         while self.engine.thread.is_alive():
             self.service_actions()
             self.engine.thread.join(0.1)

@@ -30,7 +30,7 @@ class Engine:
         self.lock = threading.Lock()
         self.n_held = 0  # places that are taken
         self.closing = False
-        self.thread = threading.Thread(target=self.run, name="decoding")
+        self.thread = threading.Thread(target=self.run, name="decoding", daemon=True)
         self.thread.start()
 
     # ---- called by the threads of connections ----------------------------------------------------
