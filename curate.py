@@ -78,6 +78,7 @@ class Config:
     # tiles of a picture for a model folder; 0: its own limit
     max_tiles: int = setting(0, at_most=MAX_TILES)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of a model folder
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile the decoder; auto: on a GPU
     price_in: float = setting(0.0, at_most=1e6)  # dollars for a million prompt tokens
     price_out: float = setting(0.0, at_most=1e6)  # dollars for a million answer tokens
 

@@ -45,6 +45,7 @@ from training.distributed import (
     close_distributed,
     compute_dtype,
     gather,
+    is_compiled,
     setup_distributed,
 )
 
@@ -81,6 +82,7 @@ class Config:
     # questions per benchmark in report.html, wrong answers first
     report_rows: int = setting(40, at_most=10**6)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU, else float32
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile the decoder; auto: on a GPU
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda where there is one
     threads: int = setting(0, at_most=1024)  # CPU threads of torch; 0 = torch's default
     num_workers: int = setting(2, at_most=256)  # threads that decode pictures
@@ -214,7 +216,8 @@ def answer_all(tasks, failed, folder_hashes, cfg, dist):
     loaded = None
     for variant, folder in variants(cfg):
         if folder != loaded:
-            assistant = Assistant(folder, dist.device, dtype)
+            assistant = Assistant(folder, dist.device, dtype,
+                                  compiled=is_compiled(cfg.compile, dist.device))
             loaded = folder
         answered[variant] = {}
         for task in list(tasks):

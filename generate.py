@@ -5,12 +5,21 @@ vocabulary, N tiles of side s.
 """
 import collections
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
-from decoding import decode_step, graph_step, prefill, without_waiting
+from decoding import (
+    compiler,
+    decode_step,
+    graph_step,
+    join_weights,
+    no_compiler,
+    prefill,
+    without_waiting,
+)
 from inputs.chat import chat_ids
 from inputs.images import load_image, make_tiles
 from inputs.tokenizer import Tokenizer
@@ -36,6 +45,7 @@ class Decoding:
     batch_size: int = 64  # rows that decode together, at most
     batch_tokens: int = 2**19  # places of their cache, at most; a single row gets what it needs
     places: int = 0  # of a row: prompt and answer; 0: what the longest waiting prompt needs
+    compiled: bool = False  # run the compiled step; a process waits for it at its first answer
 
 
 class Request(NamedTuple):
@@ -64,6 +74,7 @@ class Batch:
     rows: list  # Rows, at most one for each slot
     longest_prompt: int  # that still fits, with its answer
     graphs: dict  # CUDA graphs of these tensors, see graph_step
+    compiler: Callable  # of decode_step
 
     def remove(self, slot):
         """Take a row out. The last one moves into its slot."""
@@ -158,7 +169,8 @@ def new_batch(model, waiting, settings):
         model.llm.n_layers, 2, S, model.llm.n_kv_heads, places, model.llm.head_dim,
         dtype=working_dtype(head), device=head.device)
     tokens = torch.zeros(S, dtype=torch.int64, device=head.device)
-    return Batch(cache, tokens, rows=[], longest_prompt=longest, graphs={})
+    how = compiler if settings.compiled else no_compiler
+    return Batch(cache, tokens, rows=[], longest_prompt=longest, graphs={}, compiler=how)
 
 
 def admit(batch, waiting):
@@ -208,7 +220,8 @@ def advance_rows(model, batch):
         free = torch.zeros(len(batch.tokens) - S, dtype=torch.int64)
         logits = graph_step(model, batch, torch.cat([positions, free]), length)[:S]
     else:
-        logits = decode_step(model, batch.tokens[:S], positions, batch.cache[:, :, :S], length)
+        logits = decode_step(model, batch.tokens[:S], positions, batch.cache[:, :, :S], length,
+                             batch.compiler)
     for row in batch.rows:
         row.position += 1
     return logits
@@ -319,10 +332,18 @@ class Assistant:
         self.tokenizer = Tokenizer(folder)
         check_vocabulary(self.model.llm, self.tokenizer)
         self.model.eval()
+        if self.model.language_model.lm_head.weight.is_cuda:
+            join_weights(self.model)
         self.settings = {"stop_ids": {self.tokenizer.eos_id}, **settings}
         self.template = about.get("template", "sailvl-chat")
         self.thumbnail = about.get("use_thumbnail", True)
         self.max_tiles = max_tiles or about.get("max_dynamic_patch", 12)
+
+    def warm_up(self, n_rows):
+        """Compile now what n_rows that decode together need, if this model is compiled."""
+        n = min(n_rows, 2)  # all numbers of rows but 1 have the same graph
+        if self.settings.get("compiled"):
+            self.answers([([0], None)] * n, max_new_tokens=2, stop_ids=set())
 
     def tiles(self, source, max_tiles=0):
         """Picture, a path or the bytes of a file -> uint8 tiles (N, 3, s, s)."""

@@ -24,7 +24,15 @@ from inputs.chat import IGNORE
 from inputs.images import normalize
 from kernels.attention import attention
 from kernels.cross_entropy import linear_cross_entropy
-from vision import Linear, Projector, RMSNorm, VisionBlock, pixel_shuffle, working_dtype
+from vision import (
+    Linear,
+    Projector,
+    RMSNorm,
+    VisionBlock,
+    pixel_shuffle,
+    products,
+    working_dtype,
+)
 
 
 @dataclass(slots=True)
@@ -117,27 +125,35 @@ class Block(nn.Module):
         rows: indices of the rows to return, or None for all. Past the attention no row needs
         another one, so the last block computes only those that have a label.
         """
+        attention_out = self.run_heads(x, rope, attend)
+        if rows is not None:
+            x = x.index_select(0, rows)
+            attention_out = attention_out.index_select(0, rows)
+        x = x + self.self_attn.o_proj(attention_out)
+        return x + self.feed_forward(x)
+
+    def run_heads(self, x, rope, attend):
+        """x (T, C) -> what the heads found (T, H*D), for o_proj; arguments as in forward."""
         T = len(x)
         attn = self.self_attn
         y = self.input_layernorm(x)
-        q = attn.q_proj(y).view(T, -1, self.head_dim)  # (T, H, D)
-        k = attn.k_proj(y).view(T, -1, self.head_dim)  # (T, K, D)
-        v = attn.v_proj(y).view(T, -1, self.head_dim)  # (T, K, D)
+        q, k, v = products(y, attn.q_proj, attn.k_proj, attn.v_proj)
+        q = q.view(T, -1, self.head_dim)  # (T, H, D)
+        k = k.view(T, -1, self.head_dim)  # (T, K, D)
+        v = v.view(T, -1, self.head_dim)  # (T, K, D)
         if self.qk_norm:
             q = attn.q_norm(q)
             k = attn.k_norm(k)
         q = rotate(q, *rope)
         k = rotate(k, *rope)
-        attention_out = attend(q, k, v).flatten(1)  # (T, H*D)
-        if rows is not None:
-            x = x.index_select(0, rows)
-            attention_out = attention_out.index_select(0, rows)
-        x = x + attn.o_proj(attention_out)
+        return attend(q, k, v).flatten(1)
 
+    def feed_forward(self, x):
+        """x (T, C) -> what the MLP adds to it (T, C)."""
         mlp = self.mlp
         y = self.post_attention_layernorm(x)
-        gated = F.silu(mlp.gate_proj(y)) * mlp.up_proj(y)  # (T, ffn_dim)
-        return x + mlp.down_proj(gated)
+        gate, up = products(y, mlp.gate_proj, mlp.up_proj)  # (T, ffn_dim) each
+        return mlp.down_proj(F.silu(gate) * up)
 
 
 def packed(cu_seqlens):

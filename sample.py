@@ -40,7 +40,7 @@ from inputs.row_keys import (
 )
 from model_files import check_sizes_of_weights
 from training.checkpoint_folder import model_folder
-from training.distributed import compute_dtype, setup_distributed
+from training.distributed import compute_dtype, is_compiled, setup_distributed
 
 HELP = ("/image PATH adds a picture, /tiles N limits later ones (0: as at first), "
         "/reset starts anew, Ctrl-D ends")
@@ -61,6 +61,7 @@ class Config:
     batch_size: int = setting(16, at_least=1, at_most=2**16)  # answered together, with --out
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU, else float32
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda where there is one
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on a GPU with --out
 
 
 # Other keys that hold a question.
@@ -79,10 +80,12 @@ def load(cfg):
                              "a folder of them needs --out=answers.jsonl too")
     check_sizes_of_weights(cfg.model)
     device = setup_distributed(cfg.device).device
+    # A single question is answered before a compiler is done.
+    compiled = is_compiled(cfg.compile, device) and bool(cfg.out or cfg.compile == "on")
     return Assistant(
         cfg.model, device, compute_dtype(cfg.dtype, device), cfg.max_tiles,
         max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
-        top_p=cfg.top_p, top_k=cfg.top_k, seed=cfg.seed)
+        top_p=cfg.top_p, top_k=cfg.top_k, seed=cfg.seed, compiled=compiled)
 
 
 # ---- a folder or a file of questions -------------------------------------------------------------

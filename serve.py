@@ -36,7 +36,7 @@ from serving.ask import Refused, number, picture_tiles, read_ask, read_picture
 from serving.connections import Connection, Connections, tell
 from serving.engine import Engine
 from training.checkpoint_folder import model_folder
-from training.distributed import compute_dtype, setup_distributed
+from training.distributed import compute_dtype, is_compiled, setup_distributed
 
 PAGE = Path(__file__).parent / "serving" / "page.html"
 LOCAL = ("localhost", "127.0.0.1", "::1")
@@ -55,6 +55,7 @@ class Config:
     max_tiles: int = setting(0, at_most=MAX_TILES)  # of a picture; 0 = as the model folder says
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU, else float32
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda where there is one
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile the decoder; auto: on a GPU
 
 
 class Server(Connections):
@@ -226,7 +227,9 @@ def main():
     check_sizes_of_weights(cfg.model)
     device = setup_distributed(cfg.device).device
     assistant = Assistant(cfg.model, device, compute_dtype(cfg.dtype, device), cfg.max_tiles,
-                          max_new_tokens=cfg.max_new_tokens)
+                          max_new_tokens=cfg.max_new_tokens,
+                          compiled=is_compiled(cfg.compile, device))
+    assistant.warm_up(cfg.batch_size)
     server = Server(cfg, assistant, key)
 
     def end(*_):

@@ -247,7 +247,7 @@ def train_stage(run, name, stage, later_steps):
     autocast = torch.autocast(dist.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
     optim.set_dtypes(model, dtype)
     model.vision_model.drop_path = stage.drop_path
-    compiled = cfg.compile == "on" or (cfg.compile == "auto" and dist.device.type == "cuda")
+    compiled = distributed.is_compiled(cfg.compile, dist.device)
     if compiled:
         compile_blocks(model)
     distributed.checkpoint_activations(model, cfg.activation_checkpointing)

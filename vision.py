@@ -72,11 +72,20 @@ class Linear(nn.Linear):
     weight_copy = None  # in 16 bits, see training/copies.py
     bias_copy = None
     multiply = staticmethod(F.linear)  # in 8 bits, see training/fp8.py
+    joined = None  # (weight, bias) of this one and others, see join_weights in decoding.py
 
     def forward(self, x):
         weight = self.weight if self.weight_copy is None else self.weight_copy
         bias = self.bias if self.bias_copy is None else self.bias_copy
         return self.multiply(x, weight, bias)
+
+
+def products(x, *linears):
+    """[linear(x) for each Linear]; those whose weights are joined share one product."""
+    joined = getattr(linears[0], "joined", None)
+    if joined is None:
+        return [linear(x) for linear in linears]
+    return F.linear(x, *joined).split([linear.out_features for linear in linears], -1)
 
 
 class LayerNorm(nn.LayerNorm):

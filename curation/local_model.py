@@ -20,7 +20,8 @@ def load_assistant(cfg):
     """
     device = distributed.own_device()
     dtype = distributed.compute_dtype(cfg.dtype, device)
-    return Assistant(cfg.model, device, dtype, max_tiles=cfg.max_tiles)
+    return Assistant(cfg.model, device, dtype, max_tiles=cfg.max_tiles,
+                     compiled=distributed.is_compiled(cfg.compile, device))
 
 
 class LocalModel:

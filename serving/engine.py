@@ -87,7 +87,8 @@ class Engine:
     def run(self):
         """Decode until close(). A failure ends the answers at work, and decoding starts anew."""
         while not self.is_done():
-            settings = Decoding(1, set(), batch_size=self.batch_size, places=self.places)
+            settings = Decoding(1, set(), batch_size=self.batch_size, places=self.places,
+                                compiled=self.assistant.settings.get("compiled", False))
             try:
                 for number, token in decode(self.assistant.model, self.requests(), settings):
                     answer = self.running[number]

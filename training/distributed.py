@@ -140,6 +140,11 @@ def compute_dtype(name, device):
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
+def is_compiled(how, device):
+    """Whether --compile=how means to compile on this device; auto: on a GPU."""
+    return how == "on" or (how == "auto" and device.type == "cuda")
+
+
 # ---- nodes ---------------------------------------------------------------------------------------
 
 
