@@ -280,10 +280,7 @@ def read_tokens(model, tokens, finite):
 
 
 def sample(logits, temperature, top_p, top_k, noise):
-    """logits (S, V) -> token ids (S,). The others (S,): settings of each row, see Decoding.
-
-    temperature is above 0, noise uniform in [0, 1).
-    """
+    """logits (S, V), settings of each row (S,), noise (S,) in [0, 1) -> token ids (S,)."""
     p, ids = (logits / temperature[:, None]).softmax(-1).sort(-1, descending=True)
     mass_before = p.cumsum(-1) - p
     outside = mass_before >= top_p[:, None]
