@@ -17,6 +17,7 @@ CONFIGS = [
     ("train", "Config"),
     ("sft", "Config"),
     ("sample", "Config"),
+    ("serve", "Config"),
     ("eval", "Config"),
     ("evals.score_file", "ScoreConfig"),
     ("curate", "Config"),
