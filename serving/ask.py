@@ -65,7 +65,7 @@ def number(body, name, default, least, most, whole=False):
     return value
 
 
-def yes_or_no(body, name):
+def read_flag(body, name):
     value = body.get(name)
     if value not in (None, True, False):
         raise Refused(400, f"{name} must be true or false", name)
@@ -247,5 +247,5 @@ def read_ask(body, assistant, longest_answer, places):
             raise Refused(400, f"{name}={most}, but a prompt of {len(ids):,} tokens leaves room "
                                f"for {room:,}", name)
     decoding.max_new_tokens = min(most, room)
-    return Ask(ids, tiles, decoding, stops, yes_or_no(body, "stream"),
-               yes_or_no(options, "include_usage"))
+    return Ask(ids, tiles, decoding, stops, read_flag(body, "stream"),
+               read_flag(options, "include_usage"))
