@@ -33,7 +33,7 @@ from inputs.files import (
 )
 from inputs.folders import folder_files, folder_rows
 from inputs.images import IMAGE_SUFFIXES
-from inputs.locks import take_lock
+from inputs.locks import lock_first
 from inputs.measure import measure_all, measure_row
 from inputs.parquet import converted_parquet
 from inputs.patience import is_passing
@@ -217,24 +217,17 @@ def make_index(sources, tokenizer, template):
     sources: the same one with each of the places. ValueError, with what to do, if none can be
     written.
     """
-    refused = []
-    for source in sources:
-        try:
-            source.index.mkdir(parents=True, exist_ok=True)
-            lock, locked = take_lock(source.index / "lock", wait=True)
-        except OSError as e:
-            refused.append(f"{source.index.parent.absolute()}: {e.strerror}")
-            continue
-        with lock:
-            # Another process may have built it meanwhile.
-            forget_maps()
-            problem = index_problem(source, tokenizer, template)
-            if problem:
-                tell_of_index(source, problem, refused)
-                build_index(source, tokenizer, template, locked)
-        return source
-    raise ValueError(f"no index of {source.path} can be written ({'; '.join(refused)}); start the "
-                     "command in a folder in which you may write")
+    folders = [source.index for source in sources]
+    number, lock, locked, refused = lock_first(folders, f"index of {sources[0].path}")
+    source = sources[number]
+    with lock:
+        # Another process may have built it meanwhile.
+        forget_maps()
+        problem = index_problem(source, tokenizer, template)
+        if problem:
+            tell_of_index(source, problem, refused)
+            build_index(source, tokenizer, template, locked)
+    return source
 
 
 def tell_of_index(source, problem, refused):

@@ -39,6 +39,25 @@ def take_lock(path, wait=False, inherited=True):
     return file, True
 
 
+def lock_first(folders, what):
+    """Make and lock the first of these folders (Path) that can be written.
+
+    Returns (its number, open lock file, whether there is a lock at all, why those before it cannot
+    be written); the lock is waited for. ValueError if none can; what: would stand there.
+    """
+    refused = []
+    for number, folder in enumerate(folders):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock, locked = take_lock(folder / "lock", wait=True)
+        except OSError as e:
+            refused.append(f"{folder.parent.absolute()}: {e.strerror}")
+            continue
+        return number, lock, locked, refused
+    raise ValueError(f"no {what} can be written ({'; '.join(refused)}); start the command in a "
+                     "folder in which you may write")
+
+
 def take_folder(folder, name, whose="", inherited=True):
     """Make a folder and take its lock file `name`, with the holder's name in it -> the open file.
 

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from inputs.files import atomic_write, check_file, json_hash, printable
 from inputs.images import image_type
-from inputs.locks import take_lock
+from inputs.locks import lock_first
 from inputs.patience import is_passing
 from inputs.picture_names import checked_image_name, picture_source
 from inputs.row_keys import PAIR_WORDS, PICTURE_KEYS, TURNS_KEYS, is_empty
@@ -36,25 +36,17 @@ def converted_parquet(path, root, places):
     state = [str(path.resolve()), str(Path(root).resolve()), about.st_size, about.st_mtime_ns,
              WRITING_RULES]
     folder = f".{path.name}.rows-{json_hash(state)[:12]}"
-    for place in places:
-        if (place / folder / "rows.tar").exists():
-            return place / folder / "rows.tar"
-    refused = []
-    for place in places:
-        tar = place / folder / "rows.tar"
-        try:
-            tar.parent.mkdir(parents=True, exist_ok=True)
-            lock, _ = take_lock(tar.parent / "lock", wait=True)
-        except OSError as e:
-            refused.append(f"{place.absolute()}: {e.strerror}")
-            continue
-        with lock:
-            # Another process may have made it meanwhile.
-            if not tar.exists():
-                write_tar(path, Path(root), tar)
-        return tar
-    raise ValueError(f"no tar of {path} can be written ({'; '.join(refused)}); start the command "
-                     "in a folder in which you may write")
+    tars = [place / folder / "rows.tar" for place in places]
+    for tar in tars:
+        if tar.exists():
+            return tar
+    number, lock, _, _ = lock_first([tar.parent for tar in tars], f"tar of {path}")
+    tar = tars[number]
+    with lock:
+        # Another process may have made it meanwhile.
+        if not tar.exists():
+            write_tar(path, Path(root), tar)
+    return tar
 
 
 def write_tar(path, root, tar_path):

@@ -13,7 +13,7 @@ import pytest
 from rows import CHAT, ROOT, TOY, dataset_of, picture, some_rows, sources_of, talk, write_rows
 
 import data
-from inputs import building, index, measure, records
+from inputs import building, index, locks, measure, records
 from inputs.patience import DataGone
 
 
@@ -183,7 +183,7 @@ def test_an_index_that_is_cut_off_is_no_fault_of_a_row_also_in_a_worker(tmp_path
 def refuse_writing(monkeypatch, *folders):
     """Nothing can be made in these folders, as another user or a read-only disk would have it."""
     real_mkdir = Path.mkdir
-    real_lock = index.take_lock
+    real_lock = locks.take_lock
 
     def is_refused(path):
         return any(Path(folder) in Path(path).parents for folder in folders)
@@ -199,7 +199,7 @@ def refuse_writing(monkeypatch, *folders):
         return real_lock(path, **kw)
 
     monkeypatch.setattr(Path, "mkdir", mkdir)
-    monkeypatch.setattr(index, "take_lock", take_lock)
+    monkeypatch.setattr(locks, "take_lock", take_lock)
 
 
 def test_an_index_that_this_user_may_not_write_is_read_and_needs_no_lock(tmp_path, monkeypatch):
