@@ -10,9 +10,39 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as td
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="module")
+def zygote():
+    """A process that has imported everything, of which ranks are forked."""
+    from zygote import Zygote
+
+    z = Zygote()
+    yield z
+    z.close()
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Where toy data for pretraining lie, as a pattern."""
+    from toy import __main__ as toy
+
+    folder = tmp_path_factory.mktemp("shards")
+    toy.write_parts(toy.Config(out=str(folder), n=60), ["pretrain"])
+    return f"{folder}/pretrain-*.tar"
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    """This process as the only rank of a group."""
+    store = td.FileStore(str(tmp_path / "store"), 1)
+    td.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    td.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from command_line import run as run_script
 from safetensors.torch import load_file
-from test_train import ROOT, argv, log, run, shards  # noqa: F401
+from test_train import ROOT, argv, log, run
 from torch import nn
 
 import convert
@@ -23,7 +23,7 @@ PICTURE = str(ROOT / "examples" / "images" / "5.jpg")
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, shards):  # noqa: F811
+def trained(tmp_path_factory, shards):
     """The folder of a run with a checkpoint at each of its four steps."""
     out = tmp_path_factory.mktemp("run") / "run"
     with pytest.MonkeyPatch.context() as patch:
@@ -54,7 +54,7 @@ def test_the_last_checkpoint_is_the_model_folder_of_the_stage_to_the_bit(trained
         assert (tmp_path / "a" / name).read_text() == (tmp_path / "b" / name).read_text()
 
 
-def test_a_checkpoint_with_adapters_is_the_merged_model_of_its_stage(tmp_path, shards,  # noqa: F811
+def test_a_checkpoint_with_adapters_is_the_merged_model_of_its_stage(tmp_path, shards,
                                                                      monkeypatch):
     out = tmp_path / "run"
     run(train, argv(out, shards, "--save_every=1", "--alignment.lr_llm=1e-2", "--lora_rank=4",
@@ -199,7 +199,7 @@ def test_the_checkpoint_of_the_lowest_validation_loss_is_never_pruned(tmp_path):
 
 
 def test_a_run_saves_its_best_step_says_so_and_draws_validation_by_source(
-    tmp_path, shards, monkeypatch, capsys  # noqa: F811
+    tmp_path, shards, monkeypatch, capsys
 ):
     out = tmp_path / "run"
     text = tmp_path / "text.jsonl"
@@ -235,7 +235,7 @@ def test_loss_png_has_a_logarithmic_axis_and_a_line_for_each_validation_loss(tmp
     assert labels == ["one", "validation", "validation/a", "two"]
 
 
-def test_keep_best_without_held_out_data_is_refused(tmp_path, shards, monkeypatch):  # noqa: F811
+def test_keep_best_without_held_out_data_is_refused(tmp_path, shards, monkeypatch):
     arguments = argv(tmp_path / "run", shards, "--keep_best=True")
     monkeypatch.chdir(ROOT)
     code, _, errors = run_script(train.main, ["train.py", *arguments])

@@ -1,15 +1,12 @@
 """The chat page of serve.py, used in a headless Chromium."""
 import re
 import shutil
-import threading
 import time
 
 import pytest
 from PIL import Image
+from serving_helpers import serving
 from test_eval import make_model_folder
-
-import serve
-from generate import Assistant
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -23,18 +20,10 @@ ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-quic"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("page") / "model"
-    make_model_folder(folder)
-    assistant = Assistant(str(folder), "cpu", None)
-    assistant.settings["stop_ids"] = set()  # random weights: an answer never ends by itself
-    cfg = serve.Config(model=str(folder), port=0, max_new_tokens=40, context=512)
-    running = serve.Server(cfg, assistant)
-    thread = threading.Thread(target=running.serve_forever)
-    thread.start()
-    yield running
-    running.shutdown()
-    thread.join()
-    running.close()
+    folder = make_model_folder(tmp_path_factory.mktemp("page") / "model")
+    # Of random weights an answer does not end by itself.
+    with serving(folder, endless=True, max_new_tokens=40) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")

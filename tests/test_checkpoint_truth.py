@@ -8,9 +8,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from stand_in import ALL, ALONE, build, save, train
-from zygote import Zygote
 
-from toy import __main__ as toy
 from training import checkpoint, state_check
 from training.progress import Progress
 
@@ -22,20 +20,6 @@ TINY = """--tokenizer=toy/tokenizer --vision=toy --vision.dim=32 --vision.n_laye
     --tokens_per_pack=300 --max_tiles_per_pack=20 --dtype=float32 --threads=1 --seed=7
     --stages=alignment --alignment.lr_vision=1e-3 --alignment.lr_projector=1e-3
     --alignment.lr_llm=1e-3 --val_packs=2""".split()
-
-
-@pytest.fixture(scope="module")
-def zygote():
-    z = Zygote()
-    yield z
-    z.close()
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shards")
-    toy.write_parts(toy.Config(out=str(folder), n=60), ["pretrain"])
-    return f"{folder}/pretrain-*.tar"
 
 
 def flags(out, shards, *more, steps=4):

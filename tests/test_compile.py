@@ -5,7 +5,6 @@ import random
 
 import pytest
 import torch
-import torch.distributed as td
 from small_model import pack, tiny
 from torch._dynamo.utils import counters
 
@@ -20,14 +19,6 @@ def nothing_compiled_is_left():
     counters.clear()
     yield
     torch._dynamo.reset()
-
-
-@pytest.fixture
-def process_group(tmp_path):
-    store = td.FileStore(str(tmp_path / "store"), 1)
-    td.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    td.destroy_process_group()
 
 
 def model_with_stochastic_depth(**kind):

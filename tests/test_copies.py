@@ -1,7 +1,6 @@
 """16-bit copies of weights: the same gradients, no casts, and up to date after a step."""
 import pytest
 import torch
-import torch.distributed as td
 from small_model import pack, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -12,14 +11,6 @@ from vision import Linear
 
 STEPS = 3
 MICRO = 2
-
-
-@pytest.fixture
-def process_group(tmp_path):
-    store = td.FileStore(str(tmp_path / "store"), 1)
-    td.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    td.destroy_process_group()
 
 
 def weights_after_training(model, copied):

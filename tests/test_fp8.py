@@ -3,7 +3,6 @@ import copy
 
 import pytest
 import torch
-import torch.distributed as td
 from small_model import pack, tiny
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -47,14 +46,6 @@ def numbers(*shape, seed=0):
 def small_layers(monkeypatch):
     """Layers of the small model count as large ones."""
     monkeypatch.setattr(fp8, "SMALLEST", 32)
-
-
-@pytest.fixture
-def process_group(tmp_path):
-    store = td.FileStore(str(tmp_path / "store"), 1)
-    td.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    td.destroy_process_group()
 
 
 @pytest.fixture

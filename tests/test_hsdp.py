@@ -6,35 +6,18 @@ import shutil
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
-from test_survival import NODES
+from test_survival import NODES, difference, read
 from test_train import TINY, argv, log, run
-from zygote import Zygote
 
 import train
 from configurator import configure
 from model import VLM
-from toy import __main__ as toy
 from training import checkpoint, distributed
 from training.traffic import traffic_plan
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 TWO_LAYERS = ["--llm.n_layers=2", "--alignment.drop_path=0.3"]
-
-
-@pytest.fixture(scope="module")
-def zygote():
-    z = Zygote()
-    yield z
-    z.close()
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shards")
-    toy.write_parts(toy.Config(out=str(folder), n=60), ["pretrain"])
-    return f"{folder}/pretrain-*.tar"
 
 
 @pytest.fixture(scope="module")
@@ -54,20 +37,6 @@ def start(zygote, out, shards, more, ranks=4, code="", steps=4, exits=0):
     codes = zygote.run("train", flags, ranks, text, (NODES if ranks == 4 else "") + code)
     assert codes == [exits] * ranks, text.read_text()
     return text.read_text()
-
-
-def read(out, step):
-    """{name: tensor} of a checkpoint, weights and moments."""
-    path = out / "checkpoints" / f"step_{step:08d}"
-    sizes = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    tensors = {k: torch.empty(t.size, dtype=t.properties.dtype) for k, t in sizes.items()}
-    dcp.load(tensors, checkpoint_id=path, no_dist=True)
-    return tensors
-
-
-def difference(a, b):
-    assert a.keys() == b.keys()
-    return max((a[k] - b[k]).abs().max().item() for k in a)
 
 
 # ---- the same training ---------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 from small_model import pack, tiny
-from test_survival import difference, one_stage, read, shards, zygote  # noqa: F401
+from test_survival import difference, one_stage, read
 from test_train import log
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -279,7 +279,7 @@ ADAPTERS += ["--vision.n_layers=2", "--alignment.drop_path=0.3", "--freeze_llm_l
 
 
 def test_a_run_with_adapters_that_is_killed_ends_with_the_same_bits(
-    zygote, shards, tmp_path  # noqa: F811
+    zygote, shards, tmp_path
 ):
     def arguments(out):
         return one_stage(tmp_path / out, shards, *ADAPTERS, "--save_every=2", steps=7)
@@ -306,7 +306,7 @@ signals.Watchdog.note = dying
 @pytest.mark.parametrize("parallel, dtype", [("ddp", "float32"), ("fsdp", "float32"),
                                              ("fsdp", "bfloat16")])
 def test_two_ranks_train_the_adapters_of_one_process(
-    zygote, shards, tmp_path, parallel, dtype  # noqa: F811
+    zygote, shards, tmp_path, parallel, dtype
 ):
     """Of rank 1, so that under FSDP the second rank has no row of A."""
     common = [*ADAPTERS, f"--dtype={dtype}", "--save_every=3"]

@@ -21,7 +21,6 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from test_train import argv, kill_tree, launch, log, weights
-from zygote import Zygote
 
 from toy import __main__ as toy
 from training import checkpoint
@@ -50,13 +49,6 @@ policy = distributed.MixedPrecisionPolicy
 distributed.MixedPrecisionPolicy = lambda *a, **kw: policy(torch.float64, torch.float64, **kw)
 
 """
-
-
-@pytest.fixture(scope="module")
-def zygote():
-    z = Zygote()
-    yield z
-    z.close()
 
 
 @pytest.fixture(scope="module")

@@ -27,13 +27,6 @@ TINY = """
 """.split()
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shards")
-    toy.write_parts(toy.Config(out=str(folder), n=60), ["pretrain"])
-    return f"{folder}/pretrain-*.tar"
-
-
 def argv(out, shards, *more, stages=("alignment", "advance"), steps=4, everything=False):
     """Flags of a tiny run. Pretraining freezes what it freezes, unless everything is to train."""
     lrs = {"alignment": ["projector"], "advance": ["vision", "projector"]}
