@@ -6,8 +6,8 @@
     python convert.py merge BASE out/lora/instruction/adapter merged
 
 assemble joins a released ViT and language model, or those parts of whole model folders, with a
-fresh projector and adds the image tokens to the tokenizer. export writes InternVL's layout, made
-for vLLM and llama.cpp, or that of transformers. It takes RUN/checkpoints/step_N or RUN as well.
+fresh projector and adds the image tokens to the tokenizer. export writes InternVL's layout, for
+vLLM and llama.cpp, or that of transformers. It takes RUN/checkpoints/step_N or RUN as well.
 merge adds a LoRA adapter to the weights it was trained beside.
 """
 import math
@@ -24,14 +24,13 @@ from inputs.images import MEAN, STD
 from inputs.tokenizer import Tokenizer
 from model import VLM, init_weights
 from model_config import config_json, transformers_config
-from model_files import check_content, transformers_tensors
+from model_files import check_content, has_tokenizer, transformers_tensors
 from training.adapter import write_merged
 from training.checkpoint_folder import model_folder
 from weights import (
     HEAD,
     check_vocabulary,
     fill,
-    has_tokenizer,
     inspect_folder,
     load_folder,
     save_folder,
@@ -39,7 +38,8 @@ from weights import (
 )
 
 USAGE = ("convert.py assemble --vision=DIR --llm=DIR --out=DIR | check DIR | "
-         "export SRC DST --layout=internvl|transformers | merge BASE ADAPTER DST")
+         "export SRC DST --layout=internvl|transformers --write_head=False | "
+         "merge BASE ADAPTER DST")
 
 # ---- assemble ------------------------------------------------------------------------------------
 
@@ -248,8 +248,14 @@ class SailVLForConditionalGeneration(InternVLForConditionalGeneration):
 '''
 
 
-def export(source, target, layout):
-    """Write the whole model folder source in the layout "internvl" or "transformers".
+@dataclass(slots=True)
+class ExportConfig:
+    layout: Literal["internvl", "transformers"] = "internvl"
+    write_head: bool = False  # also write a head that shares the embedding table, for SGLang
+
+
+def export(source, target, layout="internvl", write_head=False):
+    """Write the whole model folder source as an ExportConfig has it.
 
     ValueError or OSError, before weights are read, if it cannot be.
     """
@@ -271,6 +277,10 @@ def export(source, target, layout):
     tokenizer_config = read_json(Path(source) / "tokenizer_config.json", dict)
 
     model, _ = load_folder(source)
+    if write_head and model.llm.tie_embeddings:
+        model.llm.tie_embeddings = False
+        head = model.language_model.lm_head
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
     files = {"added_tokens.json": tokenizer.special}
     if layout == "internvl":
         files |= prompt_files(tokenizer_config, template, "<image>")
@@ -280,12 +290,9 @@ def export(source, target, layout):
         export_transformers(model, about.config, template, source, target, files)
 
 
-def dtype_of(model):
-    return model.language_model.lm_head.weight.dtype
-
-
 def export_internvl(model, source_config, template, source, target, files):
-    config = config_json(model.vision, model.llm, dtype_of(model), template, source_config)
+    dtype = model.language_model.lm_head.weight.dtype
+    config = config_json(model.vision, model.llm, dtype, template, source_config)
     config["auto_map"] = {"AutoConfig": "configuration_internvl_chat.InternVLChatConfig"}
     code = CONFIGURATION.replace("Qwen2", "Qwen3") if model.llm.qwen3 else CONFIGURATION
     files = files | {"configuration_internvl_chat.py": code}
@@ -315,7 +322,8 @@ def export_transformers(model, source_config, template, source, target, files):
     state = model.state_dict()
     if model.llm.tie_embeddings:
         state.pop(HEAD)
-    config = transformers_config(vision, model.llm, dtype_of(model), template, source_config)
+    dtype = model.language_model.lm_head.weight.dtype
+    config = transformers_config(vision, model.llm, dtype, template, source_config)
     config["image_token_id"] = model.image_token_id
     if vision.kind == "aimv2":
         config["auto_map"] = {
@@ -354,12 +362,15 @@ def check_command(paths, flags):
 
 
 def export_command(paths, flags):
-    layouts = {(): "internvl", ("--layout=internvl",): "internvl",
-               ("--layout=transformers",): "transformers"}
-    if len(paths) != 2 or tuple(flags) not in layouts:
+    cfg = ExportConfig()
+    configure(cfg, flags)
+    if len(paths) != 2:
         raise ValueError(f"usage: {USAGE}")
-    export(model_folder(paths[0]), paths[1], layouts[tuple(flags)])
-    print(f"{paths[1]}: written")
+    export(model_folder(paths[0]), paths[1], cfg.layout, cfg.write_head)
+    use = "vLLM and llama.cpp; AutoModel of transformers needs --layout=transformers"
+    if cfg.layout == "transformers":
+        use = "transformers and vLLM"
+    print(f"{paths[1]}: written, for {use}")
 
 
 def merge_command(paths, flags):

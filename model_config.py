@@ -93,7 +93,6 @@ QWEN2 = Part(
         "model_type": "qwen2",
         "hidden_act": "silu",
         "use_sliding_window": False,
-        "rope_scaling": None,
     },
     defaults={
         "rms_norm_eps": 1e-6,
@@ -206,10 +205,14 @@ def parse_vision(raw, path):
 
 def parse_llm(raw, path):
     section = raw.get("llm_config", raw)
-    rope = section.get("rope_parameters") or {}  # transformers 5 keeps rope_theta there
-    read_values(rope, path, {}, {"rope_type": "default"}, {})
-
     where = f"{path}: language model"
+    # transformers 5 keeps rope_theta with what older versions call rope_scaling.
+    rope = (section.get("rope_scaling") or {}) | (section.get("rope_parameters") or {})
+    read_values(rope, f"{where}: rope", {}, {"partial_rotary_factor": 1.0}, {})
+    # The dynamic kind of InternVL3 is another one only beyond max_position_embeddings tokens.
+    if not {rope.get(name) for name in ("type", "rope_type")} <= {None, "default", "dynamic"}:
+        raise ValueError(f"{where}: rope_scaling = {rope!r} is not supported, only the types "
+                         "'default' and 'dynamic'")
     part = part_of(section, where, QWEN2, QWEN3)
     defaults = part.defaults | {name: rope[name] for name in ("rope_theta",) if name in rope}
     dim = section.get("hidden_size")

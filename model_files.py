@@ -14,6 +14,7 @@ from typing import NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from inputs.files import check_file, file_hash, json_hash, read_json, write_atomic
+from inputs.tokenizer import read_vocabulary
 from training.metadata import METADATA, is_checkpoint, read_weight
 
 TOKENIZER_FILES = (
@@ -26,6 +27,8 @@ OTHER_FILES = (
     "video_preprocessor_config.json", "model.safetensors.index.json",
     "configuration_internvl_chat.py", "modeling_sailvl.py",
 )
+# the first one with both layouts; without a version some take the tokenizer for a damaged one
+TRANSFORMERS_VERSION = "4.52.0"
 ADAPTER_FOLDER = "adapter"  # of a model folder: what LoRA trained, see training/adapter.py
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -227,15 +230,22 @@ def write_small_files(folder, config, tokenizer_dir, files):
             source = Path(tokenizer_dir) / name
             if source.is_file():
                 (folder / name).write_bytes(source.read_bytes())
-    for name, content in {"config.json": config, **files}.items():
+    for name, content in files.items():
         path = folder / name
         path.parent.mkdir(exist_ok=True)
         write_content(path, content)
-    added = folder / "added_tokens.json"
-    if added.is_file():
-        ids = read_json(added, dict)
-        write_content(folder / "generation_config.json", {
-            "eos_token_id": ids.get("<|im_end|>"), "pad_token_id": ids.get("<|endoftext|>")})
+    ends = {}
+    if has_tokenizer(folder):
+        _, ids, _ = read_vocabulary(folder)
+        ends = {"eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"]}
+        write_content(folder / "generation_config.json", ends)
+    # llama.cpp looks for the end of an answer in config.json, and else takes a comma for it.
+    version = {"transformers_version": TRANSFORMERS_VERSION}
+    write_content(folder / "config.json", config | ends | version)
+
+
+def has_tokenizer(folder):
+    return any((Path(folder) / name).is_file() for name in ("vocab.json", "tokenizer.json"))
 
 
 def write_content(path, content):

@@ -23,6 +23,7 @@ from model_config import PREFIX, TRANSFORMERS, parse_config, read_configs
 from model_files import (
     StoredTensor,
     check_target,
+    has_tokenizer,
     read_headers,
     remove_leftovers,
     some_of,
@@ -149,10 +150,6 @@ def check_shapes(folder, shapes, tensors):
                 wrong.append(f"{stored} has shape {shape}, config.json asks for {expected}")
     if wrong:
         raise ValueError(f"{folder}: {some_of(wrong, '; ')}")
-
-
-def has_tokenizer(folder):
-    return any((Path(folder) / name).is_file() for name in ("vocab.json", "tokenizer.json"))
 
 
 def image_token_id(folder):

@@ -232,11 +232,14 @@ def test_projector_equals_transformers(width):
     torch.testing.assert_close(ours(x), twin(x), **EXACT)
 
 
-def test_rope_equals_transformers_bit_for_bit_at_all_32768_positions():
+@pytest.mark.parametrize("kind", ["default", "dynamic"])  # InternVL3 has the second one
+def test_rope_equals_transformers_bit_for_bit_at_all_32768_positions(kind):
     from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
     positions, c = torch.arange(32768), LLMConfig()
-    cos, sin = Qwen2RotaryEmbedding(text_config(c))(torch.zeros(1), positions[None])
+    config = text_config(c)
+    config.rope_parameters |= {"rope_type": kind, "factor": 2.0}
+    cos, sin = Qwen2RotaryEmbedding(config)(torch.zeros(1), positions[None])
     ours = rope_table(positions, c.head_dim, c.rope_theta)
     sign = torch.where(
         torch.arange(c.head_dim) < c.head_dim // 2, -1.0, 1.0
