@@ -68,6 +68,8 @@ class Config:
     endpoint_model: str = ""  # the model's name there
     model: str = ""  # a model folder in place of an endpoint
     mode: Literal["caption", "recaption"] = "recaption"  # recaption: the prompt has the alt-text
+    # annotate, recaption: a caption must end in a full stop or the like
+    ending: Literal["stop", "any"] = "stop"
     # folder of the prompts; a row holds the sha256 of its own
     prompts: str = setting("curation/prompts", filled=True)
     threads: int = setting(8, at_least=1, at_most=1024)  # requests to an endpoint at a time

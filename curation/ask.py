@@ -16,6 +16,7 @@ from curation.local_model import LocalModel, load_assistant, model_key
 from curation.rows import SCORE_NAMES, row_caption, row_scores, without_surrogates
 from curation.shards import PostponedShard, read_records
 from curation.stages import cost_in_dollars, run_stage
+from curation.text import ends_with_a_stop
 from curation.watch import CONTROL_ROW, ReplyWatch, UselessReplies, control_picture
 from evals.endpoint import ATTEMPTS, ChatClient, reply_key
 from inputs.dialogue import conversation
@@ -55,6 +56,7 @@ class CaptionTask:
     def __init__(self, cfg, stage):
         self.stage = stage
         self.mode = cfg.mode
+        self.ending = cfg.ending
         self.prompts = prompt_texts(cfg, ("caption", "recaption"))
 
     def question(self, row):
@@ -64,6 +66,10 @@ class CaptionTask:
 
     def is_valid(self, reply):
         return bool(reply.strip())
+
+    def is_stump(self, reply):
+        """Whether a valid reply has no end; some engines stop at a comma and call it whole."""
+        return self.ending == "stop" and not ends_with_a_stop(reply)
 
     def store(self, row, reply, question):
         """Put a valid reply into the row."""
@@ -109,6 +115,9 @@ class ScoreTask:
     def is_valid(self, reply):
         return read_scores(reply, self.score_names) is not None
 
+    def is_stump(self, reply):
+        return False
+
     def store(self, row, reply, question):
         """Put valid scores into the row, beside those it has."""
         row["scores"] = {**row_scores(row), **read_scores(reply, self.score_names)}
@@ -151,7 +160,8 @@ def ask_rows(cfg, stage, task):
         hashes[name] = hashlib.sha256(text.encode()).hexdigest()[:16]
     asker = Asker(cfg, stage, task, model, hashes, ReplyWatch(cfg.endpoint))
     run_stage(cfg, stage, asker.process, model=model, prompts=hashes,
-              max_new_tokens=cfg.max_new_tokens, mode=cfg.mode, max_tiles=cfg.max_tiles)
+              max_new_tokens=cfg.max_new_tokens, mode=cfg.mode, max_tiles=cfg.max_tiles,
+              ending=cfg.ending)
 
 
 @dataclass
@@ -235,14 +245,15 @@ class Asker:
                     bar.set_postfix({**client.counts, "dollars": round(spent, 2)}, refresh=False)
                     bar.update()
                 if not self.cfg.model:
-                    self.watch.note(records[groups[k][0]].reason, len(groups))
+                    first = records[groups[k][0]]
+                    self.watch.note(first.reason, len(groups), str(first.row.get("why") or ""))
 
     def control_problem(self, client):
         """Why the endpoint's reply about CONTROL_ROW is of no use; None: the rows are at fault."""
         question = self.task.question(dict(CONTROL_ROW)).text
         pictures = [control_picture()] if self.task.needs_picture else []
         try:
-            return reply_problem(client.first_valid(question, self.task.is_valid, pictures))
+            return self.problem(client.first_valid(question, self.task.is_valid, pictures))
         finally:
             # Tomorrow's answer may be another.
             for temperature in ATTEMPTS:
@@ -261,7 +272,12 @@ class Asker:
                     replies.forget(entry["key"])
 
     def is_usable(self, entry):
-        return not reply_problem(entry) and self.task.is_valid(entry["reply"])
+        return not self.problem(entry) and self.task.is_valid(entry["reply"])
+
+    def problem(self, entry):
+        """Why a reply is not taken, or None."""
+        reason = reply_problem(entry)
+        return "stump" if not reason and self.task.is_stump(entry["reply"]) else reason
 
     def group_equal(self, records, questions):
         """Lists of the numbers of records with the same question about the same pictures."""
@@ -277,16 +293,20 @@ class Asker:
         entry: the reply's entry in the log, None if no attempt was valid.
         """
         row = record.row
-        reason = reply_problem(entry)
+        reason = self.problem(entry)
         if not reason:
             self.task.store(row, entry["reply"], question)
+        elif entry and entry.get("why"):
+            row["why"] = entry["why"]
+        elif reason == "stump":
+            row["why"] = f"it ends so: {entry['reply'].strip()[-40:]}"
         row["by"] = {**(row.get("by") or {}), self.stage: self.model}
         row["prompt_sha256"] = self.prompt_hashes[question.prompt_name]
         return record._replace(reason=reason)
 
 
 def reply_problem(entry):
-    """Why a reply is not taken, or None."""
+    """Why no task takes a reply, or None."""
     if entry is None:
         return "no_valid_reply"
     finish = str(entry["finish"])

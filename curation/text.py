@@ -8,6 +8,7 @@ import functools
 import hashlib
 import importlib
 import re
+import unicodedata
 
 import numpy as np
 
@@ -22,6 +23,12 @@ SCRIPTS = {
     "devanagari": r"[\u0900-\u097f]",
 }
 # The first two letters of Penn Treebank tags.
+# What ends a sentence: Latin, Chinese and Japanese, Arabic, Urdu, Hindi, Burmese, Khmer, Amharic,
+# Armenian.
+STOPS = ".!?…‥。．｡！？؟۔।॥။។።։"
+# May follow a stop: quotes, marks of Markdown; by their categories brackets, blanks and emojis.
+CLOSING_MARKS = "\"'*_`~"
+CLOSING_KINDS = ("Pe", "Pf", "Pi", "Zs", "Cc", "Cf", "Mn", "So", "Sk")
 WORD_CLASSES = {"nouns": "NN", "verbs": "VB", "adjectives": "JJ"}
 HASH_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio (Knuth)
 
@@ -71,6 +78,17 @@ def script_share(text, script):
         return 1.0
     of_script = re.compile(SCRIPTS[script])
     return sum(1 for letter in letters if of_script.match(letter)) / len(letters)
+
+
+def ends_with_a_stop(text):
+    """Whether a text ends in a full stop or the like; quotes and brackets may follow it."""
+    for character in reversed(text):
+        if character in STOPS:
+            return True
+        if character not in CLOSING_MARKS:
+            if unicodedata.category(character) not in CLOSING_KINDS:
+                return False
+    return False
 
 
 # ---- sets of captions ----------------------------------------------------------------------------

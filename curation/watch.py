@@ -42,19 +42,21 @@ class ReplyWatch:
     endpoint: str
     n_usable: int = 0
     useless: collections.Counter = field(default_factory=collections.Counter)  # in a row, by reason
+    why: str = ""  # the last of them, in the endpoint's words
     n_refused: int = 0  # by HTTP, in this shard
     postponed: set = field(default_factory=set)  # names of shards that wait for a usable reply
 
-    def note(self, reason, n_questions):
+    def note(self, reason, n_questions, why=""):
         """Count one question; reason: why its reply is not used, or None. UselessReplies: stop.
 
-        n_questions: those of the shard.
+        n_questions: those of the shard. why: the reason in the endpoint's words.
         """
         if not reason:
             self.n_usable += 1
             self.useless.clear()
             return
         self.useless[reason] += 1
+        self.why = why
         if reason.startswith("http_"):
             self.n_refused += 1
         if self.useless.total() >= USELESS_IN_A_ROW:
@@ -85,5 +87,7 @@ class ReplyWatch:
             reasons = ", ".join(f"{name} {n}" for name, n in self.useless.items())
             problem = (f"{self.endpoint}: nothing usable came of the last "
                        f"{self.useless.total()} questions ({reasons})")
+        if self.why:
+            problem += f": {self.why}"
         return (f"{problem}; none of these rows is dropped: see the endpoint's log, then give the "
                 "same command again, without the rows that no model can answer")

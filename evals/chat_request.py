@@ -6,12 +6,15 @@ comes now and then. Standard library only.
 import http.client
 import io
 import json
+import re
 import time
 import urllib.request
 
 # From the connection to the end of the reply. A connection itself may take as long.
 TIMEOUT_S = 120
 MAX_REPLY_BYTES = 4 * 2**20
+MAX_ERROR_BYTES = 2**16
+MAX_ERROR_WORDS = 300  # characters that are kept of what an error says
 MAX_TOKENS = 10**9  # a larger count of tokens is none
 
 
@@ -95,6 +98,24 @@ def send(call):
         raise ValueError("a reply whose usage is no object")
     counts = token_counts(usage)
     return {"reply": reply, "finish": choice.get("finish_reason"), "usage": counts}
+
+
+def error_words(error):
+    """What the body of an HTTPError says, in one short line; "" if it says nothing."""
+    try:
+        text = error.read(MAX_ERROR_BYTES).decode("utf-8", "replace")
+    except (OSError, ValueError, http.client.HTTPException):
+        return ""
+    try:
+        found = json.loads(text)
+        # As OpenAI, vLLM and llama.cpp have it, or FastAPI.
+        for name in ("error", "message", "detail"):
+            if isinstance(found, dict):
+                found = found.get(name, found)
+        text = found if isinstance(found, str) else json.dumps(found)
+    except (ValueError, RecursionError):
+        text = re.sub("<[^>]*>", " ", text)  # a page of a proxy
+    return " ".join(text.split())[:MAX_ERROR_WORDS]
 
 
 def token_counts(usage):

@@ -23,7 +23,7 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from evals.chat_request import send, token_counts
+from evals.chat_request import error_words, send, token_counts
 from inputs.files import naming, printable, read_jsonl
 from inputs.images import image_type
 
@@ -134,8 +134,8 @@ class ChatClient:
     def entry(self, prompt, temperature, images=()):
         """One reply from the log or an endpoint: {"reply", "finish", "usage"}.
 
-        finish is "http_400" or the like where a question was refused. Raises ValueError when the
-        endpoint refuses everything or stays away.
+        finish is "http_400" or the like where a question was refused, and "why" says what the
+        endpoint says. Raises ValueError when it refuses everything or stays away.
         """
         key = reply_key(self.model, prompt, temperature, images)
         if key in self.replies.known:
@@ -148,9 +148,10 @@ class ChatClient:
                 reply = send(call)
                 break
             except urllib.error.HTTPError as e:
+                why = without_key(error_words(e))
                 if e.code in REFUSED and (images or self.refusable):
-                    return {"reply": "", "finish": f"http_{e.code}", "usage": {}}
-                problem = http_problem(e)
+                    return {"reply": "", "finish": f"http_{e.code}", "usage": {}, "why": why}
+                problem = http_problem(e, why)
                 seconds = waits.after(e.code, retry_after(e.headers, time.time()))
             except (OSError, ValueError, LookupError, TypeError, AttributeError,
                     http.client.HTTPException) as e:
@@ -260,9 +261,17 @@ def retry_after(headers, now):
         return 0.0
 
 
-def http_problem(error):
-    """An HTTPError in words."""
+def without_key(text):
+    """A text of an endpoint, which may repeat the key that it was sent."""
+    secret = os.environ.get("JUDGE_API_KEY")
+    return text.replace(secret, "***") if secret else text
+
+
+def http_problem(error, why):
+    """An HTTPError in words; why: those of the endpoint, "" if it has none."""
     problem = f"HTTP {error.code} {error.reason}"
+    if why:
+        problem += f": {why}"
     if error.code in (401, 403):
         problem += "; set JUDGE_API_KEY=..."
     if 300 <= error.code < 400:

@@ -18,7 +18,8 @@ export OMP_NUM_THREADS=1
 torchrun="$BIN/torchrun --standalone --nproc_per_node=2"
 curate="$BIN/python curate.py"
 truth="$BIN/python tests/toy_endpoint.py"
-toy="--prompts=curation/prompts/toy --max_new_tokens=160"
+# Captions of signs end in what is written there.
+toy="--prompts=curation/prompts/toy --max_new_tokens=160 --ending=any"
 mkdir -p "$OUT"
 
 # ---- pictures, fine-tuning data, and the model to start from ----

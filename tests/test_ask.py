@@ -7,6 +7,7 @@ from curation_helpers import (
     FORK,
     ROOT,
     TOY_PROMPTS,
+    dropped_rows,
     make_small_collection,
     png,
     run,
@@ -147,8 +148,11 @@ def test_what_only_a_picture_is_to_blame_for_drops_the_picture_and_the_rest_stop
     code, text = run("annotate", *flags, f"--endpoint={endpoint.url}")
     if status == 400:
         assert code == 0 and "http_400" in text, text
+        [lost] = [row for row in dropped_rows(tmp_path / "400") if row["reason"] == "http_400"]
+        assert lost["why"].startswith("there is no answer to")
     else:
-        assert code == 2 and "HTTP 401 Unauthorized; set JUDGE_API_KEY" in text, text
+        assert code == 2 and "HTTP 401 Unauthorized: there is no answer to" in text, text
+        assert "; set JUDGE_API_KEY" in text
         assert text.count("\n") == 1, text
 
 

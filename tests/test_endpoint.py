@@ -151,6 +151,40 @@ def test_a_refusal_and_an_absent_endpoint_end_in_one_line_and_what_was_answered_
             ChatClient(url, model, tmp_path / "j.jsonl")
 
 
+ERRORS = {
+    '{"error": {"message": "no model x,\\nonly m", "type": "a"}}': "no model x, only m",  # OpenAI
+    '{"object": "error", "message": "no model x"}': "no model x",  # an older vLLM
+    '{"error": "no model x"}': "no model x",
+    '{"detail": "no model x"}': "no model x",  # FastAPI
+    '{"detail": [{"msg": "no"}]}': '[{"msg": "no"}]',
+    "<html><h1>Bad gateway</h1></html>": "Bad gateway",
+    '{"error": null}': "null",
+    "": "",
+    "x" * 10**6: "x" * 300 + ";",
+    "[" * 10**5: "[",
+    '{"error": "the key s3cret is wrong"}': "the key *** is wrong",
+}
+
+
+@pytest.mark.parametrize("body", ERRORS, ids=range(len(ERRORS)))
+def test_the_words_of_an_error_are_told_in_one_line(raw, tmp_path, monkeypatch, body):
+    monkeypatch.setenv("JUDGE_API_KEY", "s3cret")
+    raw.serve = lambda socket: socket.sendall(
+        reply_of(body.encode(), "HTTP/1.1 404 Not Found"))
+    line = ask_raw(raw, tmp_path)
+    said = ERRORS[body]
+    assert ("HTTP 404 Not Found: " + said if said else "HTTP 404 Not Found") in line
+    assert len(line) < 600
+
+
+def test_a_refused_picture_is_told_with_the_words_of_the_endpoint(raw, tmp_path):
+    raw.serve = lambda socket: socket.sendall(
+        reply_of(b'{"error": {"message": "10 MB at most"}}', "HTTP/1.1 413 Too Large"))
+    client = ChatClient(f"http://{raw.address}/v1", "m", tmp_path / "j.jsonl", threads=1)
+    entry = client.entry("q", 0.0, [b"\x89PNG"])
+    assert entry["finish"] == "http_413" and entry["why"] == "10 MB at most"
+
+
 # ---- doors: redirects, drips, floods, odd JSON ---------------------------------------------------
 
 

@@ -1,4 +1,5 @@
 """convert.py export: what other programs look for in the folders that it writes."""
+# ruff: noqa: F811, a fixture of another file has the name of an argument
 import json
 
 import pytest
@@ -16,7 +17,7 @@ def read(path):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_config_json_names_the_end_of_an_answer_and_a_version(tmp_path, tokenizer, layout):  # noqa: F811
+def test_config_json_names_the_end_of_an_answer_and_a_version(tmp_path, tokenizer, layout):
     """llama.cpp takes the token 11, a comma, for the end where it finds none there."""
     folder = assembled(tmp_path, tokenizer)
     done = run("export", folder, tmp_path / "out", f"--layout={layout}")
@@ -29,7 +30,7 @@ def test_config_json_names_the_end_of_an_answer_and_a_version(tmp_path, tokenize
                                                             "pad_token_id": 256}
 
 
-def test_a_folder_without_added_tokens_json_gets_a_generation_config(tmp_path, tokenizer):  # noqa: F811
+def test_a_folder_without_added_tokens_json_gets_a_generation_config(tmp_path, tokenizer):
     """Such as a stage's, of a run that took a released tokenizer as it is."""
     vlm, config = weights.load_folder(assembled(tmp_path, tokenizer))
     assert not (tokenizer / "added_tokens.json").exists()
@@ -40,7 +41,7 @@ def test_a_folder_without_added_tokens_json_gets_a_generation_config(tmp_path, t
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_shared_head_is_written_if_asked_for(tmp_path, tokenizer, layout):  # noqa: F811
+def test_a_shared_head_is_written_if_asked_for(tmp_path, tokenizer, layout):
     folder = assembled(tmp_path, tokenizer, tie_embeddings=True)
     flags = [f"--layout={layout}", "--write_head=True"]
     done = run("export", folder, tmp_path / "out", *flags)
@@ -55,7 +56,7 @@ def test_a_shared_head_is_written_if_asked_for(tmp_path, tokenizer, layout):  # 
     assert same_state(tied, model)
 
 
-def test_the_last_line_of_an_export_says_who_reads_it(tmp_path, tokenizer):  # noqa: F811
+def test_the_last_line_of_an_export_says_who_reads_it(tmp_path, tokenizer):
     folder = assembled(tmp_path, tokenizer)
     for layout, words in (("internvl", "AutoModel of transformers needs --layout=transformers"),
                           ("transformers", "for transformers and vLLM")):
@@ -69,7 +70,7 @@ DYNAMIC = {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"}
 
 
 @pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
-def test_dynamic_rope_is_read_as_the_default_that_it_equals(tmp_path, tokenizer, name):  # noqa: F811
+def test_dynamic_rope_is_read_as_the_default_that_it_equals(tmp_path, tokenizer, name):
     folder = assembled(tmp_path, tokenizer)
     plain, _ = weights.load_folder(folder)
     edit(folder, **{f"llm_config__{name}": DYNAMIC})
@@ -85,7 +86,7 @@ def test_dynamic_rope_is_read_as_the_default_that_it_equals(tmp_path, tokenizer,
                                                               "partial_rotary_factor": 0.5},
     {"type": "dynamic", "rope_type": "yarn"}, ["dynamic"], "dynamic", {"type": ["dynamic"]},
 ])
-def test_another_rope_is_refused_in_words(tmp_path, tokenizer, rope):  # noqa: F811
+def test_another_rope_is_refused_in_words(tmp_path, tokenizer, rope):
     folder = assembled(tmp_path, tokenizer)
     for name in ("rope_scaling", "rope_parameters"):
         edit(folder, llm_config__rope_scaling=None, llm_config__rope_parameters=None)

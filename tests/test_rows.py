@@ -213,7 +213,7 @@ def endpoint():
             return "richness: 3\nalignment: 4", "stop"
         if "complexity" in lower:
             return "difficulty: 2\ncomplexity: 3\nrelevance: 5", "stop"
-        return "a red cat", "stop"
+        return "A red cat.", "stop"
 
     found.reply = reply
     yield found.url

@@ -23,6 +23,7 @@ CONFIGS = [
     ("curate", "Config"),
     ("data", "Config"),
     ("convert", "AssembleConfig"),
+    ("convert", "ExportConfig"),
     ("toy.__main__", "Config"),
     ("toy.gate", "Config"),
     ("toy.bases", "Config"),

@@ -10,7 +10,7 @@ from toy_endpoint import Endpoint
 from curation import watch
 from evals import endpoint as endpoint_client
 
-CAPTION = "a red cat sits on a mat"
+CAPTION = "A red cat sits on a mat."
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +44,7 @@ FAULTS = {
     "http_422": (422, "", "stop"),
     "refused": (200, "I'm sorry, I can't see it.", "stop"),
     "cut_off": (200, "a red", "length"),
+    "stump": (200, "The picture shows a red cat,", "stop"),
     "no_valid_reply": (200, "", "stop"),
 }
 

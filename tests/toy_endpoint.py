@@ -178,8 +178,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             "completion_tokens": len(text.split()),
         }
         choice = {"message": {"content": text}, "finish_reason": finish}
-        content = json.dumps({"choices": [choice], "usage": usage}).encode()
-        self.send_response(500 if fails else endpoint.status(sha256))
+        status = 500 if fails else endpoint.status(sha256)
+        whole = {"choices": [choice], "usage": usage}
+        if status >= 400:
+            whole = {"error": {"message": f"there is no answer to {len(prompt)} characters"}}
+        content = json.dumps(whole).encode()
+        self.send_response(status)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
