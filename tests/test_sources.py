@@ -120,13 +120,22 @@ def test_a_damaged_tar_is_named(tmp_path):
         sources_of(f"{tmp_path}/cut.tar")
 
 
+def open_files(folder):
+    """The files under `folder` that this process has open."""
+    links = Path("/proc/self/fd").iterdir()
+    # The listing's own descriptor is gone by the time it is looked at.
+    paths = [os.readlink(link) for link in links if link.is_symlink()]
+    return [path for path in paths if path.startswith(f"{folder}/")]
+
+
 def test_sources_keep_no_file_open_and_one_spelt_otherwise_is_one_index(tmp_path, monkeypatch):
     for k in range(40):
         write_rows(tmp_path, [talk(id=f"{k}")], f"{k}.jsonl")
-    before = len(os.listdir("/proc/self/fd"))
+    with open(tmp_path / "0.jsonl"):
+        assert open_files(tmp_path) == [f"{tmp_path}/0.jsonl"]
     opened = sources_of(f"{tmp_path}/*.jsonl")
     assert sum(len(s.rows) + len(s.images) for s in opened) == 40
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_files(tmp_path) == []
     monkeypatch.chdir(tmp_path)
     sources_of("7.jsonl,./7.jsonl")
     assert len([*tmp_path.glob(".7.jsonl.index-*")]) == 1
