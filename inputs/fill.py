@@ -1,4 +1,8 @@
-"""Group samples into packs with two budgets, tokens and tiles: best fit with an age guard."""
+"""Group samples into packs with two budgets, tokens and tiles.
+
+fill_packs: best fit with an age guard, for samples in random order; fill_in_order: one after the
+other, for samples whose order is to be kept.
+"""
 import bisect
 import itertools
 
@@ -89,3 +93,22 @@ def best_fit(waiting, tokens, tiles, token_room, tile_room, slack):
                 best_total = total
         low += 1
     return best
+
+
+def fill_in_order(tokens, tiles, tokens_per_pack, tiles_per_pack):
+    """Group samples, none larger than a pack, as they come: a list of indices for each pack.
+
+    A pack ends where the next sample does not fit, so it is less full than one of fill_packs.
+    """
+    packs = []
+    token_room = 0
+    tile_room = 0
+    for i, (n_tokens, n_tiles) in enumerate(zip(tokens, tiles, strict=True)):
+        if not packs or n_tokens > token_room or n_tiles > tile_room:
+            packs.append([])
+            token_room = tokens_per_pack
+            tile_room = tiles_per_pack
+        packs[-1].append(i)
+        token_room -= n_tokens
+        tile_room -= n_tiles
+    return packs

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from inputs.files import json_hash
-from inputs.fill import fill_packs
+from inputs.fill import fill_in_order, fill_packs
 from inputs.images import count_tiles
 
 # Relative FLOPs of a pack: each token 1, each tile TILE_COST, and of each document its tokens**2
@@ -38,7 +38,7 @@ class PackSettings:
     seed: int = 0
     packs_per_step: int = 1      # micro-batches of all ranks in one optimizer step
     window: int = 16384          # samples that are planned together
-    shuffle: bool = True
+    shuffle: bool = True         # False: samples keep the order of the sources
 
 
 @dataclass(slots=True)
@@ -148,8 +148,8 @@ class Packs:
         sources = [[x.name, x.meta["digest"], x.repeat, x.weight, x.max_tiles]
                    for x in self.sources]
         return json_hash(sources + [
-            s.seed, s.shuffle, s.window, s.packs_per_step, s.tokens_per_pack, s.tiles_per_pack,
-            s.min_tiles, s.max_tiles, s.thumbnail,
+            s.seed, s.shuffle or "in order", s.window, s.packs_per_step, s.tokens_per_pack,
+            s.tiles_per_pack, s.min_tiles, s.max_tiles, s.thumbnail,
         ])[:16]
 
     def plan_samples(self, positions, epoch=0):
@@ -251,12 +251,15 @@ class Packs:
         tokens = tokens.tolist()
         tiles = tiles.tolist()
         packs = []
-        for members in fill_packs(tokens, tiles, s.tokens_per_pack, s.tiles_per_pack):
+        fill = fill_packs if s.shuffle else fill_in_order
+        for members in fill(tokens, tiles, s.tokens_per_pack, s.tiles_per_pack):
             packs.append(Pack(
                 samples=[samples[i] for i in members],
                 tokens=sum([tokens[i] for i in members]),
                 tiles=sum([tiles[i] for i in members]),
                 cost=sum([costs[i] for i in members])))
+        if not s.shuffle:
+            return packs, dropped
         rng = np.random.Generator(np.random.Philox(key=[s.seed + 1, epoch * 2 ** 32 + w]))
         return order_in_steps(packs, s.packs_per_step, taken, rng), dropped
 

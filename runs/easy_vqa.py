@@ -3,9 +3,9 @@
     python -m runs.easy_vqa QUESTIONS.json IMAGES OUT [HELD_OUT]
 
 QUESTIONS.json: rows of [question, answer, number of the picture]; IMAGES: the folder or the .tar of
-NUMBER.png. Writes OUT/train.jsonl and, about HELD_OUT pictures (400) that are not in it,
-OUT/test.jsonl. A question is a row of its own: "what is the blue shape?" would give away "what
-color is the shape?" if it stood before it in one conversation.
+NUMBER.png. Writes OUT/train.jsonl, its rows that ask for a shape once more as OUT/shapes.jsonl, and
+OUT/test.jsonl about HELD_OUT other pictures (400). Each row holds one question: "what is the blue
+shape?" would give away the color that the next one asks for.
 """
 import json
 import os
@@ -14,12 +14,14 @@ import shutil
 import sys
 from pathlib import Path
 
+SHAPES = ("circle", "rectangle", "triangle")
 
-def kind_of(question, answer):
+
+def kind_of(answer):
     """The category under which eval.py scores a question."""
     if answer in ("yes", "no"):
         return "yes or no"
-    return "color" if "color" in question else "shape"
+    return "shape" if answer in SHAPES else "color"
 
 
 def write_lines(path, rows):
@@ -30,28 +32,27 @@ def main(questions, images, out, held_out=400):
     rows = json.loads(Path(questions).read_text())
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    folder = Path(images)
-    if folder.is_file():
-        folder = out / "images"
-        shutil.unpack_archive(images, folder)
-    pictures = sorted({number for _, _, number in rows})
-    test = set(random.Random(0).sample(pictures, int(held_out)))
+    if images.endswith(".tar"):
+        shutil.unpack_archive(images, out / "images")
+        images = out / "images"
+    test = set(random.Random(0).sample(sorted({row[2] for row in rows}), int(held_out)))
 
     train_rows = []
     test_rows = []
     for index, (question, answer, number) in enumerate(rows):
-        image = os.path.relpath(folder / f"{number}.png", out)
+        image = os.path.relpath(Path(images, f"{number}.png"), out)
         if number in test:
             test_rows.append({"index": index, "image": image, "question": question,
-                              "answer": answer, "category": kind_of(question, answer)})
+                              "answer": answer, "category": kind_of(answer)})
         else:
             turns = [{"from": "human", "value": f"<image>\n{question}"},
                      {"from": "gpt", "value": answer}]
             train_rows.append({"id": str(index), "image": image, "conversations": turns})
     write_lines(out / "train.jsonl", train_rows)
+    shape_rows = [row for row in train_rows if row["conversations"][1]["value"] in SHAPES]
+    write_lines(out / "shapes.jsonl", shape_rows)
     write_lines(out / "test.jsonl", test_rows)
-    print(f"{len(train_rows)} rows about {len(pictures) - len(test)} pictures, "
-          f"{len(test_rows)} questions about {len(test)} others")
+    print(f"{len(train_rows)} rows for training, {len(test_rows)} questions about other pictures")
 
 
 if __name__ == "__main__":

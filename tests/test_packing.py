@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from rows import (
+    SMALL,
     TOY,
     dataset_of,
     packs_of,
@@ -29,7 +30,7 @@ from rows import (
 
 from bench.samples import length_file
 from data import make_loader
-from inputs.fill import WAITING, fill_packs
+from inputs.fill import WAITING, fill_in_order, fill_packs
 from inputs.packing import Packs, PackSettings, permute
 from inputs.records import IMAGE, ROW
 from model import LLMConfig
@@ -418,6 +419,34 @@ def test_samples_that_are_all_too_long_stop_the_run_with_what_to_do(tmp_path):
     packs = packs_of(sources, tokens_per_pack=5)
     with pytest.raises(ValueError, match="raise --tokens_per_pack"):
         next(packs.sequence())
+
+
+@pytest.mark.parametrize("packs_per_step", [1, 3])
+def test_without_shuffle_samples_come_in_the_order_of_the_files(tmp_path, packs_per_step):
+    sources = [source for k in range(2) for source in sources_of(some_rows(tmp_path / f"{k}", 90))]
+    # Windows of 32 samples end inside steps and inside files.
+    packs = packs_of(sources, shuffle=False, window=32, packs_per_step=packs_per_step)
+    whole = []
+    for pack in packs.sequence():
+        if pack.position[0] == 2:
+            break
+        assert pack.tokens <= SMALL["tokens_per_pack"] and pack.tiles <= SMALL["tiles_per_pack"]
+        whole += [(source, row) for source, row, _ in pack.samples]
+    assert whole == [(source, row) for source in range(2) for row in range(90)] * 2
+
+    # A run that goes on after a step has the same ones to come.
+    sequence = packs.sequence()
+    before = [next(sequence) for _ in range(4 * packs_per_step)]
+    rest = next(packs.sequence(before[-1].position, before[-1].counts))
+    assert rest.samples == next(sequence).samples
+
+
+def test_without_shuffle_a_pack_ends_where_the_next_sample_does_not_fit():
+    tokens = [5, 5, 1, 9, 2, 1]
+    tiles = [1, 1, 1, 1, 1, 1]
+    assert fill_in_order(tokens, tiles, 10, 9) == [[0, 1], [2, 3], [4, 5]]
+    assert fill_in_order(tokens, tiles, 99, 4) == [[0, 1, 2, 3], [4, 5]]
+    assert fill_in_order([], [], 10, 9) == []
 
 
 def test_an_empty_data_set_is_refused_with_what_to_do(tmp_path):
