@@ -14,14 +14,14 @@ import shutil
 import sys
 from pathlib import Path
 
-SHAPES = ("circle", "rectangle", "triangle")
+EASY_SHAPES = ("circle", "rectangle", "triangle")
 
 
 def kind_of(answer):
     """The category under which eval.py scores a question."""
     if answer in ("yes", "no"):
         return "yes or no"
-    return "shape" if answer in SHAPES else "color"
+    return "shape" if answer in EASY_SHAPES else "color"
 
 
 def write_lines(path, rows):
@@ -49,7 +49,7 @@ def main(questions, images, out, held_out=400):
                      {"from": "gpt", "value": answer}]
             train_rows.append({"id": str(index), "image": image, "conversations": turns})
     write_lines(out / "train.jsonl", train_rows)
-    shape_rows = [row for row in train_rows if row["conversations"][1]["value"] in SHAPES]
+    shape_rows = [row for row in train_rows if row["conversations"][1]["value"] in EASY_SHAPES]
     write_lines(out / "shapes.jsonl", shape_rows)
     write_lines(out / "test.jsonl", test_rows)
     print(f"{len(train_rows)} rows for training, {len(test_rows)} questions about other pictures")
