@@ -15,6 +15,8 @@ max_tiles = 6                           # [IVL] max_dynamic_patch 6
 activation_checkpointing = "full"
 grad_accum_steps = 4                    # [A] about [IVL] 16 samples a step, of 2048 tokens
 save_every = 100                        # [I]
+# [I] Ten times in 500 steps, so that keep_best has something to choose from.
+val_every = 50
 instruction.steps = 500                 # [I] [IVL] goes over its rows once: rows / 16
 instruction.lr_vision = 0.0             # [IVL] freeze_backbone
 instruction.lr_projector = 0.0          # [IVL] freeze_mlp

@@ -11,5 +11,7 @@ activation_checkpointing = "full"
 # 16 packs of 8192 tokens: some 64 to 400 samples a step
 grad_accum_steps = 16
 save_every = 100
+# Ten times, so that --keep_best=True has something to choose from.
+val_every = 50
 instruction.steps = 500
 instruction.warmup_steps = 15           # 3 %

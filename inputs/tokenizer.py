@@ -155,6 +155,9 @@ def read_vocabulary(folder):
     vocab = folder / "vocab.json"
     whole = folder / "tokenizer.json"
     added = folder / "added_tokens.json"
+    if not folder.exists():
+        raise FileNotFoundError(f"no tokenizer in {folder}, which does not exist; give the folder "
+                                "of a model (--tokenizer=DIR of data.py, --init_from=DIR)")
     if not vocab.exists() and not whole.exists():
         raise FileNotFoundError(f"no tokenizer in {folder}: it needs vocab.json or tokenizer.json "
                                 "of a Qwen2 model")

@@ -1,5 +1,6 @@
 """A run is asked while it trains: checkpoints as model folders, the best one, validation losses."""
 
+import collections
 import json
 import shutil
 
@@ -13,9 +14,10 @@ from torch import nn
 import convert
 import eval as evaluation
 import sample
+import sft
 import train
 import weights
-from training import checkpoint, metrics, plot
+from training import checkpoint, limits, metrics, plot
 from training.checkpoint_folder import model_folder
 from training.distributed import ALONE
 
@@ -217,6 +219,7 @@ def test_a_run_saves_its_best_step_says_so_and_draws_validation_by_source(
         "val_loss": lowest["val_loss"]}
     assert "lowest so far, this checkpoint is kept" in metrics.format_step(lowest)
     assert lowest["step"] in numbers(out)
+    assert model_folder(str(out / "checkpoints" / "best")) == str(step(out, lowest["step"]))
     lines = plot.loss_curves(rows)["alignment"]
     assert lines.keys() == {"loss", "val_loss", "val_loss/pictures", "val_loss/text"}
 
@@ -240,3 +243,43 @@ def test_keep_best_without_held_out_data_is_refused(tmp_path, shards, monkeypatc
     monkeypatch.chdir(ROOT)
     code, _, errors = run_script(train.main, ["train.py", *arguments])
     assert code == 2 and "there is no val_data; give --val_data=PATH" in errors
+
+
+def test_the_file_best_stands_for_its_checkpoint_and_says_when_that_is_gone(trained, tmp_path):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(step(trained, 2), folder / "step_00000002")
+    record = {"checkpoint": "step_00000002", "stage": "alignment", "val_loss": 1.0}
+    (folder / "best").write_text(json.dumps(record))
+    assert ask(folder / "best")[:2] == ask(step(trained, 2))[:2]
+    shutil.rmtree(folder / "step_00000002")
+    code, text, errors = ask(folder / "best")
+    assert code == 2 and text == ""
+    assert errors == (f"error: {folder}/best names no checkpoint that is there; give the run "
+                      "folder, for its newest one\n")
+
+
+@pytest.mark.parametrize("steps, val_every, refused", [(4, 4, True), (4, 500, True), (4, 2, False)])
+def test_keep_best_with_one_validation_to_choose_from_is_refused(steps, val_every, refused):
+    cfg = train.Config(keep_best=True, val_data="x", val_every=val_every)
+    stages = [("alignment", train.Stage(steps=steps))]
+    origins = collections.defaultdict(lambda: "command line")
+    if refused:
+        with pytest.raises(ValueError, match=f"alignment.steps={steps}; set --val_every=1"):
+            limits.check_together(cfg, origins, stages)
+    else:
+        limits.check_together(cfg, origins | {"lora_rank": "default", "lora_alpha": "default",
+                                              "lora_vision": "default"}, stages)
+
+
+@pytest.mark.parametrize("files", [
+    ["config/sft_2b.py", "config/sft_lora.py"],
+    ["config/sft_8b.py", "config/sft_lora.py", "config/sft_lora_8b.py"],
+    ["config/sft_2b.py", "config/sft_one_gpu.py"],
+])
+def test_the_recipes_for_own_rows_validate_often_enough_to_keep_the_best(files, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    flags = ["--val_data=examples/internvl.jsonl", "--keep_best=True", "--init_from="]
+    plan = ["--dry_run=True", "--data=examples/internvl.jsonl"]
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    code, _, errors = run_script(sft.main, ["sft.py", *files, *flags, *plan])
+    assert code == 0, errors

@@ -310,6 +310,13 @@ def test_marks_of_places_and_calls_are_tokens_of_their_own_and_stay_in_answers(t
     assert TOY_TOKENIZER.encode(token + "\u0338")[0] == TOY_TOKENIZER.special[token]
 
 
+def test_a_folder_that_is_not_there_is_told_from_one_without_a_tokenizer(tmp_path):
+    with pytest.raises(FileNotFoundError, match="gone, which does not exist; .*--tokenizer=DIR"):
+        Tokenizer(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError, match="it needs vocab.json or tokenizer.json"):
+        Tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize("token", sorted(set(SPECIAL_TOKENS) - set(MARKUP)))
 def test_a_control_token_typed_by_a_user_is_plain_text(token):
     between = TOY_TOKENIZER.encode(f"<ref>{token}</ref>")

@@ -127,7 +127,7 @@ def merge_adapter(model, base, folder):
     tensors, metadata = read_adapter(path)
     if metadata.get("base", "") not in ("", weights_hash(base)):
         raise ValueError(f"{path} was trained beside other weights than those of {base}; give the "
-                         "model folder that its stage began from")
+                         "model folder that its stage began from, not an export of it")
     scale = config["lora_alpha"] / config["r"]
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     if model.llm.tie_embeddings:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from model_config import config_json
-from training.checkpoint import checkpoints_in, verify_checkpoint
+from training.checkpoint import checkpoints_in, read_best, verify_checkpoint
 from training.metadata import LORA_SCALE, is_checkpoint
 from training.progress import read_progress
 
@@ -32,13 +32,21 @@ def model_folder(path):
     """Where the model of `path` is read from, for the scripts that ask or export one.
 
     A checkpoint is verified by its manifest, and of a run folder the newest intact checkpoint is
-    taken; both are named on stderr. Any other path comes back as it is.
+    taken, of its file checkpoints/best the one that it names; they are named on stderr. Any other
+    path comes back as it is.
     """
     folder = Path(path)
+    if folder.name == "best" and folder.is_file():
+        # The file that names the checkpoint of the lowest validation loss.
+        found = read_best(folder.parent)
+        if not found:
+            raise ValueError(f"{path} names no checkpoint that is there; give the run folder, for "
+                             "its newest one")
+        folder = folder.parent / found["checkpoint"]
     if path and is_checkpoint(folder):
         reason = verify_checkpoint(folder.resolve())
         if reason:
-            raise ValueError(f"damaged checkpoint {path}: {reason}; take another one of the run")
+            raise ValueError(f"damaged checkpoint {folder}: {reason}; take another one of the run")
     elif path and (folder / "checkpoints").is_dir() and not any(folder.glob("*.safetensors")):
         folder = newest_intact(folder)
     else:

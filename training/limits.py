@@ -14,6 +14,11 @@ def check_together(cfg, origins, stages):
     if cfg.keep_best and not cfg.val_data:
         raise ValueError("keep_best=True keeps the checkpoint of the lowest validation loss, and "
                          "there is no val_data; give --val_data=PATH")
+    for name, stage in stages:
+        if cfg.keep_best and 1 < stage.steps <= cfg.val_every:
+            raise ValueError(f"keep_best=True has one validation to choose from in stage {name}: "
+                             f"val_every={cfg.val_every}, {name}.steps={stage.steps}; set "
+                             f"--val_every={max(1, stage.steps // 10)}")
     if origins["lora_rank"] == "default":
         for key in ("lora_alpha", "lora_vision"):
             if origins[key] != "default":
