@@ -5,7 +5,7 @@ from pathlib import Path
 from evals.files import open_picture
 from evals.score import read_answers
 from evals.scorers import options
-from evals.table import PAPER, TOY
+from evals.table import KNOWN, PAPER
 from inputs.images import picture_uri
 
 FOLDER = Path(__file__).resolve().parent
@@ -84,7 +84,7 @@ def print_results(results, controls):
     for name in (*names, "overall"):
         others = [results[control][name] for control in controls]
         print_row(name, results["n"].get(name, ""), results[name], *others)
-        if name in results["scorers"] and name not in PAPER | TOY:
+        if name in results["scorers"] and name not in KNOWN:
             print_own(results, name)
     if results["published"]:
         print_published(results)

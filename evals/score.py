@@ -4,7 +4,7 @@ from pathlib import Path
 
 from evals.prompts import judge_prompt
 from evals.scorers import as_list, graded, options, yes_no
-from evals.table import OWN, PAPER, TOY
+from evals.table import KNOWN, OWN
 from evals.totals import rates
 from inputs.files import read_json
 
@@ -129,10 +129,9 @@ def averages(scores):
     Plain means, in which the paper's groups weigh 7, 7, 2 and 2. A benchmark without a score is
     left out and named.
     """
-    table = PAPER | TOY
     groups = collections.defaultdict(list)
     for name, score in scores.items():
-        group = groups[table[name].group if name in table else OWN]
+        group = groups[KNOWN[name].group if name in KNOWN else OWN]
         if score is not None:
             group.append(score)
     return {

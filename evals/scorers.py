@@ -344,6 +344,11 @@ def exact_match(prediction, row):
     return read, read != "" and read.lower() in [text.lower() for text in references]
 
 
+def last_exact(prediction, row):
+    """What stands after the last colon, or all where there is none, as in exact_match."""
+    return exact_match(prediction.rpartition(":")[2], row)
+
+
 def exact_number(prediction, row):
     """The only number in the prediction, in digits or a word up to twenty, is the reference."""
     words = re.findall(r"(?<![\w.])-?[0-9][0-9,]*(?:\.[0-9]+)?|[a-z]+", prediction.lower())

@@ -22,6 +22,7 @@ from evals.scorers import (
     exact_match,
     exact_number,
     graded,
+    last_exact,
     mathvista,
     mmmu,
     multiple_choice,
@@ -244,9 +245,18 @@ TOY = by_name(
         tiles=4, max_new_tokens=16, jpeg=False,
     ),
 )
+# Beside the five that `toy` stands for.
+TOY_MORE = by_name(
+    Benchmark(
+        name="toy_steps", group="toy", prompt="plain",
+        scorer=last_exact,
+        tiles=4, max_new_tokens=48, jpeg=False,
+    ),
+)
+KNOWN = PAPER | TOY | TOY_MORE
 PROTOCOLS = {
-    "sailvl-2024-12": PAPER | TOY,
-    "vlmevalkit-2026-08": by_name(*map(later, PAPER.values())) | TOY,
+    "sailvl-2024-12": KNOWN,
+    "vlmevalkit-2026-08": KNOWN | by_name(*map(later, PAPER.values())),
 }
 PAPER_PROTOCOL = "sailvl-2024-12"
 # Name of a protocol that there was -> what became of it.

@@ -32,7 +32,7 @@ def shards(tmp_path_factory):
     from toy import __main__ as toy
 
     folder = tmp_path_factory.mktemp("shards")
-    toy.write_parts(toy.Config(out=str(folder), n=60), ["pretrain"])
+    toy.write_parts(toy.Config(out=str(folder), n="60"), ["pretrain"])
     return f"{folder}/pretrain-*.tar"
 
 

@@ -54,7 +54,7 @@ distributed.MixedPrecisionPolicy = lambda *a, **kw: policy(torch.float64, torch.
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
-    toy.write_parts(toy.Config(out=str(folder), n=60), ["pretrain"])
+    toy.write_parts(toy.Config(out=str(folder), n="60"), ["pretrain"])
     rows = [
         {
             "id": f"t{i}",

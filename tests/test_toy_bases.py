@@ -15,6 +15,7 @@ from inputs.tokenizer import Tokenizer
 from toy import __main__ as toy
 from toy import bases, gate, words
 from toy.boards import PLACE_WORDS
+from toy.families import FAMILIES, family_of
 from weights import inspect_folder
 
 ROOT = Path(__file__).parent.parent
@@ -26,9 +27,8 @@ TINY = {"steps": 2, "compile": False, "dtype": "float32", "print_every": 1}
 def world(tmp_path_factory):
     """Samples with pictures and with words, and benchmarks."""
     folder = tmp_path_factory.mktemp("toy")
-    cfg = toy.Config(out=str(folder), n=40, n_bench=24)
-    toy.write_parts(cfg, ["pretrain"])
-    toy.write_text(cfg)
+    cfg = toy.Config(out=str(folder), n="40", n_bench=24)
+    toy.write_parts(cfg, ["pretrain", "text"])
     toy.write_benchmarks(cfg)
     return folder
 
@@ -220,6 +220,36 @@ def test_the_language_base_answers_every_benchmark_from_words_alone(world, monke
     scores = {name: float(score) for name, score in map(str.split, lines)}
     assert len(scores) == 6
     assert scores["mean"] >= 90, scores  # 99 on 3,000 questions when it was made
+
+
+def test_the_gate_tells_of_each_family_whether_the_base_knows_it(monkeypatch, capsys):
+    argv = ["gate", f"--model={ROOT}/toy/llm", "--per_family=16", "--without=steps,exists"]
+    monkeypatch.setattr("sys.argv", argv)
+    gate.main()
+    told = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert list(told) == [family for family in FAMILIES if family != "caption"]
+    assert "taught, learned" in told["reading"] and "taught, learned" in told["value"]
+    # This base was made with yes-or-no questions, so they are no news to it.
+    assert "LEFT OUT, YET KNOWN" in told["exists"]
+
+
+def test_what_can_be_guessed_is_no_knowledge_and_97_percent_is():
+    assert gate.family_verdict(97.0, 50.0, 100, left_out=False) == "taught, learned"
+    assert gate.family_verdict(96.9, 50.0, 100, left_out=False) == "TAUGHT, BELOW 97"
+    assert gate.family_verdict(64.0, 50.0, 100, left_out=True) == "left out, at chance"
+    assert gate.family_verdict(66.0, 50.0, 100, left_out=True) == "LEFT OUT, YET KNOWN"
+    assert gate.family_verdict(1.0, 0.0, 100, left_out=True) == "left out, at chance"
+    guesses = gate.best_guesses(1)
+    assert guesses["Is there a _ _ in the image?"] in ("Yes", "No")
+    assert guesses["choice of 2"] in ("A", "B")
+
+
+def test_the_gate_asks_about_boards_that_no_training_sample_shows():
+    for family, asked in gate.family_questions(2, 5).items():
+        assert len(asked) == 5
+        for boards, question, _ in asked:
+            assert family_of(question) == family
+            assert all(board.held_out() for board in boards)
 
 
 def test_the_gate_refuses_what_sees_pictures(monkeypatch):

@@ -17,7 +17,7 @@ def test_samples_are_a_pure_function_of_the_seed():
 
 
 def test_shards_are_ordinary_webdataset_tars_and_a_finished_shard_is_kept(tmp_path):
-    cfg = toy.Config(out=str(tmp_path), n=40)
+    cfg = toy.Config(out=str(tmp_path), n="40")
     toy.write_parts(cfg, ["instruction"])
     path = tmp_path / "instruction-000000.tar"
     before = path.stat().st_mtime_ns
@@ -33,7 +33,7 @@ def test_shards_are_ordinary_webdataset_tars_and_a_finished_shard_is_kept(tmp_pa
 def test_files_of_other_settings_are_removed_and_those_of_the_same_stay(tmp_path):
     written = []
     for n in (20, 20, 30):
-        cfg = toy.Config(out=str(tmp_path), n=n)
+        cfg = toy.Config(out=str(tmp_path), n=str(n))
         toy.remove_outdated(cfg)
         toy.write_parts(cfg, ["knowledge"])
         written.append((tmp_path / "knowledge-000000.tar").stat().st_mtime_ns)

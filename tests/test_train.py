@@ -355,7 +355,7 @@ def test_other_data_under_a_checkpoint_are_refused(tmp_path, shards, monkeypatch
     # as a run leaves it that is killed before it writes the model folder
     shutil.rmtree(tmp_path / "a" / "alignment")
     (tmp_path / "a" / "finished.json").unlink()
-    toy.write_parts(toy.Config(out=str(tmp_path), n=50), ["pretrain"])
+    toy.write_parts(toy.Config(out=str(tmp_path), n="50"), ["pretrain"])
     with pytest.raises(
         ValueError,
         match="data of stage alignment, their order or the size of packs and steps changed",
@@ -380,7 +380,7 @@ def test_the_data_of_a_stage_go_first_and_a_flag_that_would_be_lost_is_refused(
 
 
 def test_unreadable_samples_are_named_and_a_rotten_source_stops_the_run(tmp_path, monkeypatch):
-    toy.write_parts(toy.Config(out=str(tmp_path), n=30), ["pretrain"])
+    toy.write_parts(toy.Config(out=str(tmp_path), n="30"), ["pretrain"])
     (tmp_path / "rows.jsonl").write_text(
         '{"broken\n' * 101
         + json.dumps(

@@ -1,13 +1,20 @@
 """The gate of the toy language base: does it answer the toy questions from words alone?
 
     python -m toy.gate --model=toy/llm --data_dir=shards/toy
+    python -m toy.gate --model=out/llm --per_family=100 --without=steps,formats
 
 What it cannot answer from exact words, no model with this base can answer from pictures. Prints the
 score of each benchmark and the mean.
 
+With --per_family it asks so many questions of each family (toy/families.py) about held-out boards,
+and says of each whether the base knows it: a taught family from 97 % on, one that was left out
+(--without) above what can be guessed from the question alone.
+
 Shapes: T tokens of a pack of prompts, M visual tokens.
 """
+import collections
 import itertools
+import random
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,14 +26,24 @@ from configurator import configure, run_script, setting
 from evals.files import read_rows
 from evals.prompts import build_prompt
 from evals.score import score_rows
+from evals.scorers import last_exact
 from evals.table import TOY
 from inputs.chat import join_segments, place_images, segments
 from inputs.tokenizer import Tokenizer
 from model import packed
 from toy.bases import TEMPLATE, load_base
+from toy.families import FAMILIES, check_families, family_of, form_of
+from toy.records import ask_turns
+from toy.steps import STEP_BOARDS, steps_turn
 from toy.words import cell_ids
 
 PROMPTS_AT_ONCE = 64
+# A family is learned from this score on.
+LEARNED = 97
+# Questions about training boards that say what can be guessed.
+N_GUESS = 10_000
+# Captions are long, and no benchmark asks for one.
+ASKED_FAMILIES = [family for family in FAMILIES if family != "caption"]
 
 
 @dataclass(slots=True)
@@ -34,15 +51,17 @@ class Config:
     model: str = setting("toy/llm", filled=True)  # model folder of a language model
     data_dir: str = setting("shards/toy", filled=True)  # folder of the toy benchmarks
     limit: int = setting(0, at_most=10**9)  # only the first rows of each benchmark; 0: all
+    per_family: int = setting(0, at_most=10**6)  # questions of each family; 0: the benchmarks
+    without: str = ""  # families that the base was made without
+    seed: int = setting(1, at_most=2**32 - 1)  # of the questions of families
 
 
-def word_prompt(row, question, tokenizer):
-    """A benchmark row -> (ids (T,), ids of the words of its cells (M, 2))."""
-    picture = row["cells"].split("|")
-    images = [[tokenizer.image_id] * len(picture)]
-    turns = place_images([(question, None)], n_images=1)
+def word_prompt(pictures, question, tokenizer):
+    """The words of the cells of each picture -> (ids (T,), ids of these words (M, 2))."""
+    images = [[tokenizer.image_id] * len(picture) for picture in pictures]
+    turns = place_images([(question, None)], n_images=len(pictures))
     ids, _ = join_segments(segments(tokenizer, TEMPLATE, turns, images))
-    return ids, cell_ids({"cells": [picture]}, tokenizer)
+    return ids, cell_ids({"cells": pictures}, tokenizer)
 
 
 @torch.no_grad()
@@ -76,19 +95,108 @@ def greedy_answers(model, prompts, max_new_tokens, eos_id):
     return [[token for token in answer if token != eos_id] for answer in answers]
 
 
+def answers_to(prompts, max_new_tokens, model, tokenizer, name):
+    """The text of the answer to each prompt."""
+    said = []
+    for start in tqdm(range(0, len(prompts), PROMPTS_AT_ONCE), desc=name):
+        some = prompts[start:start + PROMPTS_AT_ONCE]
+        answers = greedy_answers(model, some, max_new_tokens, tokenizer.eos_id)
+        said += [tokenizer.decode(ids).strip() for ids in answers]
+    return said
+
+
+# ---- by benchmark --------------------------------------------------------------------------------
+
 def answer_from_words(b, rows, model, tokenizer):
     """The rows of a toy benchmark -> the rows with `prediction`."""
-    answered = []
-    for start in tqdm(range(0, len(rows), PROMPTS_AT_ONCE), desc=b.name):
-        some = rows[start:start + PROMPTS_AT_ONCE]
-        prompts = [word_prompt(row, build_prompt(b.prompt, row), tokenizer) for row in some]
-        answers = greedy_answers(model, prompts, b.max_new_tokens, tokenizer.eos_id)
-        for row, ids in zip(some, answers, strict=True):
-            text = tokenizer.decode(ids).strip()
-            if b.period:
-                text = text.removesuffix(".")
-            answered.append(row | {"prediction": text})
-    return answered
+    prompts = []
+    for row in rows:
+        question = build_prompt(b.prompt, row)
+        prompts.append(word_prompt([row["cells"].split("|")], question, tokenizer))
+    said = answers_to(prompts, b.max_new_tokens, model, tokenizer, b.name)
+    if b.period:
+        said = [text.removesuffix(".") for text in said]
+    return [row | {"prediction": text} for row, text in zip(rows, said, strict=True)]
+
+
+def print_benchmarks(cfg, model, tokenizer):
+    scores = {}
+    for name, b in TOY.items():
+        pairs = read_rows(Path(cfg.data_dir) / f"{name}.tsv", b, cfg.limit)
+        answered = answer_from_words(b, [row for row, _ in pairs], model, tokenizer)
+        scores[name], _ = score_rows(b, answered)
+    for name, score in scores.items():
+        print(f"{name:12s} {score:5.1f}")
+    print(f"{'mean':12s} {sum(scores.values()) / len(scores):5.1f}")
+
+
+# ---- by family -----------------------------------------------------------------------------------
+
+def asked_turns(rng, held_out):
+    """Endless (boards, question, answer), of all families but captions."""
+    while True:
+        boards, turns = ask_turns(rng, "text", held_out=held_out)
+        if boards[0].kind in STEP_BOARDS and len(boards) == 1:
+            turns.append(steps_turn(boards[0], rng))
+        for question, answer in turns:
+            if family_of(question) != "caption":
+                yield boards, question, answer
+
+
+def family_questions(seed, n):
+    """{family: n (boards, question, answer) about held-out boards}."""
+    found = {family: [] for family in ASKED_FAMILIES}
+    missing = set(found)
+    for asked in asked_turns(random.Random(f"{seed}/gate"), held_out=True):
+        family = family_of(asked[1])
+        if family in missing:
+            found[family].append(asked)
+            if len(found[family]) == n:
+                missing.remove(family)
+        if not missing:
+            return found
+
+
+def best_guesses(seed):
+    """{form of a question: its most frequent answer about training boards}."""
+    counts = collections.defaultdict(collections.Counter)
+    asked = asked_turns(random.Random(f"{seed}/guess"), held_out=False)
+    for _, question, answer in itertools.islice(asked, N_GUESS):
+        counts[form_of(question)][answer] += 1
+    return {form: answers.most_common(1)[0][0] for form, answers in counts.items()}
+
+
+def percent_right(said, answers):
+    right = [last_exact(text, {"answer": answer.rpartition(":")[2]})[1]
+             for text, answer in zip(said, answers, strict=True)]
+    return 100 * sum(right) / len(right)
+
+
+def family_verdict(score, guess, n, left_out):
+    """What a score says of a base that was made with or without a family."""
+    if not left_out:
+        return "taught, learned" if score >= LEARNED else f"TAUGHT, BELOW {LEARNED}"
+    # Three standard errors of n guesses; one right answer is always allowed.
+    error = 3 * (guess * (100 - guess) / n) ** 0.5
+    return "left out, at chance" if score <= guess + max(error, 100 / n) else "LEFT OUT, YET KNOWN"
+
+
+def print_families(cfg, model, tokenizer):
+    left_out = cfg.without.split(",") if cfg.without else []
+    check_families(left_out)
+    guesses = best_guesses(cfg.seed)
+    for family, asked in family_questions(cfg.seed, cfg.per_family).items():
+        prompts = []
+        for boards, question, _ in asked:
+            pictures = [board.token_words() for board in boards]
+            prompts.append(word_prompt(pictures, question, tokenizer))
+        answers = [answer for _, _, answer in asked]
+        said = answers_to(prompts, 48, model, tokenizer, family)
+        score = percent_right(said, answers)
+        guess = percent_right([guesses.get(form_of(question), "") for _, question, _ in asked],
+                              answers)
+        says = family_verdict(score, guess, len(asked), family in left_out)
+        print(f"{family:12s} {score:5.1f}   chance {guess:5.1f}   {says}")
 
 
 def main():
@@ -98,14 +206,10 @@ def main():
     model = load_base(cfg.model, tokenizer).eval()
     if model.vision:
         raise ValueError(f"{cfg.model} sees pictures; the gate is for a language model alone")
-    scores = {}
-    for name, b in TOY.items():
-        pairs = read_rows(Path(cfg.data_dir) / f"{name}.tsv", b, cfg.limit)
-        answered = answer_from_words(b, [row for row, _ in pairs], model, tokenizer)
-        scores[name], _ = score_rows(b, answered)
-    for name, score in scores.items():
-        print(f"{name:12s} {score:5.1f}")
-    print(f"{'mean':12s} {sum(scores.values()) / len(scores):5.1f}")
+    if cfg.per_family:
+        print_families(cfg, model, tokenizer)
+    else:
+        print_benchmarks(cfg, model, tokenizer)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
 Each is a pure function of a seed and a number.
 """
 import random
+from dataclasses import dataclass
 
 from toy.boards import draw_board
 from toy.captions import alt_text, board_caption, cell_listing, transcription
+from toy.families import form_of, without_families
 from toy.questions import (
     OPTION_LETTERS,
     chart_question,
@@ -15,8 +17,10 @@ from toy.questions import (
     exists_question,
     level_turns,
     reading_question,
+    without_repeats,
     yes_or_no,
 )
+from toy.steps import STEP_BOARDS, steps_ask, steps_turn
 
 LEVELS = ("pretrain", "knowledge", "instruction", "preference")
 # How many of 26 boards are of each kind.
@@ -30,7 +34,18 @@ QUESTIONS = {
 BENCHMARKS = ("toy_general", *QUESTIONS)
 
 
-def toy_record(seed, part, i, easy=False):
+@dataclass(frozen=True)
+class Variant:
+    """What the samples of a world have beside or instead of the usual."""
+    two_steps: bool = False          # preference samples ask three questions of two steps
+    wrong: float = 0.0               # this share of the answers belongs to another picture
+    without: tuple = ()              # families of questions that nobody asks
+
+
+USUAL = Variant()
+
+
+def toy_record(seed, part, i, easy=False, variant=USUAL):
     """Sample i of a training part: (row, [(board, rng), ...]). Never a held-out board.
 
     The rng of a board is the one to draw its picture with, after the row was made.
@@ -38,15 +53,14 @@ def toy_record(seed, part, i, easy=False):
     language base learns first to look up a cell.
     """
     rng = random.Random(f"{seed}/{part}/{i}")
-    mixed = part in ("text", "drill")
-    kinds = rng.choices(list(KIND_WEIGHTS), list(KIND_WEIGHTS.values()), k=2)
-    pair = (part == "instruction" or mixed) and rng.random() < 0.08 and not easy
-    kinds = ["scene", "scene"] if pair else kinds[:1]
-    boards = [draw_board(rng, kind, False, easy) for kind in kinds]
-    if pair:
-        turns = pair_turns(boards)
-    else:
-        turns = single_turns(boards[0], rng, part, easy)
+    boards, turns = ask_turns(rng, part, easy, variant)
+    # An rng of its own, so that the other answers and the pictures stay what they are.
+    slips = random.Random(f"{seed}/{part}/{i}/wrong")
+    for k, (question, answer) in enumerate(turns):
+        if slips.random() < variant.wrong:
+            kind = "" if len(boards) > 1 else boards[0].kind
+            answer = wrong_answer(question, answer, kind, slips, part, variant)
+            turns[k] = (question, answer)
 
     # The pictures head the first question.
     question, answer = turns[0]
@@ -64,6 +78,39 @@ def toy_record(seed, part, i, easy=False):
         "conversations": conversations,
     }
     return row, [(board, rng) for board in boards]
+
+
+def ask_turns(rng, part, easy=False, variant=USUAL, kind=None, held_out=False):
+    """(boards, turns) of a sample. kind: of its only board, "" for two; None: at random."""
+    mixed = part in ("text", "drill")
+    turns = []
+    while not turns:
+        kinds = rng.choices(list(KIND_WEIGHTS), list(KIND_WEIGHTS.values()), k=2)
+        pair = (part == "instruction" or mixed) and rng.random() < 0.08 and not easy
+        if kind is not None:
+            pair = kind == ""
+            kinds = [kind]
+        kinds = ["scene", "scene"] if pair else kinds[:1]
+        boards = [draw_board(rng, one, held_out, easy) for one in kinds]
+        if pair:
+            turns = pair_turns(boards)
+        else:
+            turns = single_turns(boards[0], rng, part, easy)
+            if variant.two_steps and part == "preference" and boards[0].kind in STEP_BOARDS:
+                turns = turns[:1] + [steps_turn(boards[0], rng) for _ in range(3)]
+                turns = without_repeats(turns)
+        turns = without_families(turns, variant.without)
+    return boards, turns
+
+
+def wrong_answer(question, answer, kind, rng, part, variant):
+    """The answer of another picture to a question of the same form, other than the right one."""
+    form = form_of(question)
+    while True:
+        _, turns = ask_turns(rng, part, False, variant, kind)
+        for other, other_answer in turns:
+            if form_of(other) == form and other_answer != answer:
+                return other_answer
 
 
 def pair_turns(boards):
@@ -127,3 +174,19 @@ def toy_question(name, seed, i):
             row |= {"question": question, "answer": letter}
             row |= zip(OPTION_LETTERS, options, strict=True)
             return row, board, rng
+
+
+def steps_question(seed, i):
+    """Question i of toy_steps about a held-out board: (row without its picture, board, rng).
+
+    Every second one asks for the way; its answer is what stands after the last colon.
+    """
+    rng = random.Random(f"{seed}/toy_steps/{i}")
+    board = draw_board(rng, rng.choice(STEP_BOARDS), True)
+    question, _, answer, family = steps_ask(board, rng)
+    task = "silent"
+    if i % 2:
+        task = "explained"
+        question += " Explain."
+    row = {"index": i, "category": family, "task": task, "question": question, "answer": answer}
+    return row, board, rng
