@@ -132,31 +132,61 @@ def test_the_fit_finds_slope_error_and_the_largest_budget_by_the_others(
             MME=None,
             POPE=7.0,
         )
-    command(monkeypatch, "fit", f"--out_dir={tmp_path}")
+    command(monkeypatch, "fit", f"--out_dir={tmp_path}", "--left_out=2")
     text = capsys.readouterr().out
     table = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
     assert [row[0] for row in table] == ["benchmark", "---", "overall", "POPE"] and {
         *map(len, table)
-    } == {8}
+    } == {7}
     overall, pope = json.loads(text.splitlines()[-1])  # MME has no score and no line
     assert overall["benchmark"] == "overall" and overall["points"] == 10
     assert pope["per_tenfold"] == pope["r2"] == pope["linear_r2"] == 0  # nothing to explain
     assert "left out, without a score in some point: MME" in text
-    assert abs(overall["per_tenfold"] - 8) < 3 * overall["error"] < 1
+    assert abs(overall["per_tenfold"] - 8) < overall["per_tenfold_half"] < 1
     assert overall["r2"] > 0.99 > 0.7 > overall["linear_r2"]
-    assert abs(overall["largest_predicted"] - overall["largest_measured"]) < 1.5
+    assert 0 < overall["bends_p"] < 1
+    assert overall["log_holds"] and not overall["linear_holds"] and not overall["none_holds"]
     x = np.log10(
         [steps * 64 + 2 * seed for steps in (10, 100, 1000, 10000, 100000) for seed in (1, 2)]
     )
-    predicted = np.poly1d(np.polyfit(x[:8], (20 + 8 * x + noise)[:8], 1))(x[8:]).mean()
-    assert overall["largest_predicted"] == pytest.approx(predicted, abs=1e-3)
-    assert overall["largest_measured"] == pytest.approx((20 + 8 * x + noise)[8:].mean(), abs=1e-3)
-    wanted, covariance = np.polyfit(x, 20 + 8 * x + noise, 1, cov=True)  # numpy's own fit
+    y = 20 + 8 * x + noise
+    predicted = np.poly1d(np.polyfit(x[:6], y[:6], 1))(x[8:]).mean()
+    assert overall["log_predicts"] == pytest.approx(predicted, abs=1e-3)
+    assert overall["none_predicts"] == pytest.approx(y[4:6].mean(), abs=1e-3)
+    assert overall["largest_measured"] == pytest.approx(y[8:].mean(), abs=1e-3)
+    wanted, covariance = np.polyfit(x, y, 1, cov=True)  # numpy's own fit
     assert overall["per_tenfold"] == pytest.approx(wanted[0], abs=1e-3)
     assert overall["error"] == pytest.approx(covariance[0, 0] ** 0.5, abs=1e-3)
+    # every point is kept
+    points = [json.loads(line) for line in open(tmp_path / "points.jsonl")]
+    assert [point["overall"] for point in points] == pytest.approx(y[np.argsort(
+        [f"{steps}_steps_seed_{seed}" for steps in (10, 100, 1000, 10000, 100000)
+         for seed in (1, 2)])])
+    assert points[0] == {"steps": 100000, "seed": 1, "tokens": 6400002,
+                         "overall": points[0]["overall"], "MME": None, "POPE": 7.0}
     pytest.importorskip("matplotlib")
     command(monkeypatch, "plot", f"--out_dir={tmp_path}")
     assert (tmp_path / "scaling.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_without_pretraining_the_budgets_are_those_of_fine_tuning_and_a_seed_has_its_own_data(
+    tmp_path, monkeypatch, capsys
+):
+    command(
+        monkeypatch, "plan", f"--out_dir={tmp_path}", "--steps=40,20,80,160", "--seeds=1,2",
+        "--stages=knowledge", "--eval=--data_dir=x",
+        "--sft=config/toy_sft.py --init_from=start_{seed} --knowledge.data=d{seed}.json",
+    )
+    sft, test = capsys.readouterr().out.splitlines()[2:4]
+    assert "sft.py config/toy_sft.py --init_from=start_2 --knowledge.data=d2.json" in sft
+    assert "--stages=knowledge --knowledge.steps=20 --knowledge.warmup_steps=1 --seed=2" in sft
+    assert f"--model={tmp_path}/20_steps_seed_2/sft/knowledge" in test
+    for steps in (20, 40, 80, 160):
+        finished(tmp_path, steps, 1, steps * 100, overall=steps / 2)
+        folder = tmp_path / f"{steps}_steps_seed_1"
+        (folder / "pretrain").rename(folder / "sft")
+    command(monkeypatch, "fit", f"--out_dir={tmp_path}")
+    assert "4 points, 2,000 to 16,000 tokens" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
