@@ -22,13 +22,13 @@ SCRIPTS = {
     "arabic": r"[\u0600-\u06ff]",
     "devanagari": r"[\u0900-\u097f]",
 }
-# The first two letters of Penn Treebank tags.
 # What ends a sentence: Latin, Chinese and Japanese, Arabic, Urdu, Hindi, Burmese, Khmer, Amharic,
 # Armenian.
 STOPS = ".!?…‥。．｡！？؟۔।॥။។።։"
 # May follow a stop: quotes, marks of Markdown; by their categories brackets, blanks and emojis.
 CLOSING_MARKS = "\"'*_`~"
 CLOSING_KINDS = ("Pe", "Pf", "Pi", "Zs", "Cc", "Cf", "Mn", "So", "Sk")
+# The first two letters of Penn Treebank tags.
 WORD_CLASSES = {"nouns": "NN", "verbs": "VB", "adjectives": "JJ"}
 HASH_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio (Knuth)
 
