@@ -3,9 +3,9 @@
     python -m runs.easy_vqa QUESTIONS.json IMAGES OUT [HELD_OUT]
 
 QUESTIONS.json: rows of [question, answer, number of the picture]; IMAGES: the folder or the .tar of
-NUMBER.png. Writes OUT/train.jsonl, its rows that ask for a shape once more as OUT/shapes.jsonl, and
-OUT/test.jsonl about HELD_OUT other pictures (400). Each row holds one question: "what is the blue
-shape?" would give away the color that the next one asks for.
+NUMBER.png. Writes OUT/train.jsonl, its rows that ask for a shape and a few others once more as
+OUT/shapes.jsonl, and OUT/test.jsonl about HELD_OUT other pictures (400). A row holds one question:
+"what is the blue shape?" would give away the color that the next one asks for.
 """
 import json
 import os
@@ -14,14 +14,12 @@ import shutil
 import sys
 from pathlib import Path
 
-EASY_SHAPES = ("circle", "rectangle", "triangle")
-
 
 def kind_of(answer):
     """The category under which eval.py scores a question."""
     if answer in ("yes", "no"):
         return "yes or no"
-    return "shape" if answer in EASY_SHAPES else "color"
+    return "shape" if answer in ("circle", "rectangle", "triangle") else "color"
 
 
 def write_lines(path, rows):
@@ -38,6 +36,7 @@ def main(questions, images, out, held_out=400):
     test = set(random.Random(0).sample(sorted({row[2] for row in rows}), int(held_out)))
 
     train_rows = []
+    shape_rows = []
     test_rows = []
     for index, (question, answer, number) in enumerate(rows):
         image = os.path.relpath(Path(images, f"{number}.png"), out)
@@ -48,8 +47,9 @@ def main(questions, images, out, held_out=400):
             turns = [{"from": "human", "value": f"<image>\n{question}"},
                      {"from": "gpt", "value": answer}]
             train_rows.append({"id": str(index), "image": image, "conversations": turns})
+            if kind_of(answer) == "shape" or index % 20 == 0:
+                shape_rows.append(train_rows[-1])
     write_lines(out / "train.jsonl", train_rows)
-    shape_rows = [row for row in train_rows if row["conversations"][1]["value"] in EASY_SHAPES]
     write_lines(out / "shapes.jsonl", shape_rows)
     write_lines(out / "test.jsonl", test_rows)
     print(f"{len(train_rows)} rows for training, {len(test_rows)} questions about other pictures")
