@@ -166,6 +166,9 @@ def bare_caption(row):
     if texts:
         check_text(texts[0], "assistant", "caption")
         return texts[0]
+    if row.get("texts"):
+        raise ValueError('texts: not a list of pairs; '
+                         'write [{"user": "...", "assistant": "..."}, ...]')
     raise ValueError(row.get("unreadable") or
                      "no conversations, messages, caption or text in this row, or an empty one; "
                      "write it")

@@ -394,7 +394,10 @@ def test_the_cauldrons_texts_are_turns_and_their_places_are_named(tmp_path):
         good | {"texts": [pair | {"loss_mask": 0}]},
         good | {"caption": "A note.", "texts": ["A second note."]},
         good | {"texts": [pair | {"rating": 5}]},
+        good | {"texts": "What? A board."},
+        good | {"texts": ["What?", "A board."]},
     )
+    assert reasons[5] and reasons[5] == reasons[6] and "texts: not a list of pairs" in reasons[5]
     assert reasons[0] == reasons[3] == reasons[4] == ""
     assert "texts[1]: null instead of text" in reasons[1] and "texts[0]: loss_mask" in reasons[2]
     assert supervised_text({"texts": good["texts"]}) == "A board.<|im_end|>" * 2
