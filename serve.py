@@ -5,7 +5,7 @@
 
     GET  /                      the chat page
     GET  /health                {"status": "ok"}
-    GET  /v1/models             the name of the model
+    GET  /v1/models             the name of the model; /v1/models/NAME: that model
     POST /v1/chat/completions   an answer, whole or as a stream
     POST /tiles                 a picture as the model gets it
 
@@ -20,6 +20,7 @@ import signal
 import socket
 import sys
 import threading
+import urllib.parse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -86,7 +87,8 @@ class Handler(Connection):
 
     def do_GET(self):
         self.route({"/": self.send_page, "/health": self.send_health,
-                    "/v1/models": self.send_models})
+                    "/v1/models": self.send_models,
+                    f"/v1/models/{self.server.name}": self.send_model})
 
     do_HEAD = do_GET
 
@@ -95,7 +97,7 @@ class Handler(Connection):
 
     def route(self, paths):
         """Call the function of the path. A refusal becomes an error in JSON."""
-        path = self.path.partition("?")[0]
+        path = urllib.parse.unquote(self.path.partition("?")[0])
         try:
             self.check_client(path)
             if path not in paths:
@@ -128,10 +130,15 @@ class Handler(Connection):
         self.send(200, {"status": "ok"})
 
     def send_models(self):
-        about = {"id": self.server.name, "object": "model", "created": 0, "owned_by": "local",
-                 "max_model_len": self.server.engine.places,
-                 "max_tiles": self.server.assistant.max_tiles}
-        self.send(200, {"object": "list", "data": [about]})
+        self.send(200, {"object": "list", "data": [self.about_model()]})
+
+    def send_model(self):
+        self.send(200, self.about_model())
+
+    def about_model(self):
+        return {"id": self.server.name, "object": "model", "created": 0, "owned_by": "local",
+                "max_model_len": self.server.engine.places,
+                "max_tiles": self.server.assistant.max_tiles}
 
     def send_tiles(self):
         """{"image": data URI, "max_tiles": ...} -> its tiles as pictures, thumbnail last."""

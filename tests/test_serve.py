@@ -2,6 +2,7 @@
 import concurrent.futures
 import json
 import socket
+import urllib.parse
 
 import command_line
 import pytest
@@ -185,6 +186,7 @@ def client(server):
 
 def test_openais_client_reads_a_text_a_picture_and_a_stream(client, server):
     assert [model.id for model in client.models.list()] == ["model"]
+    assert client.models.retrieve("model").id == "model"
     ask = client.chat.completions.create
     parts = [picture_part(picture()), text_part("What is it?")]
     for content in ("What is it?", parts):
@@ -214,6 +216,16 @@ def test_openais_client_raises_its_own_errors_with_our_words(client):
     url = {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}
     with pytest.raises(openai.BadRequestError, match="no address and no file is opened here"):
         ask(model="model", messages=[{"role": "user", "content": [url]}])
+
+
+def test_a_model_is_found_under_its_name_alone(tmp_path):
+    folder = make_model_folder(tmp_path / "a b-\u00fc")
+    with serving(folder) as server:
+        path = "/v1/models/" + urllib.parse.quote(folder.name)
+        status, about, _ = call(server.server_port, None, path, "GET")
+        assert status == 200 and about["id"] == folder.name and about["object"] == "model"
+        for wrong in ("x", "", "..", "model/x", "%2e%2e%2fconfig.json"):
+            assert call(server.server_port, None, f"/v1/models/{wrong}", "GET")[0] == 404
 
 
 # ---- the rest of the program ---------------------------------------------------------------------
