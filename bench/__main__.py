@@ -5,6 +5,7 @@
     python -m bench train     # training steps: tokens/s, strict MFU, memory, beside padded batches
     python -m bench vs-hf     # training steps beside transformers' InternVL: same weights, samples
     python -m bench decode    # one answer beside transformers' generate, many beside one by one
+    python -m bench serving   # serve.py: 8 clients beside one, the first text beside sample.py's
     python -m bench stages    # alignment and advance beside sft: seconds against FLOPs
     python -m bench pack      # packs from lengths: fill, balance of 8 ranks, time, other methods
     python -m bench image     # JPEG to tiles on one core, beside Pillow and transformers
@@ -31,6 +32,7 @@ from bench.decoding import decoding_rows
 from bench.measure import format_cell, print_table
 from bench.room import fitting_rows
 from bench.samples import TRAINED_PARTS
+from bench.serving import serving_rows
 from bench.training import stage_rows, training_rows, transformers_rows, warmup_rows
 from configurator import configure, run_script, setting, subcommand
 from training import distributed
@@ -97,6 +99,7 @@ def bench_parts(device):
         "loader": (loading.loader_rows, {"loader_2_workers": (2,), "loader_1_worker": (1,)}),
         "waiting": (loading.waiting_rows, {"wait_accum_1": (1,), "wait_accum_64": (64,)}),
         "decode": (decoding_rows, decoding_table()),
+        "serving": (serving_rows, {"8_clients": (), "first_text": ()}),
     }
 
 
