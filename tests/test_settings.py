@@ -30,6 +30,7 @@ CONFIGS = [
     ("bench.__main__", "Config"),
     ("runs.scaling", "Config"),
     ("runs.demo_picture", "Config"),
+    ("runs.engines", "Config"),
 ]
 # what a variable that is not set would leave empty, and something would be written or read wrongly
 PATHS = ("out_dir", "out", "tokenizer", "prompts", "data_dir", "demo", "shards")
