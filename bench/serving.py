@@ -23,7 +23,7 @@ from model_config import config_json
 from weights import image_token_id, save_folder
 
 N_CLIENTS = 8
-ANSWER_TOKENS = 64  # of an answer
+ANSWER_TOKENS = 32  # of an answer
 CPU = torch.device("cpu")  # what this process waits for is no work of its own
 
 
