@@ -187,7 +187,10 @@ def attend_tiles(qkv, n_heads, cu_seqlens):
     """Attention inside each tile: qkv (N*L, 3*C), queries first -> (N*L, C)."""
     rows = len(qkv)
     L = rows // (len(cu_seqlens) - 1)
-    q, k, v = qkv.view(rows, 3, n_heads, -1).unbind(1)  # (N*L, H, D) each
+    # A split, not an unbind: the compiler knows that its gradient is the tensor that attention's
+    # backward pass returns, and copies nothing.
+    heads = qkv.view(rows, 3 * n_heads, -1)
+    q, k, v = heads.split(n_heads, 1)  # (N*L, H, D) each
     return attention(q, k, v, cu_seqlens, L, causal=False).flatten(1)
 
 

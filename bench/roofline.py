@@ -34,10 +34,21 @@ WORLD = 8  # GPUs of one machine
 PEAK = GPU_TFLOPS * 1e12
 # Large bf16 matmuls of an H100 reach 650 to 790 TFLOP/s, by their shape; none of ours is small.
 MATMUL_SHARE = 0.7
-# TFLOP/s of our kernels, forward and backward: the middle of what was predicted from their SASS,
-# 230 to 330 and 170 to 220 for tiles of 1,025 tokens, 330 to 430 and 180 to 230 for documents.
-VIT_ATTENTION = (280e12, 195e12)
-LLM_ATTENTION = (380e12, 205e12)
+
+
+class Rates(NamedTuple):
+    """FLOP/s of attention, forward and backward, to tiles of the ViT and to documents."""
+    vit: tuple
+    llm: tuple
+
+
+# Our kernels: the middle of what was predicted from their SASS, 230 to 330 for tiles of 1,025
+# tokens, 330 to 430 and 180 to 230 for documents. Backward of tiles: 195, the same for the two
+# kernels with seven products, over the clocks that the one with five needs (docs/speed.md).
+OURS = Rates((280e12, 260e12), (380e12, 205e12))
+# flash-attention 3, which --attention=varlen takes where it is installed: its paper for 1,024 and
+# 2,048 tokens, and for documents backward a benchmark of Triton's developers.
+FLASH_3 = Rates((392e12, 363e12), (521e12, 316e12))
 HBM = 3.35e12  # bytes a second, data sheet of the H100 SXM
 HBM_SHARE = 0.8  # that a kernel with nothing else to do reaches; an assumption
 NVLINK = 400e9  # bytes a second one way, of the 450 of the data sheet; an assumption
@@ -115,13 +126,13 @@ def attention_seconds(flops, rates):
     return forward / rates[0] + 1.25 * backward / rates[1]
 
 
-def llm_attention_seconds(stage):
+def llm_attention_seconds(stage, rates):
     """With what each query head gives to dK and dV: written in fp32, read again and summed."""
     llm = stage.llm
     flops = attention_flops(stage)[1]
     layers = llm.n_layers * (flops[1] > 0)
     parts = layers * 2 * 2 * 4 * sum(stage.lengths) * llm.n_heads * llm.head_dim
-    return attention_seconds(flops, LLM_ATTENTION) + hbm_seconds(parts)
+    return attention_seconds(flops, rates) + hbm_seconds(parts)
 
 
 # ---- bytes through the memory of the GPU ---------------------------------------------------------
@@ -203,13 +214,13 @@ class Prediction(NamedTuple):
         return sum(self)
 
 
-def predict_pack(stage):
+def predict_pack(stage, rates=OURS):
     """-> Prediction, and what goes on beside it: {"NVLink": ms, "PCIe": ms, "launches": ms}."""
     packs = stage.cfg.grad_accum_steps
     busy = (
         matmul_seconds(stage),
-        attention_seconds(attention_flops(stage)[0], VIT_ATTENTION),
-        llm_attention_seconds(stage),
+        attention_seconds(attention_flops(stage)[0], rates.vit),
+        llm_attention_seconds(stage, rates.llm),
         compiled_seconds(stage),
         weight_seconds(stage),
         loss_seconds(stage),
@@ -252,16 +263,19 @@ def table_line(name, stage):
     """A stage as a line of markdown."""
     ms, beside = predict_pack(stage)
     packs = stage.cfg.grad_accum_steps
-    mfu = strict_flops(stage) / (ms.pack / 1000) / PEAK
+    with_flash, _ = predict_pack(stage, FLASH_3)
+    mfu = []
+    for prediction in (ms, with_flash):
+        mfu.append(100 * strict_flops(stage) / (prediction.pack / 1000) / PEAK)
     cells = [name, *(f"{x:.1f}" for x in ms), *(f"{x:.1f}" for x in beside.values()),
-             f"{ms.pack:.0f}", f"{packs * ms.pack / 1000:.2f}", f"{100 * mfu:.1f} %"]
+             f"{ms.pack:.0f}", f"{packs * ms.pack / 1000:.2f}", *(f"{x:.1f} %" for x in mfu)]
     return "| " + " | ".join(cells) + " |"
 
 
 def main():
     held = json.loads(HELD.read_text())
     names = ["stage", *(name.replace("_", " ") for name in Prediction._fields), "(NVLink)",
-             "(PCIe)", "(launches)", "a pack", "a step, s", "strict MFU"]
+             "(PCIe)", "(launches)", "a pack", "a step, s", "strict MFU", "with flash-attention 3"]
     print(f"Predicted for {WORLD} H100, milliseconds of a pack; in brackets: beside it. "
           "No card has run it.")
     print("| " + " | ".join(names) + " |")

@@ -18,7 +18,6 @@ from kernels import attention_launch
 
 N_PROCESSORS = 132  # H100 and H200
 HOPPER = (9, 0)
-KERNELS = ("_forward", "_backward_q", "_backward_kv")
 
 
 def mixed_lengths(n_tokens):
@@ -48,6 +47,15 @@ def round_up(x, step):
     return -(-x // step) * step
 
 
+def kernels_of(pack):
+    """The names of the kernels that a pack needs, forward and backward."""
+    programs = len(pack.lengths) * pack.n_heads
+    if attention_launch.whole_documents(
+            pack.lengths, pack.causal, pack.head_dim, programs, N_PROCESSORS):
+        return ("_forward", "_backward_whole")
+    return ("_forward", "_backward_q", "_backward_kv")
+
+
 def rows_walked(kernel, block, sizes, causal, fold):
     """Rows of the other side that a program walks, its edges in whole steps."""
     BM, BN, STEP = sizes
@@ -68,7 +76,8 @@ def rows_walked(kernel, block, sizes, causal, fold):
 def busy_share(pack, kernel):
     """-> (programs, share of the time that the processors work)."""
     borders = [0, *itertools.accumulate(pack.lengths)]
-    fold = attention_launch.folds(pack.lengths, pack.causal)
+    fold = (kernel in ("_forward", "_backward_whole")
+            and attention_launch.folds(pack.lengths, pack.causal))
     BM, BN, options = attention_launch.launch_settings(
         kernel, pack.head_dim, torch.bfloat16, HOPPER, fold)
     sizes = (BM, BN, options["STEP"])
@@ -76,11 +85,14 @@ def busy_share(pack, kernel):
     n_programs = 0
     total = 0.0
     elapsed = 0.0
-    for size, begin, limit in attention_launch.launches(BM if of_queries else BN, fold, borders):
-        # the matmul units work on at least 64 rows at a time
-        height = max(size, 64) / 128
+    own = BM if of_queries else BN
+    for size, begin, limit in attention_launch.launches(kernel, own, pack.lengths, pack.causal):
         free_at = [0.0] * N_PROCESSORS
         for block in attention_launch.split_into_blocks(borders, size, begin, limit, of_queries):
+            first, last, _, _ = block
+            # A program computes its whole block, but a document has as many rows as it has. The
+            # matmul units work on at least 64 rows at a time.
+            height = (last - first if kernel == "_backward_whole" else max(size, 64)) / 128
             work = height * rows_walked(kernel, block, sizes, pack.causal, fold) / 128
             for _ in range(pack.n_heads):
                 heapq.heappush(free_at, heapq.heappop(free_at) + work)
@@ -95,7 +107,7 @@ def main():
     print(f"programs, and how busy {N_PROCESSORS} processors are")
     for name, pack in PACKS.items():
         cells = []
-        for kernel in KERNELS:
+        for kernel in kernels_of(pack):
             n_programs, busy = busy_share(pack, kernel)
             cells.append(f"{kernel[1:]} {n_programs:6,d} {busy:4.0%}")
         print(f"{name:18s} {'   '.join(cells)}")

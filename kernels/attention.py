@@ -251,8 +251,8 @@ def _shapes(q, k, v, cu_seqlens, causal, path):
 @torch.library.custom_op("sail_vl::attention_backward", mutates_args=())
 def _backward_operation(
         dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-        cu_seqlens: Tensor, causal: bool, path: str) -> tuple[Tensor, Tensor, Tensor]:
-    """-> dq (T, H, D), dk and dv (T, K, D)."""
+        cu_seqlens: Tensor, causal: bool, path: str) -> Tensor:
+    """-> the gradients of q, k and v as heads of one tensor, (T, H + 2K, D)."""
     if path == "triton":
         return attention_launch.run_backward(dout, q, k, v, out, lse, cu_seqlens, causal)
 
@@ -262,13 +262,13 @@ def _backward_operation(
     # PyTorch differentiates its own path. That computes the forward pass once more, which only
     # compiled models pay.
     _, differentiate = torch.func.vjp(forward, q, k, v)
-    dq, dk, dv = differentiate(dout)
-    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+    return torch.cat(differentiate(dout), 1)
 
 
 @_backward_operation.register_fake
 def _backward_shapes(dout, q, k, v, out, lse, cu_seqlens, causal, path):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    T, H, D = q.shape
+    return q.new_empty((T, H + 2 * k.shape[1], D))
 
 
 def _longest(cu_seqlens):
@@ -284,7 +284,10 @@ def _save_for_backward(ctx, inputs, output):
 
 
 def _gradients(ctx, dout, dlse):
-    dq, dk, dv = _backward_operation(dout, *ctx.saved_tensors, ctx.causal, ctx.path)
+    saved = ctx.saved_tensors  # checkpointing lets it be read once
+    q, k, v, *_ = saved
+    gradient = _backward_operation(dout, *saved, ctx.causal, ctx.path)
+    dq, dk, dv = gradient.split([q.shape[1], k.shape[1], v.shape[1]], 1)
     return dq, dk, dv, None, None, None  # cu_seqlens, causal and path have none
 
 

@@ -37,7 +37,13 @@ BLOCKS = {
     "_forward": {128: (128, 128, 64, 8, 2), 256: (128, 64, 32, 8, 2)},
     "_backward_q": {128: (128, 128, 64, 8, 2), 256: (64, 64, 32, 8, 2)},
     "_backward_kv": {128: (64, 128, 32, 8, 2), 256: (16, 64, 16, 8, 2)},
+    "_backward_whole": {64: (64, 128, 64, 8, 2)},
 }
+# Queries that a program of _backward_whole keeps in the cache: their rows of q, dout and sums of dq
+# are 256 KB at head dim 64, for 132 programs 34 MB of the 50 that an H100 has.
+CHUNK = 512
+# What a program owns: rows of queries, rows of keys, or a document.
+OWNS = {"_forward": "BM", "_backward_q": "BM", "_backward_kv": "BN", "_backward_whole": "document"}
 
 
 def launch_settings(kernel, D, dtype, capability, fold):
@@ -73,14 +79,27 @@ def folds(lengths, causal):
     return FOLD and not causal and all(n > 1 and n % 128 == 1 for n in lengths)
 
 
-def launches(own, fold, borders):
+def whole_documents(lengths, causal, D, programs, processors):
+    """Whether _backward_whole is quicker than _backward_q and _backward_kv, with 5 products for 7.
+
+    It has a program for each document and query head, which should not leave half of the processors
+    of a GPU without one. At head dims over 64 it has no registers for its sums.
+    """
+    return folds(lengths, causal) and D <= 64 and 2 * programs >= processors
+
+
+def launches(kernel, own, lengths, causal):
     """(size of a block, first row, limit) of each launch; own: what a program owns.
 
-    With folding, the first row of each document is a launch of its own with blocks of 16.
+    With folding, the first row of each document is a launch of its own with blocks of 16. A program
+    of _backward_whole owns a document, first row and all.
     """
-    if fold:
-        return [(own, 1, borders[-1]), (16, 0, 1)]
-    return [(own, 0, borders[-1])]
+    end = sum(lengths)
+    if kernel == "_backward_whole":
+        return [(end, 1, end)]
+    if kernel == "_forward" and folds(lengths, causal):
+        return [(own, 1, end), (16, 0, 1)]
+    return [(own, 0, end)]
 
 
 def split_into_blocks(borders, size, begin, limit, of_queries):
@@ -118,15 +137,14 @@ def _blocks_of(x, rows):
     return TensorDescriptor(x, [T, heads * D], [x.stride(0), 1], [rows, D])
 
 
-def _launch(kernel, qkv, walked, others, cu_seqlens, causal):
+def _launch(kernel, tensors, cu_seqlens, causal):
     """Run a kernel over all blocks of all documents.
 
-    walked: the two tensors that a program walks over, block by block. others: the kernel's
-    arguments from there to `table`.
+    tensors: {argument: tensor}, and of those that a kernel walks over block by block also
+    {argument_blocks: tensor}. The other arguments are found here.
     """
-    q, k, v = qkv
+    q = tensors["q"]
     T, H, D = q.shape
-    K = k.shape[1]
     if T == 0:
         return
     borders = tuple(cu_seqlens.tolist())
@@ -142,25 +160,24 @@ def _launch(kernel, qkv, walked, others, cu_seqlens, causal):
         triton.set_allocator(
             lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=device))
 
-    # a program owns rows of queries, or of keys, in blocks of `own`, and walks in blocks of `step`
-    of_queries = name != "_backward_kv"
-    own = BM if of_queries else BN
-    step = BN if of_queries else BM
-    descriptors = [_blocks_of(x, step) for x in walked]
-    if name == "_forward":
-        descriptors.append(_blocks_of(k, 16))
-    scale = D**-0.5 * math.log2(math.e)
-    for size, begin, limit in launches(own, fold, borders):
-        if of_queries:
-            BM = size
-        else:
-            BN = size
-        if size < own:
-            options.pop("WARPS", None)
-        table = _table(borders, size, begin, limit, of_queries, q.device)
-        kernel[(H, len(table))](
-            q, k, v, *descriptors, *others, table, T, q.stride(0), k.stride(0), v.stride(0), scale,
-            H, K, D, BM, BN, CAUSAL=causal, FOLD=fold, **options)
+    known = dict(T=T, scale=D**-0.5 * math.log2(math.e), H=H, K=tensors["k"].shape[1], D=D, BM=BM,
+                 BN=BN, CHUNK=CHUNK, CAUSAL=causal, FOLD=fold, **options)
+    rows_of = {"q_blocks": BM, "g_blocks": BM, "k_blocks": BN, "v_blocks": BN, "k_starts": 16}
+    for argument, x in tensors.items():
+        rows = rows_of.get(argument)
+        known[argument] = _blocks_of(x, rows) if rows else x
+        known[f"{argument}_row"] = x.stride(0)
+    wanted = [*kernel.arg_names, "num_warps", "num_stages"]
+    owns = OWNS[name]
+    for size, begin, limit in launches(name, known.get(owns), lengths, causal):
+        if owns in known:
+            # a block of 16 is too small to divide among groups of warps
+            if size < known[owns]:
+                known.pop("WARPS", None)
+            known[owns] = size
+        known["table"] = _table(borders, size, begin, limit, owns != "BN", q.device)
+        grid = (H, len(known["table"]))
+        kernel[grid](**{name: known[name] for name in wanted if name in known})
 
 
 def _aligned(x):
@@ -185,29 +202,42 @@ def run_forward(q, k, v, cu_seqlens, causal):
     T, H, _ = q.shape
     out = q.new_empty(q.shape)
     lse = q.new_empty((H, T), dtype=torch.float32)
-    _launch(attention_triton._forward, (q, k, v), (k, v), (out, lse), cu_seqlens, causal)
+    tensors = dict(q=q, k=k, v=v, k_blocks=k, v_blocks=v, k_starts=k, out=out, lse=lse)
+    _launch(attention_triton._forward, tensors, cu_seqlens, causal)
     return out, lse
 
 
 def run_backward(dout, q, k, v, out, lse, cu_seqlens, causal):
-    """The gradient dout (T, H, D) and what run_forward read and returned -> dq, dk, dv."""
+    """The gradient dout (T, H, D) and what run_forward read and returned -> those of q, k and v.
+
+    They are heads of one tensor (T, H + 2K, D), queries first. Where q, k and v are such a tensor
+    too, this is its gradient, and nobody has to put three together.
+    """
     q = _aligned(q)
     k = _aligned(k)
     v = _aligned(v)
     dout = _aligned(dout)
-    delta = torch.empty_like(lse)
-    dq = q.new_empty(q.shape)
-    others = (out, dout, lse, delta, dq)
-    _launch(attention_triton._backward_q, (q, k, v), (k, v), others, cu_seqlens, causal)
-
     T, H, D = q.shape
     K = k.shape[1]
-    shared = H != K
-    dk = k.new_empty((T, H, D), dtype=torch.float32 if shared else k.dtype)
-    dv = torch.empty_like(dk)
-    others = (dout, lse, delta, dk, dv)
-    _launch(attention_triton._backward_kv, (q, k, v), (q, dout), others, cu_seqlens, causal)
-    if shared:
-        dk = dk.view(T, K, H // K, D).sum(2).to(k.dtype)
-        dv = dv.view(T, K, H // K, D).sum(2).to(v.dtype)
-    return dq, dk, dv
+    gradient = q.new_empty((T, H + 2 * K, D))
+    dq, dk, dv = gradient.split([H, K, K], 1)
+    parts = (dk, dv)
+    if H != K:
+        parts = torch.empty((2, T, H, D), dtype=torch.float32, device=q.device)
+    tensors = dict(q=q, k=k, v=v, q_blocks=q, g_blocks=dout, k_blocks=k, v_blocks=v, out=out,
+                   dout=dout, lse=lse, delta=torch.empty_like(lse), dq=dq, dk=parts[0], dv=parts[1])
+    lengths = cu_seqlens.diff().tolist()
+    processors = 0
+    if q.is_cuda:
+        processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    if whole_documents(lengths, causal, D, H * len(lengths), processors):
+        sums = torch.empty((3, H, T, D), dtype=torch.float32, device=q.device)
+        tensors |= dict(sums=sums[0], k_sums=sums[1], v_sums=sums[2])
+        _launch(attention_triton._backward_whole, tensors, cu_seqlens, causal)
+    else:
+        _launch(attention_triton._backward_q, tensors, cu_seqlens, causal)
+        _launch(attention_triton._backward_kv, tensors, cu_seqlens, causal)
+    if H != K:
+        dk.copy_(parts[0].view(T, K, H // K, D).sum(2))
+        dv.copy_(parts[1].view(T, K, H // K, D).sum(2))
+    return gradient

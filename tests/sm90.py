@@ -38,29 +38,33 @@ SHAPES = dict(
 
 # What a warp may run for a full block up to head dim 128, by Triton 3.6 or 3.7. The forward pass of
 # 516: within a tenth of the 469 that a block of the ViT took when only it had no mask.
-MOST_INSTRUCTIONS = dict(_forward=516, _backward_q=485, _backward_kv=460)
+MOST_INSTRUCTIONS = dict(_forward=516, _backward_q=485, _backward_kv=460, _backward_whole=480)
 
 
-def signature_of(fn, constants, blocks, numbers):
-    """{argument: its type}. blocks: rows and columns of a block that a descriptor loads."""
+def signature_of(fn, constants, numbers):
+    """{argument: its type}. numbers: {argument: type} where it is not bf16."""
     kinds = dict(
         lse="*fp32",
         delta="*fp32",
         losses="*fp32",
         weights="*fp32",
         labels="*i64",
+        sums="*fp32",
+        k_sums="*fp32",
+        v_sums="*fp32",
         table="*i32",
         scale="fp32",
         T="i32",
         V="i32",
         row="i32",
-        q_row="i32",
-        k_row="i32",
-        v_row="i32",
     )
-    for name in ("k_blocks", "v_blocks", "q_blocks", "g_blocks"):
-        kinds[name] = f"tensordesc<bf16[{blocks[0]},{blocks[1]}]>"
-    kinds["k_starts"] = f"tensordesc<bf16[16,{blocks[1]}]>"
+    rows_of = {"q_blocks": "BM", "g_blocks": "BM", "k_blocks": "BN", "v_blocks": "BN"}
+    for name, rows in rows_of.items():
+        kinds[name] = f"tensordesc<bf16[{constants.get(rows)},{constants.get('D')}]>"
+    kinds["k_starts"] = f"tensordesc<bf16[16,{constants.get('D')}]>"
+    for name in fn.arg_names:
+        if name.endswith("_row"):
+            kinds[name] = "i32"
     signature = {}
     for name in fn.arg_names:
         kind = numbers.get(name) or kinds.get(name, "*bf16")
@@ -68,9 +72,9 @@ def signature_of(fn, constants, blocks, numbers):
     return signature
 
 
-def compiled(fn, constants, options, blocks=(0, 0), numbers=()):
+def compiled(fn, constants, options, numbers=()):
     """-> the compiled kernel. numbers: {argument: type} where it is not bf16."""
-    signature = signature_of(fn, constants, blocks, dict(numbers))
+    signature = signature_of(fn, constants, dict(numbers))
     # what Triton finds at a launch: tensors and rows start at multiples of 16
     aligned = {}
     for i, (name, kind) in enumerate(signature.items()):
@@ -134,22 +138,25 @@ def main():
         "fences, instructions of a full block per warp, warp-specialised",
     )
     for name, (H, K, D, causal, fold) in SHAPES.items():
-        for fn in (A._forward, A._backward_q, A._backward_kv):
+        for fn in (A._forward, A._backward_q, A._backward_kv, A._backward_whole):
             kernel = fn.fn.__name__
+            if kernel == "_backward_whole" and not fold:
+                continue
             BM, BN, options = L.launch_settings(kernel, D, torch.bfloat16, (9, 0), fold)
-            for small in (False, True) if fold else (False,):  # the blocks of the folded token
-                walked = BM if kernel == "_backward_kv" else BN
-                if small:
-                    BM, BN = (BM, 16) if kernel == "_backward_kv" else (16, BN)
-                constants = dict(H=H, K=K, D=D, BM=BM, BN=BN, CAUSAL=causal, FOLD=fold)
-                constants |= {key: options[key] for key in ("STEP", "DOT")}
-                if kernel == "_forward":
-                    constants["WARPS"] = options.get("WARPS", False) and not small
+            # the blocks of the folded token
+            for small in (False, True) if fold and kernel == "_forward" else (False,):
+                known = dict(H=H, K=K, D=D, BM=16 if small else BM, BN=BN, CAUSAL=causal, FOLD=fold)
+                known["CHUNK"] = L.CHUNK
+                known |= {"WARPS": False} | options
+                known["WARPS"] &= not small
+                constants = {key: value for key, value in known.items() if key in fn.arg_names}
                 launch = {key: options[key] for key in ("num_warps", "num_stages")}
                 partial = dict(dk="*fp32", dv="*fp32") if H != K else {}
-                got = measure(compiled(fn, constants, launch, (walked, D), partial))
+                got = measure(compiled(fn, constants, launch, partial))
                 print(
-                    f"{kernel} {name} {BM} {BN} {options['num_warps']}:", *got.values(), flush=True
+                    f"{kernel} {name} {known['BM']} {BN} {options['num_warps']}:",
+                    *got.values(),
+                    flush=True,
                 )
                 assert got["stack"] == 0 and got["shared"] <= 227 and got["tma"] > 0
                 assert small or got["wgmma"] > 0

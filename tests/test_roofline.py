@@ -40,10 +40,13 @@ def test_terms_of_a_small_stage_are_those_made_by_hand():
     documents = 4 * 12 * 128 * (2 * 2048 * 2049 // 2)
     assert roofline.attention_flops(SMALL) == ((2 * tile, 4 * tile), (documents, 2 * documents))
     # five matmuls backward for two forward
-    assert ms.vit_attention == pytest.approx(1000 * (2 * tile / 280e12 + 5 * tile / 195e12))
+    assert ms.vit_attention == pytest.approx(1000 * (2 * tile / 280e12 + 5 * tile / 260e12))
     parts = 2 * 2 * 4 * 4096 * 12 * 128
     seconds = documents / 380e12 + 2.5 * documents / 205e12 + parts / HBM
     assert ms.llm_attention == pytest.approx(1000 * seconds)
+    flash, _ = roofline.predict_pack(SMALL, roofline.FLASH_3)
+    assert flash.vit_attention == pytest.approx(1000 * (2 * tile / 392e12 + 5 * tile / 363e12))
+    assert flash.llm_attention < ms.llm_attention and flash.matmul == ms.matmul
     assert ms.compiled == pytest.approx(10)
     assert ms.weights == pytest.approx(1000 * (10 + 6 / 4) * 1e9 / HBM)
     # 384 rows are one chunk

@@ -90,6 +90,25 @@ def test_triton_errs_at_most_twice_as_much_as_pytorch(lengths, heads, kv_heads, 
     assert broken(lengths, heads, kv_heads, dim, causal, dtype) == set()
 
 
+def test_a_few_documents_of_whole_blocks_and_a_row_are_walked_by_blocks(monkeypatch):
+    """A kernel with a program for each document would leave most of a GPU without work."""
+    monkeypatch.setattr(attention_launch, "whole_documents", lambda *_: False)
+    assert broken([129, 257], 2, 1, 64, False) == set()
+
+
+@pytest.mark.parametrize("lengths, causal", [([129, 129], False), ([20, 9], True)])
+@pytest.mark.parametrize("heads, kv_heads", [(2, 2), (4, 2)])
+def test_gradients_are_heads_of_one_tensor_that_nobody_has_to_put_together(
+    lengths, causal, heads, kv_heads
+):
+    q, k, v, dout, cu = inputs(lengths, heads, kv_heads, 16)
+    _, *grads = out_and_gradients(A.attention, q, k, v, dout, cu, causal)
+    first = grads[0].data_ptr()
+    head = 16 * dout.element_size()
+    assert [x.data_ptr() - first for x in grads] == [0, heads * head, (heads + kv_heads) * head]
+    assert {x.stride(0) for x in grads} == {(heads + 2 * kv_heads) * 16}
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: the interpreter computes bf16 wrongly")
 @pytest.mark.parametrize(
@@ -190,6 +209,8 @@ def test_what_the_kernels_cannot_do_is_refused(monkeypatch):
 # rule on which case.
 GQA, TILE = ([150, 20], 4, 2, 16, True), ([129, 129], 1, 1, 16, False)
 LONG = ([200, 20], 1, 1, 16, True)
+WHOLE = ([257, 129], 1, 1, 16, False)
+CHUNKS = ([641], 1, 1, 16, False)  # more queries than _backward_whole walks at once
 MUTATIONS = {
     "mask of the forward pass": ("<= limit[:, None], s,", "<= limit[:, None] + 1, s,", GQA, NAMES),
     "mask of dQ": ("<= limit[:, None], p,", "<= limit[:, None] + 1, p,", GQA, ("dq",)),
@@ -201,7 +222,7 @@ MUTATIONS = {
         GQA,
         ("out",),
     ),
-    "last full block of keys, dQ": ("begin, edge, BN):", "begin, edge - BN, BN):", GQA, ("dq",)),
+    "last full block of keys, dQ": ("(0, edge, BN):", "(0, edge - BN, BN):", GQA, ("dq",)),
     "edge of keys": ("edge, stop, STEP)", "edge, stop - STEP, STEP)", GQA, ("out", "dq")),
     "last full block of queries": (
         "begin, tail, BM)",
@@ -236,14 +257,33 @@ MUTATIONS = {
     ),
     "key head of a query head": ("head // (H // K) * D", "head % K * D", GQA, NAMES),
     "query heads of a key head": (
-        "dk.view(T, K, H // K, D).sum(2)",
-        "dk.view(T, H // K, K, D).sum(1)",
+        "parts[0].view(T, K, H // K, D).sum(2)",
+        "parts[0].view(T, H // K, K, D).sum(1)",
         GQA,
         ("dk",),
     ),
     "folded key": ("total += 1.0", "total += 0.0", TILE, ("out",)),
     "only the folded key": ("[None, :] == 0, s_0", "[None, :] <= 1, s_0", TILE, ("out",)),
-    "folded query": ("a_v += p_0[:, None] * g_0", "a_v += 0 * g_0", TILE, ("dv",)),
+    "folded query, dV": ("+ p_0[:, None] * g_0", "+ 0 * p_0[:, None] * g_0", TILE, ("dv",)),
+    "folded query, dQ": ("dq_0 += tl.sum(ds_0", "dq_0 += 0 * tl.sum(ds_0", TILE, ("dq",)),
+    "first key and first query": ("dk_0 = ds_00", "dk_0 = 0 * ds_00", TILE, ("dk",)),
+    "first key and the others": ("dv_0 += tl.sum(p", "dv_0 += 0 * tl.sum(p", TILE, ("dv",)),
+    "dQ of the rounds before": ("tl.load(place), i", "0 * tl.load(place), i", WHOLE, ("dq",)),
+    "dK of chunks before": ("k_sums, key, stop", "k_sums, key, key", CHUNKS, ("dk",)),
+    "first query only once": ("tl.where(chunk == 1, p_0, 0.0)", "p_0", CHUNKS, NAMES[1:]),
+    "delta of a whole document": ("(dp - d[None, :])", "dp", WHOLE, ("dq", "dk")),
+    "gradient of the scale, whole": (
+        "to_gradient = scale * 0.6931471805599453",
+        "to_gradient = scale",
+        WHOLE,
+        ("dq", "dk"),
+    ),
+    "row of the joint gradient": (
+        "dq_row, head * D, STEP, D)",
+        "H * D, head * D, STEP, D)",
+        WHOLE,
+        ("dq",),
+    ),
     "gradient of the scale": ("a_k *= scale * 0.6931471805599453", "a_k *= scale", GQA, ("dk",)),
     "delta": ("input_precision=DOT) - d[:, None])", "input_precision=DOT))", GQA, ("dq",)),
 }
