@@ -20,9 +20,7 @@
 Each stage reads shards and writes shards, one for one: KEY.jpg as it came, and KEY.json with id,
 alt_text, caption, scores and more, which train.py and sft.py read as training data. A dropped row
 is a line with its reason in OUT/dropped/. A shard is written whole or not at all. Start a command
-again and it resumes. Several processes, under torchrun or on any machines that see the folder,
-share the work of the stages that take one shard at a time: annotate, recaption, score, sft-quality
-and filter.
+again and it resumes. Under torchrun, on one or many machines, the ranks share the work of a stage.
 """
 from dataclasses import dataclass
 from typing import Literal
@@ -54,8 +52,10 @@ class Config:
 
     # dedup, select
     by: Literal["image", "text", "both"] = "image"  # dedup: pictures, captions, or either
-    # dedup: most bits of 64 by which hashes of near-duplicate pictures differ
-    distance: int = setting(3, at_most=64)
+    # dedup: most bits of 64 by which hashes differ of pictures that are compared
+    distance: int = setting(16, at_most=64)
+    # dedup: least share of the edges of a picture that its near-duplicate has
+    found: float = setting(0.9, above=0, at_most=1)
     # dedup: least share of word 3-grams common to near-duplicate captions
     jaccard: float = setting(0.8, above=0, at_most=1)
     # select: rows to take; quick, composition, incremental: rows of a mix (0: all)
@@ -99,6 +99,7 @@ class Config:
     # report
     references: str = setting("", files=True)  # report: shards whose captions count as correct
     pictures: int = setting(60, at_most=10**6)  # report: pictures on the page
+    pairs: str = ""  # report: folder of dedup whose pairs at the threshold are shown
 
     # quick, composition, incremental
     stage: str = "instruction"  # quick, composition, incremental: the stage of sft.py to train
