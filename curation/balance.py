@@ -3,6 +3,7 @@
 Shapes: n rows of all shards, C width of a feature.
 """
 import hashlib
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ VIT_BATCH = 32  # pictures that go through the ViT at once
 # What is read of a row.
 SELECT_FIELDS = ("dhash", "tone", "sha256", "source", "id")
 # good: it takes part. rank: a random number that decides within a cell.
-ROW = np.dtype([("good", "?"), ("source", "u4"), ("rank", "f8")])
+SELECT_ROW = np.dtype([("good", "?"), ("source", "u4"), ("rank", "f8")])
 # What becomes of a row. cell: its cluster of its source, -1 for a picture that cannot be read.
 CHOICE = np.dtype([("cell", "i8"), ("keep", "?")])
 
@@ -34,7 +35,7 @@ def select_balanced(cfg):
     def prepare(ranks, inputs, missing):
         assistant = load_assistant(cfg) if cfg.model else None
         for shard in tqdm(ranks.deal(inputs), desc="measure", unit="shard", disable=None):
-            measure_shard(cfg, folder, shard, assistant)
+            measure_features(cfg, folder, shard, assistant)
         ranks.gather(None)
         choose_balanced(cfg, ranks, folder, ranks.share(inputs))
         ranks.gather(None)
@@ -59,7 +60,7 @@ def select_balanced(cfg):
 # ---- measure -------------------------------------------------------------------------------------
 
 
-def measure_shard(cfg, folder, shard, assistant):
+def measure_features(cfg, folder, shard, assistant):
     """Write what decides of the rows of a shard: .rows.npy and .features.npy (rows, C) float32."""
     path = folder / f"{shard.name}.rows.npy"
     if is_whole_array(path):
@@ -68,14 +69,16 @@ def measure_shard(cfg, folder, shard, assistant):
     reasons = {record.reason for record in records}
     if "no_dhash" in reasons and None not in reasons:
         raise ValueError(f"{shard.path} has no dhash: run `curate.py collect` first")
-    table = np.zeros(len(records), ROW)
+    table = np.zeros(len(records), SELECT_ROW)
     hashes = np.zeros(len(records), "u8")
     tones = np.zeros((len(records), 48), np.uint8)
     for k, record in enumerate(records):
         if not record.reason:
             row = record.row
             source = hashlib.sha256(row["source"].encode("utf-8", "replace")).hexdigest()
-            table[k] = (True, int(source[:8], 16), random_rank(cfg.seed, row["sha256"][:20]))
+            table["good"][k] = True
+            table["source"][k] = int(source[:8], 16)
+            table["rank"][k] = random_rank(cfg.seed, row["sha256"][:20])
             hashes[k] = int(row["dhash"], 16)
             tones[k] = np.frombuffer(bytes.fromhex(row["tone"]), np.uint8)
     if assistant:
@@ -94,7 +97,7 @@ def measure_shard(cfg, folder, shard, assistant):
 def choose_balanced(cfg, ranks, folder, own):
     """Write .choices.npy of each own shard. All ranks together."""
     tables = [np.load(folder / f"{shard.name}.rows.npy") for shard in own]
-    table = np.concatenate([np.zeros(0, ROW), *tables])
+    table = np.concatenate([np.zeros(0, SELECT_ROW), *tables])
     good = np.flatnonzero(table["good"])
     first_good = sum(ranks.gather(len(good))[: ranks.rank])
     features = [np.load(folder / f"{shard.name}.features.npy", mmap_mode="r") for shard in own]
@@ -104,13 +107,17 @@ def choose_balanced(cfg, ranks, folder, own):
     choices["cell"] = -1
     if centres is not None:
         # Shard by shard, so that the same numbers come out on any number of ranks.
-        cluster = [nearest_centre(torch.from_numpy(np.array(part)), centres).numpy()
-                   for part in features]
-        cluster = np.concatenate([np.zeros(0, np.int64), *cluster])[good]
+        clusters = [np.zeros(0, np.int64)]
+        for part in features:
+            rows = torch.from_numpy(np.array(part))
+            clusters.append(nearest_centre(rows, centres).numpy())
+        cluster = np.concatenate(clusters)[good]
         pairs = np.stack([table["source"][good], cluster], 1)  # (good rows, 2)
-        all_pairs = np.unique(np.concatenate(ranks.gather(np.unique(pairs, axis=0))), axis=0)
-        sizes, cells = np.zeros(len(all_pairs), np.int64), index_of(all_pairs, pairs)
-        np.add.at(sizes, cells, 1)
+        own_pairs = np.unique(pairs, axis=0)
+        all_pairs = np.concatenate(ranks.gather(own_pairs))
+        all_pairs = np.unique(all_pairs, axis=0)
+        cells = index_of(all_pairs, pairs)
+        sizes = np.bincount(cells, minlength=len(all_pairs))
         shares = fair_shares(ranks.sum(sizes), cfg.n)
         choices["cell"][good] = cells
         choices["keep"][good] = choose_rows(ranks, table["rank"][good], cells, shares)
@@ -227,9 +234,8 @@ def fit_centres(cfg, ranks, features, tables, first_good):
         mine = chosen[(chosen >= start) & (chosen < start + len(good))] - start
         sample.append(np.array(part[good[mine]]))
         start += len(good)
-    parts = ranks.gather(sample)
-    return kmeans(np.concatenate([part for parts_of_rank in parts for part in parts_of_rank]),
-                  cfg.clusters, cfg.seed)
+    sample = list(itertools.chain(*ranks.gather(sample)))
+    return kmeans(np.concatenate(sample), cfg.clusters, cfg.seed)
 
 
 def kmeans(sample, k, seed):

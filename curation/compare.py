@@ -6,8 +6,9 @@ import functools
 
 import numpy as np
 
-from curation.look import compare_looks, margin_of
+from curation.look import LOOK
 from curation.minhash import jaccard_of
+from curation.overlay import compare_looks, margin_of
 
 PAIRS_AT_ONCE = 32  # as many as a processor's cache holds
 # What comes of a comparison. margin: at least 0 for near-duplicates. NaN: not compared.
@@ -17,7 +18,7 @@ VERDICT = np.dtype([("row", "i8"), ("kept", "i8"), ("kept_id", "S20"), *RESULT.d
 
 
 class Comparer:
-    """Compares rows by what `measure_shard` has written of them, and remembers it."""
+    """Compares rows by what `measure_looks` has written of them, and remembers it."""
 
     def __init__(self, cfg, folder, inputs, starts):
         """inputs: all shards; starts: their first rows, and the end."""
@@ -40,19 +41,23 @@ class Comparer:
         return np.array([self.known[pair] for pair in map(tuple, pairs.tolist())], RESULT)
 
     def compare_block(self, pairs):
+        cfg = self.cfg
         results = np.full(len(pairs), np.nan, RESULT)
-        margins = np.full((len(pairs), 2), -1.0)
-        if self.cfg.by != "text":
-            looks = [self.read(rows, "looks") for rows in pairs.T]
-            compared = compare_looks(*map(np.array, looks))
-            margins[:, 0] = margin_of(compared, self.cfg.found)
+        margins = []
+        if cfg.by != "text":
+            first = self.read_looks(pairs[:, 0])
+            second = self.read_looks(pairs[:, 1])
+            compared = compare_looks(first, second)
+            margins.append(margin_of(compared, cfg.found))
             results["found"] = compared["found"]
             results["one_sided"] = compared["one_sided"]
-        if self.cfg.by != "image":
-            ngrams = [self.read_ngrams(rows) for rows in pairs.T]
-            results["jaccard"] = [jaccard_of(*pair) for pair in zip(*ngrams, strict=True)]
-            margins[:, 1] = results["jaccard"] - self.cfg.jaccard + 1e-6
-        results["margin"] = margins.max(1)
+        if cfg.by != "image":
+            for k, (first, second) in enumerate(pairs):
+                jaccard = jaccard_of(self.read_ngrams(first), self.read_ngrams(second))
+                results["jaccard"][k] = jaccard
+            # What is asked for is a number with few digits.
+            margins.append(results["jaccard"] - cfg.jaccard + 1e-6)
+        results["margin"] = np.max(margins, 0)
         return results
 
     def place(self, row):
@@ -60,16 +65,18 @@ class Comparer:
         shard = int(np.searchsorted(self.starts, row, "right")) - 1
         return shard, int(row - self.starts[shard])
 
-    def read(self, rows, kind):
-        places = [self.place(row) for row in rows]
-        return [self.load(shard, kind)[k] for shard, k in places]
+    def read_looks(self, rows):
+        looks = np.zeros(len(rows), LOOK)
+        for number, row in enumerate(rows):
+            shard, k = self.place(row)
+            looks[number] = self.load(shard, "looks")[k]
+        return looks
 
-    def read_ngrams(self, rows):
-        found = []
-        for shard, k in map(self.place, rows):
-            ends = self.load(shard, "ends")
-            found.append(np.array(self.load(shard, "ngrams")[ends[k] : ends[k + 1]]))
-        return found
+    def read_ngrams(self, row):
+        shard, k = self.place(row)
+        ends = self.load(shard, "ends")
+        ngrams = self.load(shard, "ngrams")
+        return np.array(ngrams[ends[k] : ends[k + 1]])
 
     def nearest(self, n):
         """The n compared pairs nearest to the threshold, as [{"records": ..., "margin": ...}, ...].
@@ -108,7 +115,8 @@ def keep_best(comparer, rows, facts, pairs):
             return np.concatenate(verdicts)
         dropped = left[other]
         leader = leader[other]
-        results = comparer.compare(np.sort(rows[np.stack([dropped, leader], 1)], 1))
+        pairs = np.stack([rows[dropped], rows[leader]], 1)
+        results = comparer.compare(np.sort(pairs, 1))
         same = results["margin"] >= 0
         verdict = np.zeros(same.sum(), VERDICT)
         verdict["row"] = rows[dropped[same]]
@@ -127,8 +135,8 @@ def merge_pairs(comparer, rows, numbers):
     """
     root = list(range(len(rows)))
     for k in range(0, len(numbers), PAIRS_AT_ONCE):
-        block = numbers[k : k + PAIRS_AT_ONCE]
-        block = [pair for pair in block.tolist() if root_of(root, pair[0]) != root_of(root, pair[1])]
+        block = [pair for pair in numbers[k : k + PAIRS_AT_ONCE].tolist()
+                 if root_of(root, pair[0]) != root_of(root, pair[1])]
         if block:
             results = comparer.compare(rows[np.array(block)])
             for pair, margin in zip(block, results["margin"], strict=True):
@@ -139,7 +147,7 @@ def merge_pairs(comparer, rows, numbers):
 
 
 def root_of(root, member):
-    """The lowest member of a cluster. root: a member nearer to it for each, shortened on the way."""
+    """The lowest member of a cluster. root: for each member one nearer to it, shortened here."""
     while root[member] != member:
         root[member] = root[root[member]]
         member = root[member]

@@ -26,12 +26,12 @@ from inputs.images import load_image
 
 MAX_DISTANCE = 24
 NEAR_PAIRS = 60  # pairs nearest to the threshold that are kept for the report
-BLOCK_RECORDS = 256
+READ_AT_ONCE = 256
 
 COMPARED_FIELDS = ("sha256", "width", "height", "id", "caption")
 # What a rank holds of each of its rows. The id of a row that is dropped with a reason is empty.
 # seen: whether there is a picture with edges to compare.
-ROW = np.dtype([
+DEDUP_ROW = np.dtype([
     ("id", "S20"),
     ("pixels", "i8"),
     ("words", "i4"),
@@ -50,9 +50,9 @@ def drop_near_duplicates(cfg):
 
     def prepare(ranks, inputs, missing):
         for shard in tqdm(ranks.deal(inputs), desc="measure", unit="shard", disable=None):
-            measure_shard(cfg, folder, shard)
+            measure_looks(cfg, folder, shard)
         ranks.gather(None)
-        judge_rows(cfg, ranks, folder, inputs)
+        find_dropped(cfg, ranks, folder, inputs)
         ranks.gather(None)
 
     def process(shard, counts):
@@ -76,24 +76,21 @@ def drop_near_duplicates(cfg):
 # ---- measure -------------------------------------------------------------------------------------
 
 
-def measure_shard(cfg, folder, shard):
-    """Write what is compared of the rows of a shard: .rows.npy, and .looks.npy or .ngrams.npy.
-
-    A killed stage goes on with the shards that are measured.
-    """
+def measure_looks(cfg, folder, shard):
+    """Write what is compared of the rows of a shard. A killed stage goes on with the next one."""
     path = folder / f"{shard.name}.rows.npy"
     if is_whole_array(path):
         return
-    rows = []
-    looks = []
+    rows = [np.zeros(0, DEDUP_ROW)]
+    looks = [np.zeros(0, LOOK)]
     ngrams = []
-    bands = []
-    needs_pictures = cfg.by != "text"
-    records = read_records(shard, COMPARED_FIELDS, needs_pictures)
+    reasons = set()
+    sees = cfg.by != "text"
     with ThreadPoolExecutor(cfg.workers) as pool:
-        for block in in_blocks(records, BLOCK_RECORDS):
-            part = np.array([row_facts(record) for record in block], ROW)
-            if needs_pictures:
+        for block in in_blocks(read_records(shard, COMPARED_FIELDS, sees), READ_AT_ONCE):
+            reasons |= {record.reason for record in block}
+            part = np.array([row_facts(record) for record in block], DEDUP_ROW)
+            if sees:
                 seen = np.array(list(pool.map(see_record, block)), LOOK)
                 part["hash"], part["unsure"] = hash_of(seen["gray"])
                 part["seen"] = has_edges(seen["gray"]) & (part["id"] != b"")
@@ -101,24 +98,33 @@ def measure_shard(cfg, folder, shard):
             if cfg.by != "image":
                 ngrams += [record_ngrams(record) for record in block]
             rows.append(part)
+    if "no_sha256" in reasons and None not in reasons:
+        raise ValueError(f"{shard.path} has no sha256: run `curate.py collect` first")
+
+    if sees:
+        save_array(folder / f"{shard.name}.looks.npy", np.concatenate(looks))
     if cfg.by != "image":
-        n_bands = choose_bands(cfg.jaccard)
-        bands = [minhash_bands(keys, *n_bands) for keys in ngrams]
-        ends = np.cumsum([0, *map(len, ngrams)])
-        save_array(folder / f"{shard.name}.ngrams.npy", np.concatenate([np.zeros(0, np.uint64), *ngrams]))
-        save_array(folder / f"{shard.name}.ends.npy", ends)
-        save_array(folder / f"{shard.name}.bands.npy", np.array(bands, np.uint64).reshape(-1, n_bands[1]))
-    if needs_pictures:
-        save_array(folder / f"{shard.name}.looks.npy", np.concatenate([np.zeros(0, LOOK), *looks]))
+        save_ngrams(cfg, folder, shard, ngrams)
     # The last one says that all are there.
-    save_array(path, np.concatenate([np.zeros(0, ROW), *rows]))
+    save_array(path, np.concatenate(rows))
+
+
+def save_ngrams(cfg, folder, shard, ngrams):
+    """Write the keys of the 3-grams of all captions end to end, where each ends, their bands."""
+    size, count = choose_bands(cfg.jaccard)
+    bands = [minhash_bands(keys, size, count) for keys in ngrams]
+    bands = np.array(bands, np.uint64).reshape(-1, count)
+    flat = np.concatenate([np.zeros(0, np.uint64), *ngrams])
+    save_array(folder / f"{shard.name}.ngrams.npy", flat)
+    save_array(folder / f"{shard.name}.ends.npy", np.cumsum([0, *map(len, ngrams)]))
+    save_array(folder / f"{shard.name}.bands.npy", bands)
 
 
 def row_facts(record):
-    """What a record puts into ROW, but for its look."""
+    """What a record puts into DEDUP_ROW, but for its look."""
     if record.reason:
-        return np.zeros((), ROW)
-    facts = np.zeros((), ROW)
+        return np.zeros((), DEDUP_ROW)
+    facts = np.zeros((), DEDUP_ROW)
     facts["id"] = record.row["sha256"][:20]
     facts["pixels"] = record.row["width"] * record.row["height"]
     facts["words"] = len(caption_words(row_caption(record.row)))
@@ -142,7 +148,7 @@ def record_ngrams(record):
 # ---- judge ---------------------------------------------------------------------------------------
 
 
-def judge_rows(cfg, ranks, folder, inputs):
+def find_dropped(cfg, ranks, folder, inputs):
     """Write for each shard which of its rows are dropped: .dropped.npy, compare.VERDICT.
 
     All ranks together: candidates by key, those that hang together on one rank, compared there.
@@ -152,7 +158,7 @@ def judge_rows(cfg, ranks, folder, inputs):
     sizes = ranks.gather([len(table) for table in tables])
     starts = np.cumsum([0, *itertools.chain(*sizes)])  # first row of each shard of all
     bounds = np.cumsum([0, *(sum(part) for part in sizes)])
-    table = np.concatenate([np.zeros(0, ROW), *tables])
+    table = np.concatenate([np.zeros(0, DEDUP_ROW), *tables])
     first_row = bounds[ranks.rank]
 
     pairs = candidate_pairs(cfg, ranks, folder, own, table, first_row)

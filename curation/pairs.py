@@ -30,11 +30,14 @@ def picture_pairs(ranks, rows, hashes, unsure, distance):
         for part in range(n_rounds):
             entries = []
             for crop in range(len(HASHED_CROPS)):
-                keys = hash_keys(hashes[:, crop], unsure[:, crop, table], table)  # (m, 8)
+                of_crop = hashes[:, crop]
+                keys = hash_keys(of_crop, unsure[:, crop, table], table)  # (m, 8)
                 keys = mixed(keys.astype(np.uint64))
-                row, place = np.nonzero(keys % np.uint64(n_rounds) == part)
-                entries.append(make_entries(keys[row, place], hashes[row, crop], rows[row]))
-            found.append(entry_pairs(ranks, np.concatenate(entries), is_near))
+                chosen = keys % np.uint64(n_rounds) == part
+                own = np.nonzero(chosen)[0]
+                entries.append(make_entries(keys[chosen], of_crop[own], rows[own]))
+            entries = np.concatenate(entries)
+            found.append(entry_pairs(ranks, entries, is_near))
     return unique_pairs(np.concatenate(found))
 
 
@@ -45,10 +48,15 @@ def text_pairs(ranks, rows, bands):
     """
     found = [np.zeros((0, 2), np.int64)]
     for band in range(bands.shape[1]):
-        row = np.flatnonzero(bands[:, band])
-        entries = make_entries(bands[row, band], bands[row, 0], rows[row])
-        found.append(entry_pairs(ranks, entries, lambda a, b: np.ones(len(a), bool)))
+        own = np.flatnonzero(bands[:, band])
+        entries = make_entries(bands[own, band], bands[own, 0], rows[own])
+        found.append(entry_pairs(ranks, entries, are_any))
     return unique_pairs(np.concatenate(found))
+
+
+def are_any(a, b):
+    """All pairs of captions that have a band in common are compared."""
+    return np.ones(len(a), bool)
 
 
 def mixed(keys):
@@ -71,21 +79,25 @@ def entry_pairs(ranks, entries, is_near):
     A row is compared with at most REACH others of its key, those behind it in the order of hashes.
     That bounds the work where thousands are equal, and they form one chain all the same.
     """
-    owner = (entries["key"] >> np.uint64(8)) % np.uint64(ranks.world)
+    # The upper half: the lower one decides of the round.
+    owner = (entries["key"] >> np.uint64(32)) % np.uint64(ranks.world)
     entries, _ = ranks.exchange(entries, owner.astype(np.int64))
     # The same order on any number of ranks.
-    entries = entries[np.lexsort((entries["row"], entries["hash"], entries["key"]))]
+    order = np.lexsort((entries["row"], entries["hash"], entries["key"]))
+    entries = entries[order]
+    keys = entries["key"]
     found = [np.zeros((0, 2), np.int64)]
     first = np.arange(len(entries))
     for step in range(1, REACH + 1):
         first = first[first + step < len(entries)]
-        first = first[entries["key"][first] == entries["key"][first + step]]
+        first = first[keys[first] == keys[first + step]]
         if len(first) == 0:
             break
         a = entries[first]
         b = entries[first + step]
-        good = (a["row"] != b["row"]) & is_near(a, b)
-        found.append(np.stack([a["row"][good], b["row"][good]], 1))
+        good = is_near(a, b) & (a["row"] != b["row"])
+        pairs = np.stack([a["row"], b["row"]], 1)
+        found.append(pairs[good])
     return unique_pairs(np.concatenate(found))
 
 

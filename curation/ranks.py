@@ -18,8 +18,8 @@ import torch.distributed as td
 from inputs import files
 from training.distributed import ALONE, Dist, gather, setup_distributed
 
-# A rank waits so long for the others, which may be at work on a large shard. torchrun ends it before
-# if one of them dies.
+# A rank waits so long for the others, which may be at work on a large shard. If one of them dies,
+# torchrun ends it before.
 PATIENCE_S = 7 * 24 * 3600
 
 

@@ -146,7 +146,7 @@ def caption_page(sets, tables, note, pairs):
 
 
 def pair_cards(cfg):
-    """HTML of the pairs nearest to the threshold of dedup in --pairs, --pictures of them at most."""
+    """HTML of the pairs nearest to the threshold of the dedup in --pairs, at most --pictures."""
     if not cfg.pairs:
         return []
     path = Path(cfg.pairs) / "near_pairs.jsonl"

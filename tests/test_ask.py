@@ -4,14 +4,12 @@ import shutil
 
 import pytest
 from curation_helpers import (
-    FORK,
     ROOT,
     TOY_PROMPTS,
     dropped_rows,
     make_small_collection,
     png,
     run,
-    run_in_a_process,
     run_well,
     stage_files,
 )
@@ -76,7 +74,7 @@ def test_replies_of_a_model_folder_are_not_those_of_another_tokenizer_or_config(
 
 
 def test_our_own_captioner_writes_the_same_shards_whoever_is_killed_and_however_many_work(
-    small, tmp_path
+    small, tmp_path, zygote
 ):
     folder, _ = small
     argv = [

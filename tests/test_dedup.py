@@ -8,7 +8,7 @@ from curation_helpers import dropped_rows, encoded, run, run_well, scene, write_
 from PIL import Image, ImageDraw, ImageEnhance
 from toy_endpoint import read_shards
 
-from curation import compare, dedup, look, minhash, pairs
+from curation import compare, dedup, look, minhash, overlay, pairs
 from curation.ranks import Ranks
 
 
@@ -141,8 +141,8 @@ def test_an_edited_picture_is_found_and_is_the_duplicate_of_its_original_alone(e
     looks = looks_of([*originals, *map(EDITS[edit], originals)])
     n = len(originals)
     compared = np.array(sorted(candidates(looks)))
-    results = look.compare_looks(looks[compared[:, 0]], looks[compared[:, 1]])
-    same = compared[look.margin_of(results, 0.9) >= 0]
+    results = overlay.compare_looks(looks[compared[:, 0]], looks[compared[:, 1]])
+    same = compared[overlay.margin_of(results, 0.9) >= 0]
     assert same.tolist() == [[k, k + n] for k in range(n)]
 
 
@@ -151,8 +151,8 @@ def test_a_mirrored_or_turned_picture_is_no_duplicate(how):
     originals = pictures()
     looks = looks_of([*originals, *[image.transpose(OTHERS[how]) for image in originals]])
     n = len(originals)
-    results = look.compare_looks(looks[:n], looks[n:])
-    assert (look.margin_of(results, 0.9) < 0).all()
+    results = overlay.compare_looks(looks[:n], looks[n:])
+    assert (overlay.margin_of(results, 0.9) < 0).all()
 
 
 def test_equal_shapes_in_other_colours_are_no_duplicates_and_a_grey_copy_is_one():
@@ -162,8 +162,8 @@ def test_equal_shapes_in_other_colours_are_no_duplicates_and_a_grey_copy_is_one(
         ImageDraw.Draw(image).ellipse((120, 30, 170, 80), fill=color)
         shapes.append(image)
     looks = looks_of([*shapes, shapes[0].convert("L").convert("RGB")])
-    results = look.compare_looks(looks[[0, 0]], looks[[1, 2]])
-    assert (look.margin_of(results, 0.9) >= 0).tolist() == [False, True]
+    results = overlay.compare_looks(looks[[0, 0]], looks[[1, 2]])
+    assert (overlay.margin_of(results, 0.9) >= 0).tolist() == [False, True]
 
 
 def test_two_pictures_are_compared_if_their_keys_agree_but_for_unsure_bits():
@@ -223,7 +223,7 @@ def test_of_a_chain_only_those_go_that_are_duplicates_of_the_one_that_stays(tmp_
             results["margin"] = np.where(np.diff(compared, axis=1)[:, 0] == 1, 0.1, -1)
             return results
 
-    facts = np.zeros(3, dedup.ROW)
+    facts = np.zeros(3, dedup.DEDUP_ROW)
     facts["pixels"] = 9, 5, 7
     chain = np.array([[4, 5], [5, 6]])
     verdicts = compare.keep_best(Chain(), np.array([4, 5, 6]), facts, chain)
