@@ -14,6 +14,7 @@
         --min_richness=3 --min_alignment=3
     python curate.py report    --in=before=shards/unique,after=shards/final --out=out/captions
 
+    python curate.py plan      --n=300e6 --ranks=128 --picture_kb=100   # hours, memory, disk
     python curate.py sft-quality --in=train.jsonl ...    # as score, for training rows
     python curate.py quick | composition | incremental   # choose training data: curation/tiers.py
 
@@ -31,6 +32,7 @@ from curation.balance import select_balanced
 from curation.collect import collect_pictures
 from curation.dedup import drop_near_duplicates
 from curation.filter import filter_captions
+from curation.plan import print_plan
 from curation.report import report_captions
 from curation.tiers import run_tier
 from inputs.images import MAX_TILES
@@ -52,8 +54,8 @@ class Config:
 
     # dedup, select
     by: Literal["image", "text", "both"] = "image"  # dedup: pictures, captions, or either
-    # dedup: most bits of 64 by which hashes differ of pictures that are compared
-    distance: int = setting(16, at_most=64)
+    # dedup: most bits of 128 by which hashes differ of pictures that are compared
+    distance: int = setting(20, at_most=128)
     # dedup: least share of the edges of a picture that its near-duplicate has
     found: float = setting(0.9, above=0, at_most=1)
     # dedup: least share of word 3-grams common to near-duplicate captions
@@ -101,6 +103,11 @@ class Config:
     pictures: int = setting(60, at_most=10**6)  # report: pictures on the page
     pairs: str = ""  # report: folder of dedup whose pairs at the threshold are shown
 
+    # plan
+    ranks: int = setting(1, at_least=1, at_most=10**6)  # plan: processes of one core each
+    picture_kb: float = setting(100.0, above=0, at_most=1e6)  # plan: mean size of a picture
+    compared: float = setting(1.0, at_most=1e3)  # plan: comparisons of dedup for each picture
+
     # quick, composition, incremental
     stage: str = "instruction"  # quick, composition, incremental: the stage of sft.py to train
     sft: str = "config/sft_2b.py"  # the same: flags of sft.py
@@ -109,7 +116,7 @@ class Config:
 
 
 CURATION_STAGES = ("collect", "dedup", "select", "annotate", "recaption", "score", "filter",
-                   "report", "sft-quality", "quick", "composition", "incremental")
+                   "report", "plan", "sft-quality", "quick", "composition", "incremental")
 
 
 def run_named_stage(cfg, stage):
@@ -127,6 +134,8 @@ def run_named_stage(cfg, stage):
         filter_captions(cfg)
     elif stage == "report":
         report_captions(cfg)
+    elif stage == "plan":
+        print_plan(cfg)
     else:
         run_tier(cfg, stage)
 

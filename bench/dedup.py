@@ -25,7 +25,7 @@ from curation.ranks import Ranks
 from inputs.images import IMAGE_SUFFIXES, load_image
 
 FOUND = 0.9  # the default of --found
-DISTANCE = 16  # the default of --distance
+DISTANCE = 20  # the default of --distance
 PHASH_DISTANCE = 10  # imagededup's default for perceptual hashes
 MOST_PICTURES = 250  # of a kind that are edited; the others lie in the heap unedited
 N_PAGES = 47

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.dedup import DISTANCE
-from curation.look import HASHED_CROPS, KEY_BITS, KEY_TABLES, UNSURE_BITS
+from curation.look import HASH_WORDS, HASHED_CROPS, KEY_BITS, KEY_TABLES, UNSURE_BITS
 from curation.pairs import picture_pairs
 from curation.ranks import connected, join_ranks
 from training.distributed import close_distributed
@@ -21,9 +21,10 @@ BLOCK = 100_000  # rows that are drawn together, so that they are the same on an
 
 
 def draw_block(number, size):
-    """hashes (size, 2), unsure (size, 2, 3, 3) of a block; a tenth are copies with turned bits."""
+    """hashes (size, 2, 2), unsure (size, 2, 3, 3) of a block; a tenth are copies with turned bits."""
     rng = np.random.default_rng(number)
-    hashes = rng.integers(0, 2**63, (size, len(HASHED_CROPS)), dtype=np.uint64)
+    words = (size, len(HASHED_CROPS), HASH_WORDS)
+    hashes = rng.integers(0, 2**63, words, dtype=np.uint64)
     shape = (size, len(HASHED_CROPS), len(KEY_TABLES), UNSURE_BITS)
     # Distinct bits: a first one, and the two that follow it at some distance.
     first = rng.integers(0, KEY_BITS, shape[:3])
@@ -31,7 +32,7 @@ def draw_block(number, size):
     copies = np.arange(size // 10) * 2 + 1
     hashes[copies] = hashes[copies - 1]
     turned = unsure[copies, 0, 0, 0].astype(np.uint64)
-    hashes[copies, 0] ^= np.uint64(1) << turned
+    hashes[copies, 0, 0] ^= np.uint64(1) << turned
     return hashes, unsure.astype(np.uint8)
 
 

@@ -13,7 +13,16 @@ import numpy as np
 from tqdm import tqdm
 
 from curation.compare import Comparer, keep_best
-from curation.look import HASHED_CROPS, KEY_TABLES, LOOK, UNSURE_BITS, has_edges, hash_of, look_of
+from curation.look import (
+    HASH_WORDS,
+    HASHED_CROPS,
+    KEY_TABLES,
+    LOOK,
+    UNSURE_BITS,
+    has_edges,
+    hash_of,
+    look_of,
+)
 from curation.minhash import caption_ngrams, choose_bands, minhash_bands
 from curation.pairs import picture_pairs, text_pairs, unique_pairs
 from curation.ranks import connected, is_whole_array, owner_of, save_array
@@ -24,7 +33,7 @@ from curation.text import caption_words
 from inputs import files
 from inputs.images import load_image
 
-MAX_DISTANCE = 24
+MAX_DISTANCE = 40
 NEAR_PAIRS = 60  # pairs nearest to the threshold that are kept for the report
 READ_AT_ONCE = 256
 
@@ -36,7 +45,7 @@ DEDUP_ROW = np.dtype([
     ("pixels", "i8"),
     ("words", "i4"),
     ("seen", "?"),
-    ("hash", "u8", len(HASHED_CROPS)),
+    ("hash", "u8", (len(HASHED_CROPS), HASH_WORDS)),
     ("unsure", "u1", (len(HASHED_CROPS), len(KEY_TABLES), UNSURE_BITS)),
 ])
 
@@ -44,7 +53,7 @@ DEDUP_ROW = np.dtype([
 def drop_near_duplicates(cfg):
     """Of each cluster keep the row with most pixels, then most words, then the first."""
     if cfg.distance > MAX_DISTANCE:
-        raise ValueError(f"--distance={cfg.distance} of 64 bits: pictures that have nothing in "
+        raise ValueError(f"--distance={cfg.distance} of 128 bits: pictures that have nothing in "
                          f"common; give 0 to {MAX_DISTANCE}")
     folder = Path(cfg.out) / ".shards"
 

@@ -17,7 +17,9 @@ LOOK = np.dtype([
 ])
 MIN_EDGE = 0.05  # mean steepness, levels a pixel: less is a flat picture, nobody's duplicate
 
-HASH_BITS = 64
+HASH_BITS = 128
+HASH_WORDS = HASH_BITS // 64
+N_FREQUENCIES = 16  # along either axis
 # A picture has two hashes, of all of it and of its middle. A crop has one in common with it.
 HASHED_CROPS = (0.0, 0.015)  # cut off on each side
 KEY_BITS = 24
@@ -48,14 +50,14 @@ def has_edges(gray):
 
 
 def low_frequencies():
-    """The 64 lowest frequencies but the mean: cosines (12, S), and the rows and columns (64,)."""
+    """The lowest frequencies but the mean: cosines (16, S), and the rows and columns (128,)."""
     places = []
-    for row in range(12):
-        for column in range(12):
+    for row in range(N_FREQUENCIES):
+        for column in range(N_FREQUENCIES):
             places.append((row + column, abs(row - column), row, column))
     chosen = np.array(sorted(places)[1 : HASH_BITS + 1])
     x = 2 * np.arange(LOOK_SIDE) + 1
-    frequency = np.arange(12)[:, None]
+    frequency = np.arange(N_FREQUENCIES)[:, None]
     cosines = np.cos(np.pi * frequency * x / (2 * LOOK_SIDE))
     return cosines.astype(np.float32), chosen[:, 2], chosen[:, 3]
 
@@ -66,9 +68,10 @@ FALL_OFF = np.hypot(HASH_ROWS, HASH_COLUMNS).astype(np.float32)
 
 
 def hash_of(gray):
-    """gray (n, S, S) uint8 -> hash (n, 2) uint64, unsure (n, 2, 3, UNSURE_BITS) uint8.
+    """gray (n, S, S) uint8 -> hash (n, 2, 2) uint64, unsure (n, 2, 3, UNSURE_BITS) uint8.
 
-    A bit is the sign of a frequency. unsure: bits of each key that an edit may turn, those whose
+    A hash of 128 bits for the picture and one for its middle. A bit is the sign of a frequency, the
+    lowest ones in the first word. unsure: bits of each key that an edit may turn, those whose
     frequency is weakest for its place.
     """
     gray = gray.astype(np.float32)
@@ -77,10 +80,10 @@ def hash_of(gray):
     for crop in HASHED_CROPS:
         scale = np.full((len(gray), 2), 1 - 2 * crop, np.float32)
         part, _ = resample(gray, scale, np.zeros_like(scale))
-        frequencies = COSINES @ part @ COSINES.T  # (n, 12, 12)
-        strength = frequencies[:, HASH_ROWS, HASH_COLUMNS]  # (n, 64)
+        frequencies = COSINES @ part @ COSINES.T  # (n, 16, 16)
+        strength = frequencies[:, HASH_ROWS, HASH_COLUMNS]  # (n, 128)
         bits = np.packbits(strength > 0, axis=1, bitorder="little")
-        hashes.append(np.ascontiguousarray(bits).view("<u8")[:, 0])
+        hashes.append(np.ascontiguousarray(bits).view("<u8"))
         weakest = []
         for table in KEY_TABLES:
             weakness = np.abs(strength[:, table]) * FALL_OFF[table]
@@ -91,7 +94,7 @@ def hash_of(gray):
 
 
 def hash_keys(hashes, unsure, table):
-    """hash (n,), unsure (n, UNSURE_BITS) of a table -> keys (n, 2 ** UNSURE_BITS) uint32.
+    """First words (n,) of hashes, unsure (n, UNSURE_BITS) -> keys (n, 2 ** UNSURE_BITS) uint32.
 
     Two pictures have a key in common if all bits agree of which neither is unsure.
     """

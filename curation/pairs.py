@@ -4,23 +4,23 @@ Shapes: n rows of all shards, of which each rank has a block, m of them.
 """
 import numpy as np
 
-from curation.look import HASHED_CROPS, KEY_TABLES, UNSURE_BITS, hash_keys
-from curation.text import HASH_MULTIPLIER
+from curation.look import HASH_WORDS, HASHED_CROPS, KEY_BITS, KEY_TABLES, UNSURE_BITS, hash_keys
 
 REACH = 64  # rows of equal key that a row is compared with
 KEYS_AT_ONCE = 2**23  # of a rank; more are made in several rounds
-# An entry of the table of keys. hash: what tells rows of equal key apart.
-ENTRY = np.dtype([("key", "u8"), ("hash", "u8"), ("row", "i8")])
+# An entry of the table of keys. order: a key, in its upper bits, and how its rows are sorted.
+ENTRY = np.dtype([("order", "u8"), ("hash", "u8", HASH_WORDS), ("row", "i8")])
+KEY_SHIFT = np.uint64(64 - KEY_BITS)
 
 
 def picture_pairs(ranks, rows, hashes, unsure, distance):
-    """rows (m,), hashes (m, 2), unsure (m, 2, 3, UNSURE_BITS) of own pictures -> pairs (p, 2).
+    """rows (m,), hashes (m, 2, 2), unsure (m, 2, 3, UNSURE_BITS) of own pictures -> pairs (p, 2).
 
     Two rows make a pair if they have a key in common and their hashes differ in at most `distance`
     bits. rows: their numbers. Each rank returns some of the pairs, each once.
     """
     def is_near(a, b):
-        return np.bitwise_count(a["hash"] ^ b["hash"]) <= distance
+        return np.bitwise_count(a ^ b).sum(1) <= distance
 
     m = len(hashes)
     per_row = len(HASHED_CROPS) * 2**UNSURE_BITS
@@ -31,14 +31,23 @@ def picture_pairs(ranks, rows, hashes, unsure, distance):
             entries = []
             for crop in range(len(HASHED_CROPS)):
                 of_crop = hashes[:, crop]
-                keys = hash_keys(of_crop, unsure[:, crop, table], table)  # (m, 8)
-                keys = mixed(keys.astype(np.uint64))
-                chosen = keys % np.uint64(n_rounds) == part
-                own = np.nonzero(chosen)[0]
-                entries.append(make_entries(keys[chosen], of_crop[own], rows[own]))
+                keys = hash_keys(of_crop[:, 0], unsure[:, crop, table], table)  # (m, 8)
+                keys = spread(keys)
+                # The upper part of the keys decides of the round.
+                own, place = np.nonzero(keys * np.uint64(n_rounds) >> np.uint64(KEY_BITS) == part)
+                order = keys[own, place] << KEY_SHIFT
+                order |= of_crop[own, 1] >> np.uint64(KEY_BITS)
+                entries.append(make_entries(order, of_crop[own], rows[own]))
             entries = np.concatenate(entries)
-            found.append(entry_pairs(ranks, entries, is_near))
+            owner = (entries["order"] >> KEY_SHIFT) % np.uint64(ranks.world)
+            found.append(entry_pairs(ranks, entries, owner, KEY_SHIFT, is_near))
     return unique_pairs(np.concatenate(found))
+
+
+def spread(keys):
+    """Keys of KEY_BITS bits -> as many other numbers, uint64, that lie evenly."""
+    keys = keys.astype(np.uint64) * np.uint64(0x9E3779B1)  # odd: no two become one
+    return keys & np.uint64(2**KEY_BITS - 1)
 
 
 def text_pairs(ranks, rows, bands):
@@ -49,8 +58,10 @@ def text_pairs(ranks, rows, bands):
     found = [np.zeros((0, 2), np.int64)]
     for band in range(bands.shape[1]):
         own = np.flatnonzero(bands[:, band])
-        entries = make_entries(bands[own, band], bands[own, 0], rows[own])
-        found.append(entry_pairs(ranks, entries, are_any))
+        keys = bands[own, band]
+        entries = make_entries(keys, 0, rows[own])
+        owner = keys % np.uint64(ranks.world)
+        found.append(entry_pairs(ranks, entries, owner, np.uint64(0), are_any))
     return unique_pairs(np.concatenate(found))
 
 
@@ -59,33 +70,26 @@ def are_any(a, b):
     return np.ones(len(a), bool)
 
 
-def mixed(keys):
-    """Keys, uint64, in which all bits depend on all bits: evenly spread over rounds and ranks."""
-    keys = (keys ^ (keys >> np.uint64(31))) * HASH_MULTIPLIER
-    return keys ^ (keys >> np.uint64(29))
-
-
-def make_entries(keys, hashes, rows):
-    entries = np.empty(len(keys), ENTRY)
-    entries["key"] = keys
+def make_entries(order, hashes, rows):
+    entries = np.empty(len(order), ENTRY)
+    entries["order"] = order
     entries["hash"] = hashes
     entries["row"] = rows
     return entries
 
 
-def entry_pairs(ranks, entries, is_near):
+def entry_pairs(ranks, entries, owner, shift, is_near):
     """ENTRY arrays of all ranks -> pairs (p, 2) of rows of one key for which is_near(a, b) holds.
 
-    A row is compared with at most REACH others of its key, those behind it in the order of hashes.
-    That bounds the work where thousands are equal, and they form one chain all the same.
+    a, b: their hashes (p, 2). owner: the rank that gets an entry, which follows from its key.
+    shift: of the order, for the key. A row is compared with at most REACH others of its key, those
+    behind it. That bounds the work where thousands are equal; they form one chain all the same.
     """
-    # The upper half: the lower one decides of the round.
-    owner = (entries["key"] >> np.uint64(32)) % np.uint64(ranks.world)
     entries, _ = ranks.exchange(entries, owner.astype(np.int64))
-    # The same order on any number of ranks.
-    order = np.lexsort((entries["row"], entries["hash"], entries["key"]))
-    entries = entries[order]
-    keys = entries["key"]
+    entries = sorted_entries(entries)
+    keys = entries["order"] >> shift
+    hashes = np.ascontiguousarray(entries["hash"])
+    rows = np.ascontiguousarray(entries["row"])
     found = [np.zeros((0, 2), np.int64)]
     first = np.arange(len(entries))
     for step in range(1, REACH + 1):
@@ -93,12 +97,21 @@ def entry_pairs(ranks, entries, is_near):
         first = first[keys[first] == keys[first + step]]
         if len(first) == 0:
             break
-        a = entries[first]
-        b = entries[first + step]
-        good = is_near(a, b) & (a["row"] != b["row"])
-        pairs = np.stack([a["row"], b["row"]], 1)
-        found.append(pairs[good])
+        near = first[is_near(hashes[first], hashes[first + step])]
+        pairs = np.stack([rows[near], rows[near + step]], 1)
+        found.append(pairs[pairs[:, 0] != pairs[:, 1]])
     return unique_pairs(np.concatenate(found))
+
+
+def sorted_entries(entries):
+    """ENTRY in the order of `order`, then of row: the same on any number of ranks."""
+    entries = entries[np.argsort(entries["order"])]
+    same = entries["order"][1:] == entries["order"][:-1]
+    tied = np.append(same, False) | np.append(False, same)
+    # Few are: one sort by both would be ten times as slow.
+    ties = entries[tied]
+    entries[tied] = ties[np.lexsort((ties["row"], ties["order"]))]
+    return entries
 
 
 def unique_pairs(pairs):
