@@ -21,7 +21,7 @@ BLOCK = 100_000  # rows that are drawn together, so that they are the same on an
 
 
 def draw_block(number, size):
-    """hashes (size, 2, 2), unsure (size, 2, 3, 3) of a block; a tenth are copies with turned bits."""
+    """hashes (size, 2, 2), unsure (size, 2, 3, 3) of a block. A tenth are copies, but for a bit."""
     rng = np.random.default_rng(number)
     words = (size, len(HASHED_CROPS), HASH_WORDS)
     hashes = rng.integers(0, 2**63, words, dtype=np.uint64)

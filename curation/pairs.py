@@ -34,7 +34,8 @@ def picture_pairs(ranks, rows, hashes, unsure, distance):
                 keys = hash_keys(of_crop[:, 0], unsure[:, crop, table], table)  # (m, 8)
                 keys = spread(keys)
                 # The upper part of the keys decides of the round.
-                own, place = np.nonzero(keys * np.uint64(n_rounds) >> np.uint64(KEY_BITS) == part)
+                of_round = (keys * np.uint64(n_rounds)) >> np.uint64(KEY_BITS)
+                own, place = np.nonzero(of_round == part)
                 order = keys[own, place] << KEY_SHIFT
                 order |= of_crop[own, 1] >> np.uint64(KEY_BITS)
                 entries.append(make_entries(order, of_crop[own], rows[own]))
@@ -106,8 +107,10 @@ def entry_pairs(ranks, entries, owner, shift, is_near):
 def sorted_entries(entries):
     """ENTRY in the order of `order`, then of row: the same on any number of ranks."""
     entries = entries[np.argsort(entries["order"])]
-    same = entries["order"][1:] == entries["order"][:-1]
-    tied = np.append(same, False) | np.append(False, same)
+    order = entries["order"]
+    same = order[1:] == order[:-1]
+    tied = np.append(same, False)
+    tied[1:] |= same
     # Few are: one sort by both would be ten times as slow.
     ties = entries[tied]
     entries[tied] = ties[np.lexsort((ties["row"], ties["order"]))]
@@ -117,7 +120,8 @@ def sorted_entries(entries):
 def unique_pairs(pairs):
     """Pairs (p, 2), the lower row first, each once, in order."""
     pairs = np.sort(pairs, 1)
-    pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
+    order = np.lexsort((pairs[:, 1], pairs[:, 0]))
+    pairs = pairs[order]
     new = np.ones(len(pairs), bool)
     new[1:] = (pairs[1:] != pairs[:-1]).any(1)
     return pairs[new]

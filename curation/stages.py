@@ -29,8 +29,9 @@ def run_stage(cfg, stage, process, prepare=None, **settings):
         on_first_rank(ranks, lambda: open_output_folder(cfg, stage, settings, stack))
         out = Path(cfg.out)
         inputs = shards.find_input_shards(cfg)
-        unfinished = [k for k, shard in enumerate(inputs) if not shard_is_finished(out, shard)]
-        # A rank may see the folder later than rank 0 does.
+        unfinished = []
+        if ranks.rank == 0:
+            unfinished = [k for k, shard in enumerate(inputs) if not shard_is_finished(out, shard)]
         missing = [inputs[k] for k in ranks.gather(unfinished)[0]]
         if prepare and missing:
             prepare(ranks, inputs, missing)
