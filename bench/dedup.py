@@ -1,10 +1,11 @@
 """dedup: edited pictures that are found, pictures that are wrongly merged, beside a hash of others.
 
 Each folder in --pictures is a kind of picture. All edits of all pictures lie in one heap with the
-originals. An edit counts as found if it is merged with its original. A merge of two pictures that
-are not of one original is wrong.
+originals. An edit counts as found if it is merged with its original. Every picture is compared with
+the originals; a merge with another one's original is wrong.
 """
 import collections
+import hashlib
 import importlib
 import io
 import json
@@ -27,7 +28,7 @@ from inputs.images import IMAGE_SUFFIXES, load_image
 FOUND = 0.9  # the default of --found
 DISTANCE = 20  # the default of --distance
 PHASH_DISTANCE = 10  # imagededup's default for perceptual hashes
-MOST_PICTURES = 250  # of a kind that are edited; the others lie in the heap unedited
+MOST_PICTURES = 120  # of a kind that are edited; the others lie in the heap unedited
 N_PAGES = 47
 
 
@@ -35,11 +36,20 @@ N_PAGES = 47
 
 
 def read_kinds(folder):
-    """Yield (kind, image) of all pictures in the sub-folders of a folder, and of white pages."""
+    """Yield (kind, image) of all pictures in the sub-folders of a folder, and of white pages.
+
+    Of equal files the first.
+    """
+    seen = set()
     for kind in sorted(path for path in Path(folder).iterdir() if path.is_dir()):
         for path in sorted(kind.rglob("*")):
-            if path.suffix.lower() in IMAGE_SUFFIXES:
-                yield kind.name, load_image(path.read_bytes())
+            if path.suffix.lower() not in IMAGE_SUFFIXES:
+                continue
+            content = path.read_bytes()
+            sha256 = hashlib.sha256(content).hexdigest()
+            if sha256 not in seen:
+                seen.add(sha256)
+                yield kind.name, load_image(content)
     for k in range(N_PAGES):
         yield "white pages", white_page(k)
 
@@ -148,8 +158,8 @@ def make_heap(folder, phash):
 # ---- merges --------------------------------------------------------------------------------------
 
 
-def our_merges(looks):
-    """Pairs (p, 2) that dedup takes for near-duplicates."""
+def our_merges(names, looks):
+    """Pairs (p, 2) of an original and another picture that dedup takes for near-duplicates."""
     hashes = []
     unsure = []
     for part in np.array_split(looks, 64):
@@ -159,6 +169,7 @@ def our_merges(looks):
     hashes = np.concatenate(hashes)
     unsure = np.concatenate(unsure)
     pairs = picture_pairs(Ranks(), np.arange(len(looks)), hashes, unsure, DISTANCE)
+    pairs = pairs[with_original(names, pairs)]
     margins = [np.zeros(0)]
     for start in range(0, len(pairs), PAIRS_AT_ONCE):
         first, second = pairs[start : start + PAIRS_AT_ONCE].T
@@ -166,13 +177,20 @@ def our_merges(looks):
     return pairs[np.concatenate(margins) >= 0]
 
 
-def hash_merges(hashes):
-    """Pairs (p, 2) of hashes that differ in at most PHASH_DISTANCE bits."""
+def with_original(names, pairs):
+    """Which of the pairs (p, 2) hold an original."""
+    is_original = np.array([edit == "original" for _, edit, _ in names])
+    return is_original[pairs].any(1)
+
+
+def hash_merges(names, hashes):
+    """Pairs (p, 2) with an original whose hashes differ in at most PHASH_DISTANCE bits."""
     found = []
     for k in range(len(hashes) - 1):
         near = np.flatnonzero(np.bitwise_count(hashes[k] ^ hashes[k + 1 :]) <= PHASH_DISTANCE)
         found += [(k, k + 1 + int(other)) for other in near]
-    return np.array(found).reshape(-1, 2)
+    found = np.array(found).reshape(-1, 2)
+    return found[with_original(names, found)]
 
 
 def score_merges(names, merges):
@@ -206,11 +224,11 @@ def merge_rows(cfg, device, row):
     except ImportError:
         print("beside no other hash: for pHash pip install imagehash")
     names, looks, hashes = make_heap(cfg.pictures, phash)
-    recall, precision, wrong = score_merges(names, our_merges(looks))
+    recall, precision, wrong = score_merges(names, our_merges(names, looks))
     peer = {}
     peer_precision = None
     if phash:
-        peer, peer_precision, _ = score_merges(names, hash_merges(hashes))
+        peer, peer_precision, _ = score_merges(names, hash_merges(names, hashes))
     print(f"{len(names)} pictures; merged wrongly: {dict(wrong) or 'none'}")
     for (kind, edit), share in recall.items():
         yield percent_row(f"{kind}, {edit}", share, peer.get((kind, edit)))

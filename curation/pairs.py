@@ -109,7 +109,8 @@ def sorted_entries(entries):
     entries = entries[np.argsort(entries["order"])]
     order = entries["order"]
     same = order[1:] == order[:-1]
-    tied = np.append(same, False)
+    tied = np.zeros(len(entries), bool)
+    tied[:-1] |= same
     tied[1:] |= same
     # Few are: one sort by both would be ten times as slow.
     ties = entries[tied]

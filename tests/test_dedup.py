@@ -210,6 +210,15 @@ def test_of_the_captions_at_the_asked_for_jaccard_99_of_100_are_found_and_none_b
     assert 0.99 * n_near <= len(dropped) <= n_near
 
 
+def test_ranks_without_a_picture_or_caption_find_no_pairs():
+    """There may be more ranks than shards."""
+    none = np.zeros(0, np.int64)
+    hashes = np.zeros((0, 2, 2), np.uint64)
+    unsure = np.zeros((0, 2, 3, 3), np.uint8)
+    assert pairs.picture_pairs(Ranks(), none, hashes, unsure, 20).shape == (0, 2)
+    assert pairs.text_pairs(Ranks(), none, np.zeros((0, 16), np.uint64)).shape == (0, 2)
+
+
 def test_short_captions_are_nobodys_duplicates():
     assert len(minhash.caption_ngrams("a b")) == 0
     assert not minhash.minhash_bands(minhash.caption_ngrams("a b"), 4, 8).any()
