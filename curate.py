@@ -32,7 +32,7 @@ from curation.balance import select_balanced
 from curation.collect import collect_pictures
 from curation.dedup import drop_near_duplicates
 from curation.filter import filter_captions
-from curation.plan import print_plan
+from curation.plan import print_curation_plan
 from curation.report import report_captions
 from curation.tiers import run_tier
 from inputs.images import MAX_TILES
@@ -135,7 +135,7 @@ def run_named_stage(cfg, stage):
     elif stage == "report":
         report_captions(cfg)
     elif stage == "plan":
-        print_plan(cfg)
+        print_curation_plan(cfg)
     else:
         run_tier(cfg, stage)
 

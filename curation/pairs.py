@@ -32,7 +32,7 @@ def picture_pairs(ranks, rows, hashes, unsure, distance):
             for crop in range(len(HASHED_CROPS)):
                 of_crop = hashes[:, crop]
                 keys = hash_keys(of_crop[:, 0], unsure[:, crop, table], table)  # (m, 8)
-                keys = spread(keys)
+                keys = spread_keys(keys)
                 # The upper part of the keys decides of the round.
                 of_round = (keys * np.uint64(n_rounds)) >> np.uint64(KEY_BITS)
                 own, place = np.nonzero(of_round == part)
@@ -45,7 +45,7 @@ def picture_pairs(ranks, rows, hashes, unsure, distance):
     return unique_pairs(np.concatenate(found))
 
 
-def spread(keys):
+def spread_keys(keys):
     """Keys of KEY_BITS bits -> as many other numbers, uint64, that lie evenly."""
     keys = keys.astype(np.uint64) * np.uint64(0x9E3779B1)  # odd: no two become one
     return keys & np.uint64(2**KEY_BITS - 1)

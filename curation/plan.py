@@ -44,7 +44,7 @@ def stage_plans(cfg):
     ]
 
 
-def print_plan(cfg):
+def print_curation_plan(cfg):
     """Print a table with a line for each stage, and the formula behind it."""
     print(f"{cfg.n:,} pictures of {cfg.picture_kb:g} KB on {cfg.ranks} ranks of one core")
     print(f"{'stage':8} {'hours':>9} {'GB a rank':>10} {'TB on disk':>11} {'TB sent':>8} "
