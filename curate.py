@@ -14,15 +14,14 @@
         --min_richness=3 --min_alignment=3
     python curate.py report    --in=before=shards/unique,after=shards/final --out=out/captions
 
+    python curate.py plan      --n=300e6 --ranks=128 --picture_kb=100   # hours, memory, disk
     python curate.py sft-quality --in=train.jsonl ...    # as score, for training rows
     python curate.py quick | composition | incremental   # choose training data: curation/tiers.py
 
 Each stage reads shards and writes shards, one for one: KEY.jpg as it came, and KEY.json with id,
 alt_text, caption, scores and more, which train.py and sft.py read as training data. A dropped row
 is a line with its reason in OUT/dropped/. A shard is written whole or not at all. Start a command
-again and it resumes. Several processes, under torchrun or on any machines that see the folder,
-share the work of the stages that take one shard at a time: annotate, recaption, score, sft-quality
-and filter.
+again and it resumes. Under torchrun, on one or many machines, the ranks share the work of a stage.
 """
 from dataclasses import dataclass
 from typing import Literal
@@ -33,6 +32,7 @@ from curation.balance import select_balanced
 from curation.collect import collect_pictures
 from curation.dedup import drop_near_duplicates
 from curation.filter import filter_captions
+from curation.plan import print_curation_plan
 from curation.report import report_captions
 from curation.tiers import run_tier
 from inputs.images import MAX_TILES
@@ -54,8 +54,10 @@ class Config:
 
     # dedup, select
     by: Literal["image", "text", "both"] = "image"  # dedup: pictures, captions, or either
-    # dedup: most bits of 64 by which hashes of near-duplicate pictures differ
-    distance: int = setting(3, at_most=64)
+    # dedup: most bits of 128 by which hashes differ of pictures that are compared
+    distance: int = setting(20, at_most=128)
+    # dedup: least share of the edges of a picture that its near-duplicate has
+    found: float = setting(0.9, above=0, at_most=1)
     # dedup: least share of word 3-grams common to near-duplicate captions
     jaccard: float = setting(0.8, above=0, at_most=1)
     # select: rows to take; quick, composition, incremental: rows of a mix (0: all)
@@ -99,6 +101,12 @@ class Config:
     # report
     references: str = setting("", files=True)  # report: shards whose captions count as correct
     pictures: int = setting(60, at_most=10**6)  # report: pictures on the page
+    pairs: str = ""  # report: folder of dedup whose pairs at the threshold are shown
+
+    # plan
+    ranks: int = setting(1, at_least=1, at_most=10**6)  # plan: processes of one core each
+    picture_kb: float = setting(100.0, above=0, at_most=1e6)  # plan: mean size of a picture
+    compared: float = setting(1.0, at_most=1e3)  # plan: comparisons of dedup for each picture
 
     # quick, composition, incremental
     stage: str = "instruction"  # quick, composition, incremental: the stage of sft.py to train
@@ -108,7 +116,7 @@ class Config:
 
 
 CURATION_STAGES = ("collect", "dedup", "select", "annotate", "recaption", "score", "filter",
-                   "report", "sft-quality", "quick", "composition", "incremental")
+                   "report", "plan", "sft-quality", "quick", "composition", "incremental")
 
 
 def run_named_stage(cfg, stage):
@@ -126,6 +134,8 @@ def run_named_stage(cfg, stage):
         filter_captions(cfg)
     elif stage == "report":
         report_captions(cfg)
+    elif stage == "plan":
+        print_curation_plan(cfg)
     else:
         run_tier(cfg, stage)
 

@@ -12,6 +12,7 @@
     python -m bench loader    # images/s of whole batches, beside what an H200 needs
     python -m bench waiting   # share of its time that a pretended GPU waits for packs
     python -m bench warmup    # seconds to the first compiled step, graphs for 20 more packs
+    python -m bench dedup --pictures=FOLDER [--hashes=10e6]   # edits found, wrong merges; ranks
 
 Rows come as they are measured. At the end, whatever happened, come device and versions, a markdown
 table and, on the last line, the same rows as JSON: row, value, unit and, beside a peer, peer,
@@ -29,6 +30,7 @@ import torch
 
 from bench import kernels, loading
 from bench.decoding import decoding_rows
+from bench.dedup import dedup_rows
 from bench.measure import format_cell, print_table
 from bench.room import fitting_rows
 from bench.samples import TRAINED_PARTS
@@ -45,6 +47,8 @@ class Config:
     rows: str = ""  # only rows whose name begins with one of these, separated by commas
     compiled: bool = True  # vs-hf: beside the compiled peer too, a minute or two of compilation
     threads: int = setting(0, at_most=1024)  # CPU threads; 0: PyTorch's choice
+    pictures: str = ""  # dedup: a folder with a folder of pictures for each kind
+    hashes: int = setting(0, at_most=10**9)  # dedup: so many hashes on 1, 2 and 4 ranks
 
 
 def training_table(cuda):
@@ -100,6 +104,7 @@ def bench_parts(device):
         "waiting": (loading.waiting_rows, {"wait_accum_1": (1,), "wait_accum_64": (64,)}),
         "decode": (decoding_rows, decoding_table()),
         "serving": (serving_rows, {"8_clients": (), "first_text": ()}),
+        "dedup": (dedup_rows, {"edits": (), "speed": (), "hashes": ()}),
     }
 
 

@@ -2,15 +2,17 @@
 
 Shapes: n rows of all shards, C width of a feature.
 """
-import functools
 import hashlib
+import itertools
+from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from curation.dedup import COMPARED_FIELDS, build_row_table
 from curation.local_model import load_assistant, model_key
-from curation.shards import ShardRecord, all_inputs_hash, find_input_shards, in_blocks, read_records
+from curation.ranks import is_whole_array, save_array
+from curation.shards import ShardRecord, all_inputs_hash, in_blocks, read_records
 from curation.stages import run_stage
 from inputs.images import load_image, make_tiles, normalize
 
@@ -18,54 +20,137 @@ KMEANS_STEPS = 10
 KMEANS_SAMPLE = 100_000  # rows that the centres are fitted on
 VIT_BATCH = 32  # pictures that go through the ViT at once
 
+# What is read of a row.
+SELECT_FIELDS = ("dhash", "tone", "sha256", "source", "id")
+# good: it takes part. rank: a random number that decides within a cell.
+SELECT_ROW = np.dtype([("good", "?"), ("source", "u4"), ("rank", "f8")])
+# What becomes of a row. cell: its cluster of its source, -1 for a picture that cannot be read.
+CHOICE = np.dtype([("cell", "i8"), ("keep", "?")])
+
 
 def select_balanced(cfg):
     """Take as many rows from each cluster of each source as there are, up to a common level."""
+    folder = Path(cfg.out) / ".shards"
 
-    @functools.cache
-    def selection():
-        shards = find_input_shards(cfg)
-        table, starts = build_row_table(cfg, shards)
-        features = vit_features(cfg, shards) if cfg.model else hash_features(table)
-        # Rows with a reason against them, and pictures that the ViT could not see, take no part.
-        good = np.flatnonzero((table["id"] != b"") & ~np.isnan(features[:, 0]))
-        keep = np.zeros(len(table), bool)
-        cells = np.full(len(table), -1)
-        cluster = kmeans(features[good], cfg.clusters, cfg.seed)
-        pairs = np.stack([table["source"][good], cluster])  # (2, good rows)
-        cells[good] = np.unique(pairs, axis=1, return_inverse=True)[1]
-        keep[good] = choose_rows(cfg, table["id"][good], cells[good])
-        return keep, cells, starts
+    def prepare(ranks, inputs, missing):
+        assistant = load_assistant(cfg) if cfg.model else None
+        for shard in tqdm(ranks.deal(inputs), desc="measure", unit="shard", disable=None):
+            measure_features(cfg, folder, shard, assistant)
+        ranks.gather(None)
+        choose_balanced(cfg, ranks, folder, ranks.share(inputs))
+        ranks.gather(None)
 
     def process(shard, counts):
-        keep, cells, starts = selection()
-        for i, record in enumerate(read_records(shard, COMPARED_FIELDS), starts[shard.name]):
+        choices = np.load(folder / f"{shard.name}.choices.npy")
+        for choice, record in zip(choices, read_records(shard, SELECT_FIELDS), strict=True):
             if record.reason:
                 yield record
-            elif cells[i] < 0:
+            elif choice["cell"] < 0:
                 yield record._replace(reason="unreadable_picture")
             else:
-                row = {**record.row, "cluster": int(cells[i])}
-                yield ShardRecord(row, record.pictures, None if keep[i] else "not_selected")
+                row = {**record.row, "cluster": int(choice["cell"])}
+                reason = None if choice["keep"] else "not_selected"
+                yield ShardRecord(row, record.pictures, reason)
 
     model = model_key(cfg.model) if cfg.model else "hashes"
-    run_stage(cfg, "select", process, alone=True, n=cfg.n, clusters=cfg.clusters, seed=cfg.seed,
+    run_stage(cfg, "select", process, prepare, n=cfg.n, clusters=cfg.clusters, seed=cfg.seed,
               inputs=all_inputs_hash(cfg), model=model)
 
 
-# ---- which rows ----------------------------------------------------------------------------------
+# ---- measure -------------------------------------------------------------------------------------
 
 
-def choose_rows(cfg, ids, cells):
-    """ids (n,), cells (n,) int -> which rows to keep (n,) bool: random ones of each cell."""
-    ranks = [random_rank(cfg.seed, name.decode()) for name in ids]
-    order = np.lexsort((ranks, cells))
-    sizes = np.bincount(cells)
-    cell_starts = np.cumsum(sizes) - sizes
-    rank_in_cell = np.arange(len(order)) - np.repeat(cell_starts, sizes)
-    shares = fair_shares(sizes, cfg.n)
-    keep = np.zeros(len(order), bool)
-    keep[order] = rank_in_cell < shares[cells[order]]
+def measure_features(cfg, folder, shard, assistant):
+    """Write what decides of the rows of a shard: .rows.npy and .features.npy (rows, C) float32."""
+    path = folder / f"{shard.name}.rows.npy"
+    if is_whole_array(path):
+        return
+    records = list(read_records(shard, SELECT_FIELDS, with_pictures=False))
+    reasons = {record.reason for record in records}
+    if "no_dhash" in reasons and None not in reasons:
+        raise ValueError(f"{shard.path} has no dhash: run `curate.py collect` first")
+    table = np.zeros(len(records), SELECT_ROW)
+    hashes = np.zeros(len(records), "u8")
+    tones = np.zeros((len(records), 48), np.uint8)
+    for k, record in enumerate(records):
+        if not record.reason:
+            row = record.row
+            source = hashlib.sha256(row["source"].encode("utf-8", "replace")).hexdigest()
+            table["good"][k] = True
+            table["source"][k] = int(source[:8], 16)
+            table["rank"][k] = random_rank(cfg.seed, row["sha256"][:20])
+            hashes[k] = int(row["dhash"], 16)
+            tones[k] = np.frombuffer(bytes.fromhex(row["tone"]), np.uint8)
+    if assistant:
+        features = vit_features(assistant, shard)
+        table["good"] &= ~np.isnan(features[:, 0])
+    else:
+        features = hash_features(hashes, tones)
+    save_array(folder / f"{shard.name}.features.npy", features)
+    # The last one says that all are there.
+    save_array(path, table)
+
+
+# ---- choose --------------------------------------------------------------------------------------
+
+
+def choose_balanced(cfg, ranks, folder, own):
+    """Write .choices.npy of each own shard. All ranks together."""
+    tables = [np.load(folder / f"{shard.name}.rows.npy") for shard in own]
+    table = np.concatenate([np.zeros(0, SELECT_ROW), *tables])
+    good = np.flatnonzero(table["good"])
+    first_good = sum(ranks.gather(len(good))[: ranks.rank])
+    features = [np.load(folder / f"{shard.name}.features.npy", mmap_mode="r") for shard in own]
+    centres = fit_centres(cfg, ranks, features, tables, first_good)
+
+    choices = np.zeros(len(table), CHOICE)
+    choices["cell"] = -1
+    if centres is not None:
+        # Shard by shard, so that the same numbers come out on any number of ranks.
+        clusters = [np.zeros(0, np.int64)]
+        for part in features:
+            rows = torch.from_numpy(np.array(part))
+            clusters.append(nearest_centre(rows, centres).numpy())
+        cluster = np.concatenate(clusters)[good]
+        pairs = np.stack([table["source"][good], cluster], 1)  # (good rows, 2)
+        own_pairs = np.unique(pairs, axis=0)
+        all_pairs = np.concatenate(ranks.gather(own_pairs))
+        all_pairs = np.unique(all_pairs, axis=0)
+        cells = index_of(all_pairs, pairs)
+        sizes = np.bincount(cells, minlength=len(all_pairs))
+        shares = fair_shares(ranks.sum(sizes), cfg.n)
+        choices["cell"][good] = cells
+        choices["keep"][good] = choose_rows(ranks, table["rank"][good], cells, shares)
+    start = 0
+    for shard, part in zip(own, tables, strict=True):
+        save_array(folder / f"{shard.name}.choices.npy", choices[start : start + len(part)])
+        start += len(part)
+
+
+def index_of(all_pairs, pairs):
+    """pairs (n, 2) -> the number of each in all_pairs, sorted (m, 2)."""
+    numbers = {tuple(pair): k for k, pair in enumerate(all_pairs.tolist())}
+    return np.array([numbers[tuple(pair)] for pair in pairs.tolist()], np.int64)
+
+
+def choose_rows(ranks, rank, cells, shares):
+    """rank (n,), cells (n,) of own rows, shares (cells,) -> which of them to keep (n,) bool.
+
+    Those of each cell that have the lowest random ranks of all.
+    """
+    rows = np.zeros(len(rank), [("cell", "i8"), ("rank", "f8"), ("row", "i8"), ("owner", "i8")])
+    rows["cell"] = cells
+    rows["rank"] = rank
+    rows["row"] = np.arange(len(rank))
+    rows["owner"] = ranks.rank
+    rows, _ = ranks.exchange(rows, cells % ranks.world)
+    rows = rows[np.lexsort((rows["row"], rows["owner"], rows["rank"], rows["cell"]))]
+    _, first, inverse = np.unique(rows["cell"], return_index=True, return_inverse=True)
+    place = np.arange(len(rows)) - first[inverse]
+    kept = rows[place < shares[rows["cell"]]]
+    kept, _ = ranks.exchange(kept, kept["owner"])
+    keep = np.zeros(len(rank), bool)
+    keep[kept["row"]] = True
     return keep
 
 
@@ -94,33 +179,32 @@ def random_rank(seed, name):
 # ---- features and clusters -----------------------------------------------------------------------
 
 
-def hash_features(table):
-    """Mean colours and perceptual hashes of all rows as features (n, 48 + 64), float32."""
-    hash_bytes = table["hash"].astype(">u8").view(np.uint8).reshape(-1, 8)
+def hash_features(hashes, tones):
+    """hashes (n,) uint64, mean colours (n, 48) uint8 -> features (n, 48 + 64) float32."""
+    hash_bytes = hashes.astype(">u8").view(np.uint8).reshape(-1, 8)
     bits = np.unpackbits(hash_bytes, axis=1)
-    return np.concatenate([table["tone"] / np.float32(255), bits / np.float32(8)], 1)
+    return np.concatenate([tones / np.float32(255), bits / np.float32(8)], 1)
 
 
 @torch.inference_mode()
-def vit_features(cfg, shards):
-    """The mean patch vector (n, C) float32 of each picture, seen as one tile by --model's ViT.
+def vit_features(assistant, shard):
+    """The mean patch vector (n, C) float32 of each picture, seen as one tile by a model's ViT.
 
     NaN where there is no picture, or none that decodes.
     """
-    model = load_assistant(cfg).model
+    model = assistant.model
     weight = next(model.vision_model.parameters())
     features = [torch.empty(0, model.vision.dim)]
-    for shard in shards:
-        for block in in_blocks(read_records(shard, COMPARED_FIELDS), VIT_BATCH):
-            found = torch.full((len(block), model.vision.dim), torch.nan)
-            tiles = [one_tile(record, model.vision.image_size) for record in block]
-            seen = [k for k, tile in enumerate(tiles) if tile is not None]
-            if seen:
-                tiles = torch.cat([tiles[k] for k in seen])
-                tiles = normalize(tiles.to(weight.device), weight.dtype)
-                patches = model.vision_model(tiles)  # (pictures, P, C)
-                found[seen] = patches.mean(1).float().cpu()
-            features.append(found)
+    for block in in_blocks(read_records(shard, SELECT_FIELDS), VIT_BATCH):
+        found = torch.full((len(block), model.vision.dim), torch.nan)
+        tiles = [one_tile(record, model.vision.image_size) for record in block]
+        seen = [k for k, tile in enumerate(tiles) if tile is not None]
+        if seen:
+            tiles = torch.cat([tiles[k] for k in seen])
+            tiles = normalize(tiles.to(weight.device), weight.dtype)
+            patches = model.vision_model(tiles)  # (pictures, P, C)
+            found[seen] = patches.mean(1).float().cpu()
+        features.append(found)
     return torch.cat(features).numpy()
 
 
@@ -134,20 +218,37 @@ def one_tile(record, size):
     return None
 
 
-def kmeans(features, k, seed):
-    """features (n, C) float32 -> cluster (n,) int64. The centres are fitted on a sample."""
-    if len(features) == 0:
-        return np.zeros(0, np.int64)
-    features = torch.from_numpy(features)
-    sample = features[shuffled(len(features), seed)[:KMEANS_SAMPLE].sort()[0]]
-    centres = sample[shuffled(len(sample), seed)[:k]].clone()  # (k, C)
+def fit_centres(cfg, ranks, features, tables, first_good):
+    """The centres (k, C) of clusters of the good rows of all ranks; None if there is no such row.
+
+    first_good: how many good rows the ranks before this one have.
+    """
+    n = sum(ranks.gather(sum(int(table["good"].sum()) for table in tables)))
+    if n == 0:
+        return None
+    chosen = shuffled(n, cfg.seed)[:KMEANS_SAMPLE].sort()[0].numpy()
+    sample = []
+    start = first_good
+    for part, table in zip(features, tables, strict=True):
+        good = np.flatnonzero(table["good"])
+        mine = chosen[(chosen >= start) & (chosen < start + len(good))] - start
+        sample.append(np.array(part[good[mine]]))
+        start += len(good)
+    sample = list(itertools.chain(*ranks.gather(sample)))
+    return kmeans(np.concatenate(sample), cfg.clusters, cfg.seed)
+
+
+def kmeans(sample, k, seed):
+    """sample (n, C) float32 -> centres (k, C)."""
+    sample = torch.from_numpy(sample)
+    centres = sample[shuffled(len(sample), seed)[:k]].clone()
     for _ in range(KMEANS_STEPS):
         one_hot = torch.nn.functional.one_hot(nearest_centre(sample, centres), len(centres))
         one_hot = one_hot.float()  # (sample, k)
         sizes = one_hot.sum(0)
         full = sizes > 0  # an empty cluster keeps its centre
         centres[full] = (one_hot.T @ sample)[full] / sizes[full, None]
-    return nearest_centre(features, centres).numpy()
+    return centres
 
 
 def shuffled(n, seed):
@@ -157,4 +258,4 @@ def shuffled(n, seed):
 def nearest_centre(rows, centres):
     """rows (n, C), centres (k, C) -> the number (n,) of the nearest centre."""
     blocks = [torch.cdist(block, centres).argmin(1) for block in rows.split(8192)]
-    return torch.cat(blocks)
+    return torch.cat([torch.empty(0, dtype=torch.int64), *blocks])

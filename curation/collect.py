@@ -1,15 +1,17 @@
 """Stage collect: any source -> shards of pictures that decode, each file once, with alt-text."""
 import functools
 import hashlib
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from curation.ranks import owner_of
 from curation.rows import find_alt_text
-from curation.shards import ShardRecord, find_input_shards, in_blocks, read_records
-from curation.stages import run_stage, shard_is_finished
+from curation.shards import DamagedShard, ShardRecord, in_blocks, read_records
+from curation.stages import run_stage
 from inputs.images import load_image
 
 BLOCK_RECORDS = 16  # records in memory for each thread that decodes
@@ -17,45 +19,102 @@ BLOCK_RECORDS = 16  # records in memory for each thread that decodes
 SOURCE_FIELDS = ("id", "alt_text", "first_text")
 # Keys of a source's row that a collected row holds in another form, or not at all.
 REPLACED_KEYS = ("id", "alt_text", "caption", "text", "image", "sha256")
+# A picture file: where it lies, and whether its shard will be made.
+FILE = np.dtype([("key", "u8"), ("shard", "u4"), ("record", "u4"), ("new", "?")])
 
 
 def collect_pictures(cfg):
-    """Collect every picture that decodes and is large enough, once.
+    """Collect every picture that decodes and is large enough, once."""
+    folder = Path(cfg.out) / ".shards"
 
-    Which files were collected before is kept in memory: about 100 bytes for each.
-    """
-    out = Path(cfg.out)
-    known_files = load_known_files(cfg, out)
+    def prepare(ranks, inputs, missing):
+        for shard in ranks.deal(missing):
+            np.save(folder / f"{shard.name}.keys.npy", file_keys(shard))
+        ranks.gather(None)
+        mark_copies(ranks, folder, inputs, {shard.name for shard in missing})
+        ranks.gather(None)
 
     def process(shard, counts):
-        new_files = set()  # not known to other shards before this one is whole
-        for record in examine_in_threads(cfg, shard):
+        is_copy = np.load(folder / f"{shard.name}.copies.npy")
+        kept = []
+        for k, record in enumerate(examine_in_threads(cfg, shard)):
+            if not record.reason and is_copy[k]:
+                record = record._replace(reason="same_file")
             if not record.reason:
-                key = int(record.row["sha256"][:16], 16)
-                if key in new_files or key in known_files:
-                    record = record._replace(reason="same_file")
-                else:
-                    new_files.add(key)
+                kept.append(file_key(record.row["sha256"]))
             yield record
-        np.save(out / ".shards" / f"{shard.name}.npy", np.array([*new_files], np.uint64))
-        known_files.update(new_files)
+        np.save(folder / f"{shard.name}.npy", np.array(kept, np.uint64))
 
-    run_stage(cfg, "collect", process, alone=True, min_side=cfg.min_side,
+    run_stage(cfg, "collect", process, prepare, min_side=cfg.min_side,
               max_aspect=cfg.max_aspect, rows=cfg.shard_size)
 
 
-def load_known_files(cfg, out):
-    """Keys of the files in the finished shards of a folder, a set of int.
+# ---- each file once ------------------------------------------------------------------------------
 
-    The files of shards that will be made again are left out, or they would be dropped as copies of
-    themselves.
+
+def file_key(sha256):
+    """A number that stands for a file."""
+    return int(sha256[:16], 16)
+
+
+def file_keys(shard):
+    """The key of the picture of each record of a shard, uint64; 0 where there is not one picture.
+
+    A damaged shard owns no file. It is told of when it is read again.
     """
-    to_make = {shard.name for shard in find_input_shards(cfg) if not shard_is_finished(out, shard)}
-    known_files = set()
-    for path in (out / ".shards").glob("*.npy"):
-        if path.stem not in to_make and (out / f"{path.stem}.tar").exists():
-            known_files.update(np.load(path).tolist())
-    return known_files
+    keys = []
+    try:
+        for record in read_records(shard, SOURCE_FIELDS):
+            key = 0
+            if not record.reason and len(record.pictures) == 1:
+                content = next(iter(record.pictures.values()))
+                key = file_key(hashlib.sha256(content).hexdigest())
+            keys.append(key)
+    except DamagedShard:
+        keys = [0] * len(keys)
+    return np.array(keys, np.uint64)
+
+
+def mark_copies(ranks, folder, inputs, missing):
+    """Write for each missing shard which of its records are copies, NAME.copies.npy (n,) bool.
+
+    A file belongs to the finished shard that has it, else to the first record that has it. missing:
+    names of the shards that will be made.
+    """
+    numbers = ranks.share(range(len(inputs)))
+    parts = [np.zeros(0, FILE)]
+    for number in numbers:
+        name = inputs[number].name
+        if name in missing:
+            keys = np.load(folder / f"{name}.keys.npy")
+            part = np.zeros(len(keys), FILE)
+            part["record"] = np.arange(len(keys))
+            part["shard"] = number
+            part["new"] = True
+        else:
+            keys = np.load(folder / f"{name}.npy")
+            part = np.zeros(len(keys), FILE)
+        part["key"] = keys
+        parts.append(part[keys != 0])
+    files = np.concatenate(parts)
+    files, _ = ranks.exchange(files, (files["key"] % np.uint64(ranks.world)).astype(np.int64))
+
+    files = files[np.lexsort((files["record"], files["shard"], files["new"], files["key"]))]
+    copies = files[1:][files["key"][1:] == files["key"][:-1]]
+    copies = copies[copies["new"]]
+    starts = [len(inputs) * rank // ranks.world for rank in range(ranks.world)]
+    copies, _ = ranks.exchange(copies, owner_of(starts, copies["shard"]))
+    copies = copies[np.argsort(copies["shard"], kind="stable")]
+    edges = np.searchsorted(copies["shard"], [*numbers, numbers.stop])
+    for number, (start, stop) in zip(numbers, itertools.pairwise(edges), strict=True):
+        name = inputs[number].name
+        if name in missing:
+            is_copy = np.zeros(len(np.load(folder / f"{name}.keys.npy")), bool)
+            is_copy[copies["record"][start:stop]] = True
+            np.save(folder / f"{name}.copies.npy", is_copy)
+
+
+# ---- pictures ------------------------------------------------------------------------------------
 
 
 def examine_in_threads(cfg, shard):

@@ -1,265 +1,216 @@
 """Stage dedup: of each cluster of near-duplicate pictures or captions, the best one stays.
 
-Shapes: n rows of all shards.
+All ranks measure the shards, then find candidates, then compare these, then write the shards.
+
+Shapes: n rows of all shards, of which each rank has a block, m of them.
 """
-import functools
-import hashlib
 import itertools
+import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from curation.compare import Comparer, keep_best
+from curation.look import (
+    HASH_WORDS,
+    HASHED_CROPS,
+    KEY_TABLES,
+    LOOK,
+    UNSURE_BITS,
+    has_edges,
+    hash_of,
+    look_of,
+)
+from curation.minhash import caption_ngrams, choose_bands, minhash_bands
+from curation.pairs import picture_pairs, text_pairs, unique_pairs
+from curation.ranks import connected, is_whole_array, owner_of, save_array
 from curation.rows import row_caption
-from curation.shards import ShardRecord, all_inputs_hash, find_input_shards, read_records
+from curation.shards import ShardRecord, all_inputs_hash, in_blocks, read_records
 from curation.stages import run_stage
-from curation.text import HASH_MULTIPLIER, caption_words, ngram_keys
-from inputs.files import atomic_write
+from curation.text import caption_words
+from inputs import files
+from inputs.images import load_image
 
-MINHASHES = 32  # values of a MinHash signature
-BANDS = 8  # parts of a signature, one of which must agree before two captions are compared
-REACH = 256  # rows of equal key that a row is compared with
-MAX_TONE = 12  # levels of 256 by which the mean colours of near-duplicates may differ
-MAX_DISTANCE = 8
-# Fewer bits of a hash than this are set, or not set, by an almost empty picture: a white page with
-# two lines of text sets 3 to 5, a photo 7 to 48. All such pictures look alike to the hash.
-MIN_BITS = 6
+MAX_DISTANCE = 40
+NEAR_PAIRS = 60  # pairs nearest to the threshold that are kept for the report
+READ_AT_ONCE = 256
 
-# What dedup and select read of a row.
-COMPARED_FIELDS = ("dhash", "tone", "sha256", "source", "width", "height", "id", "caption")
-# What they know of it. The id of a row that is dropped with a reason is empty.
-ROW_FEATURES = np.dtype([
+COMPARED_FIELDS = ("sha256", "width", "height", "id", "caption")
+# What a rank holds of each of its rows. The id of a row that is dropped with a reason is empty.
+# seen: whether there is a picture with edges to compare.
+DEDUP_ROW = np.dtype([
     ("id", "S20"),
-    ("source", "u4"),
-    ("hash", "u8"),
-    ("tone", "u1", 48),
     ("pixels", "i8"),
     ("words", "i4"),
-    ("minhash", "u4", MINHASHES),
+    ("seen", "?"),
+    ("hash", "u8", (len(HASHED_CROPS), HASH_WORDS)),
+    ("unsure", "u1", (len(HASHED_CROPS), len(KEY_TABLES), UNSURE_BITS)),
 ])
 
 
 def drop_near_duplicates(cfg):
     """Of each cluster keep the row with most pixels, then most words, then the first."""
     if cfg.distance > MAX_DISTANCE:
-        raise ValueError(f"--distance={cfg.distance} of 64 bits: pictures that differ; give 0 to 8")
+        raise ValueError(f"--distance={cfg.distance} of 128 bits: pictures that have nothing in "
+                         f"common; give 0 to {MAX_DISTANCE}")
+    folder = Path(cfg.out) / ".shards"
 
-    @functools.cache
-    def best_of_clusters():
-        table, starts = build_row_table(cfg, find_input_shards(cfg))
-        cluster = np.arange(len(table))
-        if cfg.by != "text":
-            good = np.flatnonzero(table["id"] != b"")
-            hashes = table["hash"][good]
-            cluster[good] = good[near_duplicates(hashes, table["tone"][good], cfg.distance)]
-        if cfg.by != "image":
-            near_texts(np.array(table["minhash"]), cfg.jaccard, cluster)
-        return table["id"], choose_best(cluster, table), starts
+    def prepare(ranks, inputs, missing):
+        for shard in tqdm(ranks.deal(inputs), desc="measure", unit="shard", disable=None):
+            measure_looks(cfg, folder, shard)
+        ranks.gather(None)
+        find_dropped(cfg, ranks, folder, inputs)
+        ranks.gather(None)
 
     def process(shard, counts):
-        ids, best, starts = best_of_clusters()
-        for i, record in enumerate(read_records(shard, COMPARED_FIELDS), starts[shard.name]):
-            if best[i] == i:
+        dropped = np.load(folder / f"{shard.name}.dropped.npy")
+        verdicts = {int(verdict["row"]): verdict for verdict in dropped}
+        for k, record in enumerate(read_records(shard, COMPARED_FIELDS)):
+            verdict = verdicts.get(k)
+            if record.reason or verdict is None:
                 yield record
                 continue
-            row = {**record.row, "duplicate_of": ids[best[i]].decode()}
-            yield ShardRecord(row, record.pictures, record.reason or "near_duplicate")
+            row = {**record.row, "duplicate_of": verdict["kept_id"].decode()}
+            for name in ("found", "one_sided", "jaccard"):
+                if not np.isnan(verdict[name]):
+                    row[name] = round(float(verdict[name]), 3)
+            yield ShardRecord(row, record.pictures, "near_duplicate")
 
-    run_stage(cfg, "dedup", process, alone=True, by=cfg.by, distance=cfg.distance,
+    run_stage(cfg, "dedup", process, prepare, by=cfg.by, distance=cfg.distance, found=cfg.found,
               jaccard=cfg.jaccard, inputs=all_inputs_hash(cfg))
 
 
-def choose_best(cluster, table):
-    """cluster (n,) -> the number (n,) of the row that stays of each row's cluster."""
-    n = len(cluster)
-    if n == 0:
-        return cluster
-    # Sorted by cluster, then from the worst to the best.
-    order = np.lexsort((-np.arange(n), table["words"], table["pixels"], cluster))
-    is_last = np.append(cluster[order][1:] != cluster[order][:-1], True)
-    best_rows = order[is_last]
-    best = np.empty_like(cluster)
-    best[cluster[best_rows]] = best_rows
-    return best[cluster]
+# ---- measure -------------------------------------------------------------------------------------
 
 
-# ---- the table of all rows -----------------------------------------------------------------------
+def measure_looks(cfg, folder, shard):
+    """Write what is compared of the rows of a shard. A killed stage goes on with the next one."""
+    path = folder / f"{shard.name}.rows.npy"
+    if is_whole_array(path):
+        return
+    rows = [np.zeros(0, DEDUP_ROW)]
+    looks = [np.zeros(0, LOOK)]
+    ngrams = []
+    reasons = set()
+    sees = cfg.by != "text"
+    with ThreadPoolExecutor(cfg.workers) as pool:
+        for block in in_blocks(read_records(shard, COMPARED_FIELDS, sees), READ_AT_ONCE):
+            reasons |= {record.reason for record in block}
+            part = np.array([row_facts(record) for record in block], DEDUP_ROW)
+            if sees:
+                seen = np.array(list(pool.map(see_record, block)), LOOK)
+                part["hash"], part["unsure"] = hash_of(seen["gray"])
+                part["seen"] = has_edges(seen["gray"]) & (part["id"] != b"")
+                looks.append(seen)
+            if cfg.by != "image":
+                ngrams += [record_ngrams(record) for record in block]
+            rows.append(part)
+    if "no_sha256" in reasons and None not in reasons:
+        raise ValueError(f"{shard.path} has no sha256: run `curate.py collect` first")
+
+    if sees:
+        save_array(folder / f"{shard.name}.looks.npy", np.concatenate(looks))
+    if cfg.by != "image":
+        save_ngrams(cfg, folder, shard, ngrams)
+    # The last one says that all are there.
+    save_array(path, np.concatenate(rows))
 
 
-def build_row_table(cfg, shards):
-    """Read all rows once -> ROW_FEATURES (n,), mapped from disk, and {shard name: its first row}.
+def save_ngrams(cfg, folder, shard, ngrams):
+    """Write the keys of the 3-grams of all captions end to end, where each ends, their bands."""
+    size, count = choose_bands(cfg.jaccard)
+    bands = [minhash_bands(keys, size, count) for keys in ngrams]
+    bands = np.array(bands, np.uint64).reshape(-1, count)
+    flat = np.concatenate([np.zeros(0, np.uint64), *ngrams])
+    save_array(folder / f"{shard.name}.ngrams.npy", flat)
+    save_array(folder / f"{shard.name}.ends.npy", np.cumsum([0, *map(len, ngrams)]))
+    save_array(folder / f"{shard.name}.bands.npy", bands)
 
-    The rows of each shard are kept in .shards/NAME.rows.npy, so that a killed process goes on.
+
+def row_facts(record):
+    """What a record puts into DEDUP_ROW, but for its look."""
+    if record.reason:
+        return np.zeros((), DEDUP_ROW)
+    facts = np.zeros((), DEDUP_ROW)
+    facts["id"] = record.row["sha256"][:20]
+    facts["pixels"] = record.row["width"] * record.row["height"]
+    facts["words"] = len(caption_words(row_caption(record.row)))
+    return facts
+
+
+def see_record(record):
+    """The LOOK of the first picture of a record; an empty one if none can be read."""
+    for content in record.pictures.values():
+        try:
+            return look_of(load_image(content))
+        except (ValueError, OSError):
+            break
+    return np.zeros((), LOOK)
+
+
+def record_ngrams(record):
+    return caption_ngrams("" if record.reason else row_caption(record.row))
+
+
+# ---- judge ---------------------------------------------------------------------------------------
+
+
+def find_dropped(cfg, ranks, folder, inputs):
+    """Write for each shard which of its rows are dropped: .dropped.npy, compare.VERDICT.
+
+    All ranks together: candidates by key, those that hang together on one rank, compared there.
     """
-    folder = Path(cfg.out) / ".shards"
-    for shard in tqdm(shards, desc="index", unit="shard", disable=None):
-        path = folder / f"{shard.name}.rows.npy"
-        if not is_whole_array(path):
-            features = row_features(cfg, shard)
-            with atomic_write(path, "wb") as file:
-                np.save(file, features)
+    own = ranks.share(inputs)
+    tables = [np.load(folder / f"{shard.name}.rows.npy") for shard in own]
+    sizes = ranks.gather([len(table) for table in tables])
+    starts = np.cumsum([0, *itertools.chain(*sizes)])  # first row of each shard of all
+    bounds = np.cumsum([0, *(sum(part) for part in sizes)])
+    table = np.concatenate([np.zeros(0, DEDUP_ROW), *tables])
+    first_row = bounds[ranks.rank]
 
-    # One file is open at a time: Linux maps at most 65,530 into a process.
-    def load_rows(shard):
-        return np.load(folder / f"{shard.name}.rows.npy", mmap_mode="r")
+    pairs = candidate_pairs(cfg, ranks, folder, own, table, first_row)
+    cluster = connected(ranks, bounds, pairs[:, 0], pairs[:, 1])
+    owner = ranks.fetch(cluster, bounds, pairs[:, 0]) % ranks.world
+    pairs, _ = ranks.exchange(pairs, owner)
+    pairs = unique_pairs(pairs)
+    rows = np.unique(pairs)
+    facts = ranks.fetch(table[["id", "pixels", "words"]].copy(), bounds, rows)
+    comparer = Comparer(cfg, folder, inputs, starts)
+    verdicts = keep_best(comparer, rows, facts, pairs)
 
-    sizes = [len(load_rows(shard)) for shard in shards]
-    table = np.lib.format.open_memmap(folder / "index.npy", "w+", ROW_FEATURES, (sum(sizes),))
-    starts = {}
-    start = 0
-    for shard, size in zip(shards, sizes, strict=True):
-        starts[shard.name] = start
-        table[start : start + size] = load_rows(shard)
-        start += size
-    return table, starts
-
-
-def is_whole_array(path):
-    """Whether a .npy is there and not cut off."""
-    try:
-        np.load(path, mmap_mode="r")
-    except (ValueError, EOFError, OSError):
-        return False
-    return True
+    verdicts, _ = ranks.exchange(verdicts, owner_of(bounds, verdicts["row"]))
+    verdicts = verdicts[np.argsort(verdicts["row"])]
+    start = first_row
+    for shard, part in zip(own, tables, strict=True):
+        first, stop = np.searchsorted(verdicts["row"], [start, start + len(part)])
+        mine = verdicts[first:stop].copy()
+        mine["row"] -= start
+        save_array(folder / f"{shard.name}.dropped.npy", mine)
+        start += len(part)
+    write_near_pairs(cfg, ranks, comparer)
 
 
-def row_features(cfg, shard):
-    """ROW_FEATURES of all rows of a shard. ValueError if collect has not made it."""
-    records = list(read_records(shard, COMPARED_FIELDS, with_pictures=False))
-    reasons = {record.reason for record in records}
-    if "no_dhash" in reasons and None not in reasons:
-        raise ValueError(f"{shard.path} has no dhash: run `curate.py collect` first")
-    table = np.zeros(len(records), ROW_FEATURES)
-    for entry, record in zip(table, records, strict=True):
-        if record.reason:
-            continue
-        row = record.row
-        source = hashlib.sha256(row["source"].encode("utf-8", "replace")).hexdigest()
-        entry["id"] = row["sha256"][:20]
-        entry["source"] = int(source[:8], 16)
-        entry["hash"] = int(row["dhash"], 16)
-        entry["tone"] = np.frombuffer(bytes.fromhex(row["tone"]), np.uint8)
-        entry["pixels"] = row["width"] * row["height"]
-        entry["words"] = len(caption_words(row_caption(row)))
-        if cfg.by != "image":
-            entry["minhash"] = minhash(row_caption(row))
-    return table
+def write_near_pairs(cfg, ranks, comparer):
+    """Write the pairs of all ranks that are nearest to the threshold, for the report."""
+    near = sum(ranks.gather(comparer.nearest(NEAR_PAIRS)), [])
+    if ranks.rank == 0:
+        near.sort(key=lambda pair: abs(pair["margin"]))
+        lines = "".join(json.dumps(pair) + "\n" for pair in near[:NEAR_PAIRS])
+        files.write_atomic(Path(cfg.out) / "near_pairs.jsonl", lines)
 
 
-def minhash(text):
-    """MinHash signature (MINHASHES,) uint32 of the word 3-grams of a text; zeros if it has none.
-
-    Value k is the smallest that hash function k takes. The functions are multiply-shift
-    (Dietzfelbinger et al., 1997).
-    """
-    keys = ngram_keys([caption_words(text)], 3)
-    if len(keys) == 0:
-        return np.zeros(MINHASHES, np.uint32)
-    rng = np.random.default_rng(1)
-    salt = rng.integers(1, 2**63, (MINHASHES, 1), dtype=np.uint64)
-    odd = salt | np.uint64(1)
-    hashes = (keys * odd) >> np.uint64(32)  # (MINHASHES, n-grams)
-    return hashes.min(1).astype(np.uint32)
-
-
-# ---- clusters ------------------------------------------------------------------------------------
-
-
-def near_duplicates(hashes, tone, distance):
-    """hashes (n,) uint64, tone (n, 48) uint8 -> cluster (n,) int64, its first row in sorted order.
-
-    Two hashes that differ in at most d bits agree in k of d + k blocks of bits (pigeonhole; Manku
-    et al., WWW 2007). The rows are sorted once for each choice of k blocks, and rows that agree in
-    them are compared. Almost empty pictures are nobody's duplicates, see MIN_BITS.
-    """
-    order = np.argsort(hashes, kind="stable")
-    hashes = hashes[order]
-    root = np.arange(len(hashes))
-    n_bits = np.bitwise_count(hashes)
-    says_enough = (n_bits >= MIN_BITS) & (n_bits <= 64 - MIN_BITS)
-
-    def are_duplicates(i, j):
-        near = np.bitwise_count(hashes[i] ^ hashes[j]) <= distance
-        near &= says_enough[i] & says_enough[j]
-        near &= root[i] != root[j]
-        # Equal shapes in other colours are no duplicates.
-        tone_i = tone[order[i[near]]].astype(np.int16)
-        tone_j = tone[order[j[near]]]
-        near[near] = (np.abs(tone_i - tone_j) <= MAX_TONE).all(1)
-        return near
-
-    k = 2 if distance <= 4 else 3
-    edges = np.linspace(0, 64, distance + k + 1).astype(int).tolist()
-    blocks = [(1 << stop) - (1 << start) for start, stop in itertools.pairwise(edges)]
-    choices = list(itertools.combinations(blocks, k))
-    for chosen in tqdm(choices, desc="near pictures", leave=False, disable=None):
-        keys = hashes & np.uint64(sum(chosen))
-        for i, j in near_pairs(keys, are_duplicates):
-            merge_clusters(root, i, j)
-
-    # Back from sorted order to the order of the rows.
-    cluster = np.empty_like(root)
-    cluster[order] = order[root]
-    return cluster
-
-
-def near_texts(signatures, jaccard, root):
-    """Merge in root (n,) the rows whose MinHash signatures (n, MINHASHES) agree in this share.
-
-    Two rows are compared if one of their bands agrees. With a share s of common 3-grams that
-    happens with probability 1 - (1 - s^4)^8: 98 % at 0.8, 89 % at 0.7, 67 % at 0.6.
-    """
-    # A text too short for a 3-gram has no signature and is nobody's duplicate.
-    rows = np.flatnonzero(signatures.any(1))
-
-    def are_duplicates(i, j):
-        shared = (signatures[rows[i]] == signatures[rows[j]]).mean(1)
-        return (shared >= jaccard) & (root[rows[i]] != root[rows[j]])
-
-    for band in np.split(np.arange(MINHASHES), BANDS):
-        keys = np.zeros(len(root), np.uint64)
-        for k in band:
-            keys = (keys ^ signatures[:, k]) * HASH_MULTIPLIER
-        for i, j in near_pairs(keys[rows], are_duplicates):
-            merge_clusters(root, rows[i], rows[j])
-    return root
-
-
-def near_pairs(keys, are_duplicates):
-    """Yield arrays (i, j) of pairs of equal key (n,) for which are_duplicates(i, j) holds.
-
-    A row is compared with at most REACH others of its key, those behind it in sorted order. That
-    bounds the work if thousands are equal, and they form one chain all the same.
-    """
-    order = np.argsort(keys, kind="stable")
-    keys = keys[order]
-    first = np.arange(len(keys))
-    for step in range(1, REACH + 1):
-        first = first[first + step < len(keys)]
-        first = first[keys[first] == keys[first + step]]
-        if len(first) == 0:
-            return
-        i = order[first]
-        j = order[first + step]
-        good = are_duplicates(i, j)
-        yield i[good], j[good]
-
-
-def merge_clusters(root, i, j):
-    """Union-find: merge the clusters of rows i and j, arrays, in place.
-
-    root (n,) int holds the smallest member of each row's cluster.
-    """
-    while len(i):
-        i = root[i]
-        j = root[j]
-        np.minimum.at(root, np.maximum(i, j), np.minimum(i, j))
-        # Follow the roots until each row points at the end of its chain.
-        while True:
-            up = root[root]
-            if (up == root).all():
-                break
-            root[:] = up
-        differ = root[i] != root[j]
-        i = i[differ]
-        j = j[differ]
+def candidate_pairs(cfg, ranks, folder, own, table, first_row):
+    """Pairs of rows (p, 2) that may be near-duplicates, some on each rank."""
+    found = [np.zeros((0, 2), np.int64)]
+    if cfg.by != "text":
+        seen = np.flatnonzero(table["seen"])
+        found.append(picture_pairs(ranks, seen + first_row, table["hash"][seen],
+                                   table["unsure"][seen], cfg.distance))
+    if cfg.by != "image":
+        bands = [np.load(folder / f"{shard.name}.bands.npy") for shard in own]
+        bands = np.concatenate([np.zeros((0, choose_bands(cfg.jaccard)[1]), np.uint64), *bands])
+        good = np.flatnonzero(table["id"] != b"")
+        found.append(text_pairs(ranks, good + first_row, bands[good]))
+    return unique_pairs(np.concatenate(found))

@@ -1,11 +1,9 @@
 """Stage filter: drop captions below thresholds, and some of those with stock phrases."""
-import functools
-
 import numpy as np
 
 from curation.balance import random_rank
 from curation.rows import row_caption, row_scores
-from curation.shards import all_inputs_hash, find_input_shards, read_records
+from curation.shards import all_inputs_hash, read_records
 from curation.stages import run_stage
 from curation.text import caption_words, ngram_keys, repeated_share, script_share
 
@@ -28,15 +26,16 @@ def filter_captions(cfg):
         raise ValueError(f"min_words={cfg.min_words} is more than max_words={cfg.max_words}; "
                          "change one of them")
 
-    @functools.cache
-    def shares():
-        return ngram_shares(cfg)
+    shares = np.zeros(NGRAM_COUNTERS)
+
+    def prepare(ranks, inputs, missing):
+        shares[:] = ngram_shares(cfg, ranks, inputs)
 
     def process(shard, counts):
         for record in read_records(shard, FILTER_FIELDS):
             reason = record.reason or caption_problem(cfg, record.row)
             if not reason and cfg.max_ngram_share:
-                highest = shares()[ngram_counters(record.row)].max(initial=0)
+                highest = shares[ngram_counters(record.row)].max(initial=0)
                 # Not the ranks of select: it has kept the rows with low ones.
                 rank = random_rank(f"filter {cfg.seed}", record.row["id"])
                 if rank * highest > cfg.max_ngram_share:
@@ -46,7 +45,7 @@ def filter_captions(cfg):
     settings = {name: getattr(cfg, name) for name in FILTER_SETTINGS}
     # With --max_ngram_share a shard depends on all the others.
     needs_all = bool(cfg.max_ngram_share)
-    run_stage(cfg, "filter", process, alone=needs_all, **settings,
+    run_stage(cfg, "filter", process, prepare if needs_all else None, **settings,
               inputs=all_inputs_hash(cfg) if needs_all else None)
 
 
@@ -77,13 +76,14 @@ def ngram_counters(row):
     return np.unique(keys & np.uint64(NGRAM_COUNTERS - 1))
 
 
-def ngram_shares(cfg):
+def ngram_shares(cfg, ranks, inputs):
     """Share of all captions that have a 4-gram, by counter: (NGRAM_COUNTERS,) float64."""
     counts = np.zeros(NGRAM_COUNTERS, np.int64)
     n_captions = 0
-    for shard in find_input_shards(cfg):
+    for shard in ranks.deal(inputs):
         for record in read_records(shard, FILTER_FIELDS, with_pictures=False):
             if not record.reason and not caption_problem(cfg, record.row):
                 counts[ngram_counters(record.row)] += 1
                 n_captions += 1
-    return counts / max(1, n_captions)
+    n_captions = ranks.sum(np.array([n_captions]))[0]
+    return ranks.sum(counts) / max(1, n_captions)

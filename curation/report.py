@@ -2,6 +2,7 @@
 import collections
 import contextlib
 import html
+import itertools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from tqdm import tqdm
 
 from curation import text
 from curation.rows import is_number, row_caption, row_scores
-from curation.shards import find_input_shards, read_records
+from curation.shards import InputShard, find_input_shards, read_records
 from inputs import files
 from inputs.images import load_image, picture_uri
 
@@ -50,7 +51,8 @@ def report_captions(cfg):
 
     out = Path(cfg.out or "out/captions")
     out.mkdir(parents=True, exist_ok=True)
-    files.write_atomic(out / "report.html", caption_page(sets, tables, note))
+    page = caption_page(sets, tables, note, pair_cards(cfg))
+    files.write_atomic(out / "report.html", page)
     numbers = json.dumps({"note": note, **tables}, indent=1)
     files.write_atomic(out / "report.json", numbers + "\n")
 
@@ -121,10 +123,10 @@ def agreement_table(sets, references, tag):
 # ---- the page ------------------------------------------------------------------------------------
 
 
-def caption_page(sets, tables, note):
-    """A self-contained HTML page: tables, then pictures with the captions of each set.
+def caption_page(sets, tables, note, pairs):
+    """A self-contained HTML page: tables, pairs, then pictures with the captions of each set.
 
-    tables: {title: {row: {column: value}}}. All text is escaped.
+    tables: {title: {row: {column: value}}}. pairs: cards of pair_cards. All text is escaped.
     """
     style = STYLE_FILE.read_text("utf-8")
     page = [f"<!doctype html><html lang=en><meta charset=utf-8><title>Captions</title>"
@@ -132,12 +134,38 @@ def caption_page(sets, tables, note):
     page.append(html_cell("p", note))
     for title, rows in tables.items():
         page.append(html_cell("h2", title) + html_table(rows))
+    if pairs:
+        page.append("<h2>Pairs at the threshold of dedup</h2><div class=cards>")
+        page += [*pairs, "</div>"]
     page.append("<h2>Pictures</h2><div class=cards>")
     for key, uri in sets.pictures.items():
         page.append(html_card(sets, key, uri))
     page.append("</div></html>")
     # A lone surrogate, which JSON may hold, has no UTF-8.
     return "\n".join(page).encode("utf-8", "replace").decode()
+
+
+def pair_cards(cfg):
+    """HTML of the pairs nearest to the threshold of the dedup in --pairs, at most --pictures."""
+    if not cfg.pairs:
+        return []
+    path = Path(cfg.pairs) / "near_pairs.jsonl"
+    if not path.exists():
+        raise FileNotFoundError(f"--pairs={cfg.pairs} has no near_pairs.jsonl: give a folder that "
+                                "dedup has written")
+    cards = []
+    for line in path.read_text("utf-8").splitlines()[: cfg.pictures]:
+        pair = json.loads(line)
+        shots = []
+        for file, number in pair.pop("records"):
+            records = read_records(InputShard("", Path(file)))
+            record = next(itertools.islice(records, number, None))
+            image = load_image(next(iter(record.pictures.values())))
+            shots.append(f'<div class=shot><img src="{picture_uri(image)}" alt=""></div>')
+        said = "merged: " if pair["margin"] >= 0 else "not merged: "
+        said += ", ".join(f"{name} {value}" for name, value in pair.items())
+        cards.append(f'<div class="card free">{"".join(shots)}{html_cell("p", said)}</div>')
+    return cards
 
 
 def html_cell(tag, value):

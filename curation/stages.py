@@ -1,4 +1,4 @@
-"""Run a stage: shard by shard, shared by several processes, resumed after any kill, with totals."""
+"""Run a stage: shard by shard, dealt out to the ranks, resumed after any kill, with totals."""
 import collections
 import contextlib
 import json
@@ -8,6 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from curation import shards
+from curation.ranks import join_ranks, on_first_rank
 from inputs import files
 from inputs.locks import take_lock
 
@@ -15,36 +16,60 @@ from inputs.locks import take_lock
 SPEND_COUNTS = ("replies", "calls", "retries", "prompt_tokens", "completion_tokens")
 
 
-def run_stage(cfg, stage, process, alone=False, **settings):
+def run_stage(cfg, stage, process, prepare=None, **settings):
     """Make every output shard that is missing or out of date, then print and write report.json.
 
-    process(shard, counts) yields a ShardRecord for every record of an input shard, in order. A
-    shard that another process works on is passed over. alone: the stage needs all shards at once,
-    so only one process may run it. settings: all that decides what comes out; a folder made with
-    others is refused.
+    process(shard, counts) yields a ShardRecord for every record of an input shard, in order.
+    prepare(ranks, inputs, missing) comes before, on all ranks at once, if a shard is missing: for a
+    stage in which a shard depends on all others. settings: all that decides what comes out; a
+    folder made with others is refused.
+    """
+    ranks = join_ranks()
+    with contextlib.ExitStack() as stack:
+        on_first_rank(ranks, lambda: open_output_folder(cfg, stage, settings, stack))
+        out = Path(cfg.out)
+        inputs = shards.find_input_shards(cfg)
+        unfinished = []
+        if ranks.rank == 0:
+            unfinished = [k for k, shard in enumerate(inputs) if not shard_is_finished(out, shard)]
+        missing = [inputs[k] for k in ranks.gather(unfinished)[0]]
+        if prepare and missing:
+            prepare(ranks, inputs, missing)
+        made = make_missing_shards(ranks, out, stage, missing, process)
+        all_made = ranks.gather(made)
+        if ranks.rank == 0:
+            report_stage(cfg, stage, inputs, all_made)
+
+
+def open_output_folder(cfg, stage, settings, stack):
+    """Make a stage's folder, check what it was made with, and hold it until the stack closes.
+
+    ValueError if another run works there.
     """
     if not cfg.out:
         raise ValueError("give a folder to write, --out=DIR")
     out = Path(cfg.out)
-    inputs = shards.find_input_shards(cfg)
-    make_output_folder(out, inputs)
-    with file_lock(out / ".shards" / "settings"):
-        check_settings(out, {"stage": stage, **settings})
+    make_output_folder(out, shards.find_input_shards(cfg))
+    lock, _ = take_lock(out / ".shards" / "lock")
+    if lock is None:
+        raise ValueError(f"another run is at work in {out}: wait for it or stop it; to work with "
+                         "several processes, start them together with torchrun")
+    stack.enter_context(lock)
+    check_settings(out, {"stage": stage, **settings})
 
-    if alone:
-        with try_lock(out / ".shards" / "stage") as mine:
-            if not mine:
-                raise ValueError(f"another process is at {out}; {stage} is the work of one")
-            n_new, damaged = make_missing_shards(out, stage, inputs, process)
-    else:
-        n_new, damaged = make_missing_shards(out, stage, inputs, process)
 
-    # One process at a time, so that the last one to finish writes the complete report.
-    with file_lock(out / ".shards" / "settings"):
-        totals = stage_totals(cfg, out, stage, inputs)
-        report = json.dumps(totals | {"damaged": damaged}, indent=1)
-        files.write_atomic(out / "report.json", report + "\n")
-    print(totals_line(totals, n_new, len(damaged)))
+def report_stage(cfg, stage, inputs, all_made):
+    """Write and print the totals. ValueError if an input was damaged.
+
+    all_made: what make_missing_shards of each rank returned.
+    """
+    out = Path(cfg.out)
+    found = {name: error for _, damaged in all_made for name, error in damaged.items()}
+    damaged = {shard.name: found[shard.name] for shard in inputs if shard.name in found}
+    totals = stage_totals(cfg, out, stage, inputs)
+    report = json.dumps(totals | {"damaged": damaged}, indent=1)
+    files.write_atomic(out / "report.json", report + "\n")
+    print(totals_line(totals, sum(n_new for n_new, _ in all_made)))
     if damaged:
         problems = "; ".join(damaged.values())
         raise ValueError(f"left out: {problems}; {totals['done']} shards are whole")
@@ -72,37 +97,29 @@ def check_settings(out, settings):
     files.write_atomic(path, json.dumps(settings, indent=1) + "\n")
 
 
-def make_missing_shards(out, stage, inputs, process):
-    """Write the shards that are not finished -> how many, {name: error} of damaged inputs."""
+def make_missing_shards(ranks, out, stage, missing, process):
+    """Write the shards that this rank is dealt -> how many, {name: error} of damaged inputs."""
     n_new = 0
     damaged = {}
     postponed = []
-    for shard in tqdm(inputs, desc=stage, unit="shard", disable=None):
-        try:
-            n_new += make_shard(out, shard, process)
-        except shards.PostponedShard:
-            postponed.append(shard)
-        except shards.DamagedShard as e:
-            # Another input is damaged, and this stage needs all of them.
-            if str(shard.path) not in str(e):
-                raise
-            damaged[shard.name] = str(e)
+    with tqdm(total=len(missing), desc=stage, unit="shard", disable=None) as bar:
+        for shard in ranks.deal(missing):
+            try:
+                tell_of_damage(out, shard)
+                shards.write_output_shard(out, shard, process)
+                n_new += 1
+            except shards.PostponedShard:
+                postponed.append(shard)
+            except shards.DamagedShard as e:
+                # Another input is damaged, and this stage needs all of them.
+                if str(shard.path) not in str(e):
+                    raise
+                damaged[shard.name] = str(e)
+            bar.update()
     for shard in postponed:
-        n_new += make_shard(out, shard, process)
-    return n_new, damaged
-
-
-def make_shard(out, shard, process):
-    """Write a shard if it is not finished and no other process works on it -> whether it did."""
-    if shard_is_finished(out, shard):
-        return False
-    with try_lock(out / ".shards" / shard.name) as mine:
-        # Another process may have finished it since the check above.
-        if not mine or shard_is_finished(out, shard):
-            return False
-        tell_of_damage(out, shard)
         shards.write_output_shard(out, shard, process)
-    return True
+        n_new += 1
+    return n_new, damaged
 
 
 def shard_is_finished(out, shard):
@@ -134,25 +151,6 @@ def tell_of_damage(out, shard):
     if shard_path.exists() and (out / ".shards" / f"{shard.name}.json").exists():
         for sentence in damaged_outputs(out, shard):
             print(f"{files.printable(sentence)}; it is made again", file=sys.stderr)
-
-
-# ---- locks ---------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def file_lock(path):
-    """Hold the lock PATH.lock, waiting for it as long as another process has it."""
-    file, _ = take_lock(f"{path}.lock", wait=True)
-    with file:
-        yield
-
-
-@contextlib.contextmanager
-def try_lock(path):
-    """Hold the lock PATH.lock if it is free. Yields whether it was, without waiting."""
-    file, _ = take_lock(f"{path}.lock")
-    with file or contextlib.nullcontext():
-        yield file is not None
 
 
 # ---- totals --------------------------------------------------------------------------------------
@@ -207,13 +205,11 @@ def stage_totals(cfg, out, stage, inputs):
     return totals
 
 
-def totals_line(totals, n_new, n_damaged):
+def totals_line(totals, n_new):
     """What a stage prints at its end."""
     news = "" if n_new else ", nothing new to do"
     line = (f"{totals['stage']}: {totals['done']} of {totals['shards']} shards{news}; "
             f"in {totals['in']}, out {totals['out']}, dropped {totals['dropped'] or 'none'}; ")
     shown_before = ("stage", "shards", "done", "in", "out", "dropped")
     line += ", ".join(f"{v} {k}" for k, v in totals.items() if k not in shown_before)
-    if totals["done"] + n_damaged < totals["shards"]:
-        line += ", others are at work elsewhere"
     return line

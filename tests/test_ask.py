@@ -4,14 +4,12 @@ import shutil
 
 import pytest
 from curation_helpers import (
-    FORK,
     ROOT,
     TOY_PROMPTS,
     dropped_rows,
     make_small_collection,
     png,
     run,
-    run_in_a_process,
     run_well,
     stage_files,
 )
@@ -76,7 +74,7 @@ def test_replies_of_a_model_folder_are_not_those_of_another_tokenizer_or_config(
 
 
 def test_our_own_captioner_writes_the_same_shards_whoever_is_killed_and_however_many_work(
-    small, tmp_path
+    small, tmp_path, zygote
 ):
     folder, _ = small
     argv = [
@@ -90,15 +88,8 @@ def test_our_own_captioner_writes_the_same_shards_whoever_is_killed_and_however_
     one = tmp_path / "one"
     three = tmp_path / "three"
     first = run_well(*argv, f"--out={one}")
-    processes = []
-    for _ in range(3):
-        arguments = ([*argv, f"--out={three}"],)
-        processes.append(FORK.Process(target=run_in_a_process, args=arguments))
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0, 0]
+    codes = zygote.run("curate", [*argv, f"--out={three}"], 3, tmp_path / "printed")
+    assert codes == [0, 0, 0], (tmp_path / "printed").read_text()
     assert stage_files(one) == stage_files(three)
     # Each answer was made by one of them.
     report = run_well(*argv, f"--out={three}")

@@ -2,6 +2,7 @@
 import collections
 
 import numpy as np
+import torch
 from curation_helpers import encoded, make_small_collection, run_well, scene, stage_files, write_tar
 from toy_endpoint import read_shards
 
@@ -32,7 +33,8 @@ def test_kmeans_finds_three_groups():
     rng = np.random.default_rng(3)
     groups = np.repeat(np.eye(3, dtype=np.float32) * 9, 50, axis=0)
     groups += rng.normal(size=(150, 3)).astype(np.float32)
-    clusters = balance.kmeans(groups, 3, 1).tolist()
+    centres = balance.kmeans(groups, 3, 1)
+    clusters = balance.nearest_centre(torch.from_numpy(groups), centres).tolist()
     pairs = set(zip(clusters, np.repeat(range(3), 50).tolist(), strict=True))
     assert len(pairs) == 3
 

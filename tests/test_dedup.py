@@ -1,14 +1,15 @@
 """curation/dedup.py: near-duplicates are found, and only they."""
+import io
 import random
 
 import numpy as np
 import pytest
 from curation_helpers import dropped_rows, encoded, run, run_well, scene, write_tar
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageEnhance
 from toy_endpoint import read_shards
 
-from curation import dedup
-from curation.collect import perceptual_hash
+from curation import compare, dedup, look, minhash, overlay, pairs
+from curation.ranks import Ranks
 
 
 def plant_duplicates(folder):
@@ -60,51 +61,194 @@ def test_planted_near_duplicates_are_found_across_shards_and_only_them(tmp_path)
     assert "nothing new to do" in text
 
 
-@pytest.mark.parametrize("distance", [0, 1, 3, 6])
-def test_clusters_of_hashes_are_those_of_all_pairs_compared(distance):
-    rng = np.random.default_rng(distance)
-    base = rng.integers(0, 2**64, 400, dtype=np.uint64)
-
-    def flip(value, k):
-        bits = rng.choice(64, k, replace=False)
-        return value ^ np.uint64(sum(1 << int(bit) for bit in bits))
-
-    flipped = [flip(value, rng.integers(0, distance + 3)) for value in base[:200]]
-    hashes = np.array([*base, *flipped, *[base[0]] * 50])
-    hashes = hashes[rng.permutation(len(hashes))]
-    tone = np.zeros((len(hashes), 48), np.uint8)
-    root = dedup.near_duplicates(hashes, tone, distance)
-
-    near = np.bitwise_count(hashes[:, None] ^ hashes) <= distance
-    for _ in range(6):  # whoever is reached in steps
-        steps = near.astype(np.float32)
-        near = steps @ steps > 0
-    assert ((root[:, None] == root) == near).all() and (near.sum(1) > 1).any()
+def draw_chart(heights):
+    """A bar chart; all of them share a template."""
+    page = Image.new("RGB", (640, 400), "white")
+    draw = ImageDraw.Draw(page)
+    for y in range(60, 341, 56):
+        draw.line((60, y, 600, y), fill=(225, 225, 225))
+    for k, height in enumerate(heights):
+        draw.rectangle((80 + 64 * k, 340 - height, 120 + 64 * k, 340), fill=(40, 110, 220))
+        draw.text((84 + 64 * k, 345), str(2015 + k), fill="black", font_size=12)
+    draw.text((60, 20), "Share of the market, in percent", fill="black", font_size=16)
+    return page
 
 
-def test_near_duplicate_captions_are_found_and_short_ones_are_nobodys_duplicates():
+def draw_page(k):
+    """A white page with two lines of text, all but equal to a difference hash."""
+    page = Image.new("RGB", (640, 480), "white")
+    draw = ImageDraw.Draw(page)
+    draw.text((40, 60), f"invoice {k * 37} total", fill="black", font_size=28)
+    draw.text((40, 120), f"No. {k * 7919}", fill="black", font_size=28)
+    return page
+
+
+def pictures():
+    """Pictures that are nobody's near-duplicate, of three kinds."""
+    rng = np.random.default_rng(4)
+    detailed = []
+    for _ in range(6):
+        noise = Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype="uint8"))
+        rough = noise.resize((400, 300), Image.Resampling.BICUBIC)
+        detailed.append(Image.blend(scene(rng, 400).resize((400, 300)), rough, 0.3))
+    charts = [draw_chart(rng.integers(60, 260, 8)) for _ in range(6)]
+    return [*detailed, *charts, *[draw_page(k) for k in range(1, 7)]]
+
+
+def crop(image):
+    x = round(image.width * 0.02)
+    y = round(image.height * 0.02)
+    return image.crop((x, y, image.width - x, image.height - y))
+
+
+def watermark(image):
+    layer = Image.new("RGBA", image.size)
+    place = (image.width // 2, image.height * 4 // 5)
+    ImageDraw.Draw(layer).text(place, "example.com", fill=(255, 255, 255, 110), font_size=24)
+    return Image.alpha_composite(image.convert("RGBA"), layer).convert("RGB")
+
+
+EDITS = {
+    "half size": lambda image: image.resize((image.width // 2, image.height // 2)),
+    "jpeg 30": lambda image: Image.open(io.BytesIO(encoded(image, format="JPEG", quality=30))),
+    "crop of 2 %": crop,
+    "lighter": lambda image: ImageEnhance.Brightness(image).enhance(1.1),
+    "watermark": watermark,
+    "gray": lambda image: image.convert("L").convert("RGB"),
+    "contrast": lambda image: ImageEnhance.Contrast(image).enhance(1.2),
+}
+OTHERS = {
+    "mirrored": Image.Transpose.FLIP_LEFT_RIGHT,
+    "turned": Image.Transpose.ROTATE_90,
+    "upside down": Image.Transpose.ROTATE_180,
+}
+
+
+def looks_of(images):
+    return np.array([look.look_of(image) for image in images], look.LOOK)
+
+
+def candidates(looks):
+    """Pairs that are compared, as a set."""
+    hashes, unsure = look.hash_of(looks["gray"])
+    found = pairs.picture_pairs(Ranks(), np.arange(len(looks)), hashes, unsure, 20)
+    return {tuple(pair) for pair in found.tolist()}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edited_picture_is_found_and_is_the_duplicate_of_its_original_alone(edit):
+    originals = pictures()
+    looks = looks_of([*originals, *map(EDITS[edit], originals)])
+    n = len(originals)
+    compared = np.array(sorted(candidates(looks)))
+    results = overlay.compare_looks(looks[compared[:, 0]], looks[compared[:, 1]])
+    same = compared[overlay.margin_of(results, 0.9) >= 0]
+    assert same.tolist() == [[k, k + n] for k in range(n)]
+
+
+@pytest.mark.parametrize("how", OTHERS)
+def test_a_mirrored_or_turned_picture_is_no_duplicate(how):
+    originals = pictures()
+    looks = looks_of([*originals, *[image.transpose(OTHERS[how]) for image in originals]])
+    n = len(originals)
+    results = overlay.compare_looks(looks[:n], looks[n:])
+    assert (overlay.margin_of(results, 0.9) < 0).all()
+
+
+def test_equal_shapes_in_other_colours_are_no_duplicates_and_a_grey_copy_is_one():
+    shapes = []
+    for color in ("red", "blue"):
+        image = Image.new("RGB", (200, 200), "white")
+        ImageDraw.Draw(image).ellipse((120, 30, 170, 80), fill=color)
+        shapes.append(image)
+    looks = looks_of([*shapes, shapes[0].convert("L").convert("RGB")])
+    results = overlay.compare_looks(looks[[0, 0]], looks[[1, 2]])
+    assert (overlay.margin_of(results, 0.9) >= 0).tolist() == [False, True]
+
+
+def test_two_pictures_are_compared_if_their_keys_agree_but_for_unsure_bits():
+    rng = np.random.default_rng(3)
+    n = 60
+    hashes = rng.integers(0, 2**63, (n, 2, 2), dtype=np.uint64)
+    unsure = np.stack([rng.permuted(np.tile(np.arange(24), (n, 1)), axis=1)[:, :3]
+                       for _ in range(6)], 1).reshape(n, 2, 3, 3).astype(np.uint8)
+    turned = hashes.copy()
+    turned[:, 1] = rng.integers(0, 2**63, (n, 2), dtype=np.uint64)
+    for k in range(n):
+        for bit in unsure[k, 0, 0][: k % 4] if k >= 20 else []:
+            turned[k, 0, 0] ^= np.uint64(1) << np.uint64(bit)
+    turned[:20, 0, 1] ^= np.uint64(0x1FFFFF)  # 21 bits that are in no key
+    found = pairs.picture_pairs(Ranks(), np.arange(2 * n), np.concatenate([hashes, turned]),
+                                np.concatenate([unsure, unsure]), 20)
+    wanted = [[k, k + n] for k in range(20, n)]
+    assert [pair for pair in found.tolist() if pair[1] - pair[0] == n] == wanted
+
+
+def test_of_the_captions_at_the_asked_for_jaccard_99_of_100_are_found_and_none_below_it(tmp_path):
     rng = random.Random(2)
-    words = [f"w{i}" for i in range(300)]
-    texts = [" ".join(rng.choices(words, k=60)) for _ in range(200)]
-    copies = [text.replace(text.split()[30], "changed") for text in texts[:30]]
-    signatures = [dedup.minhash(text) for text in [*texts, *copies, "a b", "a b"]]
-    root = dedup.near_texts(np.stack(signatures), 0.7, np.arange(len(signatures)))
-    assert root[200:230].tolist() == list(range(30))
-    assert len(set(root.tolist())) == 202
+    words = [f"w{i}" for i in range(4000)]
+    members = []
+    n_near = 0
+    for k in range(300):
+        text = rng.choices(words, k=62)
+        other = list(text)
+        # 54 of 66 3-grams are common, or 53 of 67.
+        near = k % 3 > 0
+        changed = range(60 - (6 if near else 7), 60)
+        n_near += near
+        for place in changed:
+            other[place + 2] = f"x{place}"
+        for name, caption in ((f"{k}a", text), (f"{k}b", other)):
+            picture = encoded(Image.new("RGB", (70, 70), (k % 256, k // 256, name[-1] == "a")),
+                              format="PNG")
+            members += [(f"{name}.png", picture), (f"{name}.txt", " ".join(caption).encode())]
+    write_tar(tmp_path / "in" / "0.tar", members)
+    run_well("collect", f"--in={tmp_path}/in", f"--out={tmp_path}/c")
+    run_well("dedup", f"--in={tmp_path}/c", f"--out={tmp_path}/d", "--by=text", "--jaccard=0.8")
+    dropped = dropped_rows(tmp_path / "d")
+    assert all(row["jaccard"] >= 0.8 for row in dropped)
+    assert 0.99 * n_near <= len(dropped) <= n_near
 
 
-def test_white_pages_with_two_lines_of_text_all_stay():
-    """Their difference hashes are almost empty, and equal ones say nothing."""
-    hashes = []
-    tones = []
-    for k in range(40):
-        page = Image.new("RGB", (640, 480), "white")
-        draw = ImageDraw.Draw(page)
-        draw.text((40, 60), f"invoice {k * 37} total", fill="black", font_size=28)
-        draw.text((40, 120), f"No. {k * 7919}", fill="black", font_size=28)
-        dhash, tone = perceptual_hash(page)
-        hashes.append(int(dhash, 16))
-        tones.append(np.frombuffer(bytes.fromhex(tone), np.uint8))
-    assert len(set(hashes)) < 20  # the hash alone cannot tell them apart
-    cluster = dedup.near_duplicates(np.array(hashes, np.uint64), np.stack(tones), 3)
-    assert len(set(cluster.tolist())) == 40
+def test_ranks_without_a_picture_or_caption_find_no_pairs():
+    """There may be more ranks than shards."""
+    none = np.zeros(0, np.int64)
+    hashes = np.zeros((0, 2, 2), np.uint64)
+    unsure = np.zeros((0, 2, 3, 3), np.uint8)
+    assert pairs.picture_pairs(Ranks(), none, hashes, unsure, 20).shape == (0, 2)
+    assert pairs.text_pairs(Ranks(), none, np.zeros((0, 16), np.uint64)).shape == (0, 2)
+
+
+def test_short_captions_are_nobodys_duplicates():
+    assert len(minhash.caption_ngrams("a b")) == 0
+    assert not minhash.minhash_bands(minhash.caption_ngrams("a b"), 4, 8).any()
+
+
+def test_of_a_chain_only_those_go_that_are_duplicates_of_the_one_that_stays(tmp_path):
+    """a is near b and b near c, but c is no near-duplicate of a."""
+    class Chain:
+        def compare(self, compared):
+            results = np.zeros(len(compared), compare.RESULT)
+            results["margin"] = np.where(np.diff(compared, axis=1)[:, 0] == 1, 0.1, -1)
+            return results
+
+    facts = np.zeros(3, dedup.DEDUP_ROW)
+    facts["pixels"] = 9, 5, 7
+    chain = np.array([[4, 5], [5, 6]])
+    verdicts = compare.keep_best(Chain(), np.array([4, 5, 6]), facts, chain)
+    assert verdicts[["row", "kept"]].tolist() == [(5, 4)]
+
+
+def test_every_merge_is_written_with_its_distances_and_the_report_shows_pairs_at_the_threshold(
+    tmp_path
+):
+    plant_duplicates(tmp_path / "in")
+    run_well("collect", f"--in={tmp_path}/in", f"--out={tmp_path}/c")
+    run_well("dedup", f"--in={tmp_path}/c", f"--out={tmp_path}/d")
+    for row in dropped_rows(tmp_path / "d"):
+        assert 0.8 <= row["found"] <= 1 and 0 <= row["one_sided"] <= 1
+    code, text = run("report", f"--in={tmp_path}/c", f"--pairs={tmp_path}/d", "--pictures=4",
+                     f"--out={tmp_path}/r")
+    assert code == 0, text
+    page = (tmp_path / "r" / "report.html").read_text()
+    assert page.count("data:image") == 4 + 2 * 4 and "margin" in page

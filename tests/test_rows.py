@@ -29,13 +29,14 @@ GOOD = {
 }
 
 # What a stage reads of a row.
-COMPARED = {"id", "source", "sha256", "dhash", "tone", "width", "height", "caption"}
+COMPARED = {"sha256", "width", "height", "id", "caption"}
+SELECTED = {"dhash", "tone", "sha256", "source", "id"}
 STAGES = {
     "collect": {"id", "alt_text", "image"},
     "dedup": COMPARED,
     "dedup both": COMPARED,
-    "select": COMPARED,
-    "select vit": COMPARED,
+    "select": SELECTED,
+    "select vit": SELECTED,
     "annotate": {"id", "alt_text", "by"},
     "recaption": {"id", "alt_text", "by"},
     "score": {"id", "caption", "scores", "by"},

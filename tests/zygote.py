@@ -1,4 +1,4 @@
-"""Starts ranks of train.py, sft.py or eval.py in a tenth of a second.
+"""Starts ranks of train.py, sft.py, eval.py or curate.py in a tenth of a second.
 
 A process that has imported everything forks them.
 
@@ -107,7 +107,7 @@ def main():
     import torch
     import torch.utils.data
 
-    for script in ("eval", "sft", "train"):
+    for script in ("curate", "eval", "sft", "train"):
         importlib.import_module(script)
 
     torch.set_num_threads(1)

@@ -1,0 +1,128 @@
+"""Pairs of rows that may be near-duplicates: those with a key in common, found by all ranks.
+
+Shapes: n rows of all shards, of which each rank has a block, m of them.
+"""
+import numpy as np
+
+from curation.look import HASH_WORDS, HASHED_CROPS, KEY_BITS, KEY_TABLES, UNSURE_BITS, hash_keys
+
+REACH = 64  # rows of equal key that a row is compared with
+KEYS_AT_ONCE = 2**23  # of a rank; more are made in several rounds
+# An entry of the table of keys. order: a key, in its upper bits, and how its rows are sorted.
+ENTRY = np.dtype([("order", "u8"), ("hash", "u8", HASH_WORDS), ("row", "i8")])
+KEY_SHIFT = np.uint64(64 - KEY_BITS)
+
+
+def picture_pairs(ranks, rows, hashes, unsure, distance):
+    """rows (m,), hashes (m, 2, 2), unsure (m, 2, 3, UNSURE_BITS) of own pictures -> pairs (p, 2).
+
+    Two rows make a pair if they have a key in common and their hashes differ in at most `distance`
+    bits. rows: their numbers. Each rank returns some of the pairs, each once.
+    """
+    def is_near(a, b):
+        return np.bitwise_count(a ^ b).sum(1) <= distance
+
+    m = len(hashes)
+    per_row = len(HASHED_CROPS) * 2**UNSURE_BITS
+    n_rounds = max(ranks.gather(-(-m * per_row // KEYS_AT_ONCE) or 1))
+    found = []
+    for table in range(len(KEY_TABLES)):
+        for part in range(n_rounds):
+            entries = []
+            for crop in range(len(HASHED_CROPS)):
+                of_crop = hashes[:, crop]
+                keys = hash_keys(of_crop[:, 0], unsure[:, crop, table], table)  # (m, 8)
+                keys = spread_keys(keys)
+                # The upper part of the keys decides of the round.
+                of_round = (keys * np.uint64(n_rounds)) >> np.uint64(KEY_BITS)
+                own, place = np.nonzero(of_round == part)
+                order = keys[own, place] << KEY_SHIFT
+                order |= of_crop[own, 1] >> np.uint64(KEY_BITS)
+                entries.append(make_entries(order, of_crop[own], rows[own]))
+            entries = np.concatenate(entries)
+            owner = (entries["order"] >> KEY_SHIFT) % np.uint64(ranks.world)
+            found.append(entry_pairs(ranks, entries, owner, KEY_SHIFT, is_near))
+    return unique_pairs(np.concatenate(found))
+
+
+def spread_keys(keys):
+    """Keys of KEY_BITS bits -> as many other numbers, uint64, that lie evenly."""
+    keys = keys.astype(np.uint64) * np.uint64(0x9E3779B1)  # odd: no two become one
+    return keys & np.uint64(2**KEY_BITS - 1)
+
+
+def text_pairs(ranks, rows, bands):
+    """rows (m,), bands (m, b) uint64 of own captions -> pairs (p, 2) of rows with one in common.
+
+    A band of 0 is none.
+    """
+    found = [np.zeros((0, 2), np.int64)]
+    for band in range(bands.shape[1]):
+        own = np.flatnonzero(bands[:, band])
+        keys = bands[own, band]
+        entries = make_entries(keys, 0, rows[own])
+        owner = keys % np.uint64(ranks.world)
+        found.append(entry_pairs(ranks, entries, owner, np.uint64(0), are_any))
+    return unique_pairs(np.concatenate(found))
+
+
+def are_any(a, b):
+    """All pairs of captions that have a band in common are compared."""
+    return np.ones(len(a), bool)
+
+
+def make_entries(order, hashes, rows):
+    entries = np.empty(len(order), ENTRY)
+    entries["order"] = order
+    entries["hash"] = hashes
+    entries["row"] = rows
+    return entries
+
+
+def entry_pairs(ranks, entries, owner, shift, is_near):
+    """ENTRY arrays of all ranks -> pairs (p, 2) of rows of one key for which is_near(a, b) holds.
+
+    a, b: their hashes (p, 2). owner: the rank that gets an entry, which follows from its key.
+    shift: of the order, for the key. A row is compared with at most REACH others of its key, those
+    behind it. That bounds the work where thousands are equal; they form one chain all the same.
+    """
+    entries, _ = ranks.exchange(entries, owner.astype(np.int64))
+    entries = sorted_entries(entries)
+    keys = entries["order"] >> shift
+    hashes = np.ascontiguousarray(entries["hash"])
+    rows = np.ascontiguousarray(entries["row"])
+    found = [np.zeros((0, 2), np.int64)]
+    first = np.arange(len(entries))
+    for step in range(1, REACH + 1):
+        first = first[first + step < len(entries)]
+        first = first[keys[first] == keys[first + step]]
+        if len(first) == 0:
+            break
+        near = first[is_near(hashes[first], hashes[first + step])]
+        pairs = np.stack([rows[near], rows[near + step]], 1)
+        found.append(pairs[pairs[:, 0] != pairs[:, 1]])
+    return unique_pairs(np.concatenate(found))
+
+
+def sorted_entries(entries):
+    """ENTRY in the order of `order`, then of row: the same on any number of ranks."""
+    entries = entries[np.argsort(entries["order"])]
+    order = entries["order"]
+    same = order[1:] == order[:-1]
+    tied = np.zeros(len(entries), bool)
+    tied[:-1] |= same
+    tied[1:] |= same
+    # Few are: one sort by both would be ten times as slow.
+    ties = entries[tied]
+    entries[tied] = ties[np.lexsort((ties["row"], ties["order"]))]
+    return entries
+
+
+def unique_pairs(pairs):
+    """Pairs (p, 2), the lower row first, each once, in order."""
+    pairs = np.sort(pairs, 1)
+    order = np.lexsort((pairs[:, 1], pairs[:, 0]))
+    pairs = pairs[order]
+    new = np.ones(len(pairs), bool)
+    new[1:] = (pairs[1:] != pairs[:-1]).any(1)
+    return pairs[new]

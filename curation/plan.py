@@ -1,0 +1,71 @@
+"""Stage plan: hours, memory, disk and traffic of collect, dedup and select, before they run.
+
+seconds of a rank = pictures * (ms of a picture + ms of a kilobyte * its kilobytes) / ranks. The
+rates were measured on one core of an AMD EPYC with AVX2, 28 November 2026 (docs/log.md). Waiting
+for the disk is not in them: the traffic says what it has to bear.
+"""
+from dataclasses import dataclass
+
+from curation.compare import VERDICT
+from curation.dedup import DEDUP_ROW
+from curation.look import HASHED_CROPS, LOOK, UNSURE_BITS
+from curation.pairs import ENTRY, KEYS_AT_ONCE
+
+MS_PER_KEY_ROW = 0.022  # of a picture in the search for candidates
+MS_PER_COMPARISON = 6.8  # of one pair of pictures
+ROW_KB = 1.0  # the .json of a row in its shard
+COPIES_IN_MEMORY = 3  # of the table of keys while it is sent and sorted
+FEATURE_BYTES = 4 * 112  # of a row in select, without --model
+
+
+@dataclass(slots=True)
+class StagePlan:
+    """What a stage costs. ms: of one picture."""
+    name: str
+    ms: float
+    ms_per_kb: float
+    reads: float  # how often each picture is read
+    writes: float  # how often it is written
+    extra_bytes: float  # a picture, on the disk, beside its shard
+    held_bytes: float  # a picture, in the memory of a rank
+    sent_bytes: float  # a picture, between the ranks
+
+
+def stage_plans(cfg):
+    entries = 3 * len(HASHED_CROPS) * 2**UNSURE_BITS  # of the table of keys, for a picture
+    compared = MS_PER_KEY_ROW + MS_PER_COMPARISON * cfg.compared
+    looks = LOOK.itemsize * 2 * cfg.compared  # read again for comparisons
+    return [
+        StagePlan("collect", 0.3, 0.10, 2, 1, 17, 18, 18),
+        StagePlan("dedup", 0.9 + compared, 0.08, 2 + looks / 1e3 / cfg.picture_kb, 1,
+                  LOOK.itemsize + DEDUP_ROW.itemsize, DEDUP_ROW.itemsize + VERDICT.itemsize,
+                  entries * ENTRY.itemsize),
+        StagePlan("select", 0.4, 0.0, 1, 1, FEATURE_BYTES + 13, FEATURE_BYTES + 41, 32),
+    ]
+
+
+def print_curation_plan(cfg):
+    """Print a table with a line for each stage, and the formula behind it."""
+    print(f"{cfg.n:,} pictures of {cfg.picture_kb:g} KB on {cfg.ranks} ranks of one core")
+    print(f"{'stage':8} {'hours':>9} {'GB a rank':>10} {'TB on disk':>11} {'TB sent':>8} "
+          f"{'TB read+written':>16} {'GB/s of it':>11}")
+    # A rank makes so many keys at once, however many rows it has.
+    at_once = KEYS_AT_ONCE * ENTRY.itemsize * COPIES_IN_MEMORY / 1e9
+    for stage in stage_plans(cfg):
+        ms = stage.ms + stage.ms_per_kb * cfg.picture_kb
+        hours = cfg.n * ms / 1e3 / cfg.ranks / 3600
+        memory = cfg.n / cfg.ranks * stage.held_bytes / 1e9
+        if stage.name == "dedup":
+            memory += at_once
+        shard_bytes = (cfg.picture_kb + ROW_KB) * 1e3
+        disk = cfg.n * (shard_bytes + stage.extra_bytes) / 1e12
+        sent = cfg.n * stage.sent_bytes / 1e12
+        moved = cfg.n * (shard_bytes * (stage.reads + stage.writes) + stage.extra_bytes) / 1e12
+        rate = moved * 1e3 / max(hours * 3600, 1e-9)
+        print(f"{stage.name:8} {hours:9.2f} {memory:10.2f} {disk:11.2f} {sent:8.2f} "
+              f"{moved:16.2f} {rate:11.2f}")
+    print("hours = pictures * (ms of a picture + ms of a KB * KB) / ranks; ms:")
+    for stage in stage_plans(cfg):
+        print(f"  {stage.name}: {stage.ms:.3g} + {stage.ms_per_kb:.3g} * KB")
+    print(f"dedup compares {cfg.compared:g} pairs for each picture, {MS_PER_COMPARISON} ms each "
+          "(--compared=N); all are rates of one core of an AMD EPYC; +0.2 GB of memory for Python")

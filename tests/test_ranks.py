@@ -1,0 +1,101 @@
+"""curation/ranks.py: any number of ranks make the same shards, whatever is killed."""
+import random
+import time
+
+import numpy as np
+import pytest
+from curation_helpers import run, run_well, stage_files
+from test_dedup import plant_duplicates
+
+from curation.ranks import Ranks, connected
+from inputs.locks import take_lock
+
+# Each stage needs the one before it.
+STAGES = {
+    "collect": ["--min_side=8"],
+    "dedup": ["--by=both"],
+    "select": ["--n=40", "--clusters=3"],
+    "filter": ["--min_words=0", "--max_ngram_share=0.5"],
+}
+
+
+@pytest.fixture(scope="module")
+def web(tmp_path_factory):
+    """Pictures with duplicates in four shards."""
+    folder = tmp_path_factory.mktemp("web")
+    plant_duplicates(folder)
+    return folder
+
+
+def arguments(stage, source, out):
+    return [stage, f"--in={source}", f"--out={out}", *STAGES[stage]]
+
+
+@pytest.fixture(scope="module")
+def alone(web, tmp_path_factory):
+    """What one process makes of it: {stage: folder}."""
+    base = tmp_path_factory.mktemp("alone")
+    source = web
+    for stage in STAGES:
+        run_well(*arguments(stage, source, base / stage))
+        source = base / stage
+    return {"web": web, **{stage: base / stage for stage in STAGES}}
+
+
+@pytest.mark.parametrize("n_ranks", [2, 4])
+def test_any_number_of_ranks_makes_the_same_shards(alone, zygote, tmp_path, n_ranks):
+    source = alone["web"]
+    for stage in STAGES:
+        words = arguments(stage, source, tmp_path / stage)
+        codes = zygote.run("curate", words, n_ranks, tmp_path / "printed")
+        assert codes == [0] * n_ranks, (tmp_path / "printed").read_text()
+        assert stage_files(tmp_path / stage) == stage_files(alone[stage]), stage
+        source = alone[stage]
+    # One report for all ranks.
+    lines = (tmp_path / "printed").read_text().splitlines()
+    assert sum(line.startswith("collect: 5 of 5 shards") for line in lines) == 1
+
+
+@pytest.mark.parametrize("n_kills", [2, pytest.param(10, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("stage", STAGES)
+def test_ranks_that_are_killed_at_any_moment_leave_the_same_shards(
+    alone, zygote, tmp_path, stage, n_kills
+):
+    """torchrun ends the other ranks when one dies, and starts all again."""
+    source = alone[[*alone][[*alone].index(stage) - 1]]
+    words = arguments(stage, source, tmp_path / "out")
+    rng = random.Random(n_kills)
+    for k in range(n_kills):
+        pids = zygote.start("curate", words, 2, tmp_path / f"killed{k}")
+        time.sleep(rng.uniform(0.05, 1.5))
+        zygote.kill(pids[::-1])
+        zygote.wait(pids)
+    assert zygote.run("curate", words, 2, tmp_path / "last") == [0, 0], (
+        tmp_path / "last").read_text()
+    assert stage_files(tmp_path / "out") == stage_files(alone[stage])
+
+
+def test_a_second_run_in_a_folder_is_refused_in_one_line(alone, zygote, tmp_path):
+    words = arguments("collect", alone["web"], tmp_path / "out")
+    (tmp_path / "out" / ".shards").mkdir(parents=True)
+    lock, _ = take_lock(tmp_path / "out" / ".shards" / "lock")
+    with lock:
+        code, text = run(*words)
+        assert code == 2 and "another run is at work in" in text and "torchrun" in text
+        assert zygote.run("curate", words, 2, tmp_path / "printed") == [2, 2]
+    errors = (tmp_path / "printed").read_text()
+    assert errors.count("error: another run is at work in") == 1
+    assert zygote.run("curate", words, 2, tmp_path / "again") == [0, 0]
+
+
+def test_rows_that_pairs_connect_get_the_lowest_row_that_they_reach():
+    rng = np.random.default_rng(5)
+    n = 300
+    pairs = rng.integers(0, n, (170, 2))
+    label = connected(Ranks(), np.array([0, n]), pairs[:, 0], pairs[:, 1])
+    reach = np.eye(n, dtype=bool)
+    reach[pairs[:, 0], pairs[:, 1]] = True
+    reach |= reach.T
+    for _ in range(9):
+        reach = (reach.astype(np.float32) @ reach.astype(np.float32)) > 0
+    assert label.tolist() == reach.argmax(1).tolist()
