@@ -6,7 +6,7 @@ VENV   ?= .venv
 export BIN := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo demo-long scaling-demo curate-demo test test-nightly lint toy-bases bench gpu nogpu
+.PHONY: demo demo-long scaling-demo curate-demo paper-base paper-in-miniature test test-nightly lint toy-bases bench gpu nogpu
 .DELETE_ON_ERROR:
 
 $(VENV)/run.done: requirements.txt
@@ -26,6 +26,10 @@ demo-long: $(VENV)/run.done ; bash runs/demo_long.sh
 scaling-demo: $(VENV)/run.done ; bash runs/scaling_demo.sh
 # from poor alt-text to a filtered recaption set, then models that are pretrained on either
 curate-demo: $(VENV)/run.done ; bash runs/curate_demo.sh
+# the paper's three claims on the toy world, with intervals: an hour on two cores
+paper-in-miniature: $(VENV)/run.done ; bash runs/paper_in_miniature.sh
+# a language base for it that leaves something to learn: LLM=out/paper_base/llm
+paper-base: $(VENV)/run.done ; bash runs/paper_base.sh
 # the pretrained toy parts again, from scratch
 toy-bases: $(VENV)/run.done ; bash runs/toy_bases.sh
 

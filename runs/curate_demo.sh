@@ -13,6 +13,9 @@ OUT=${CURATE:-out/curate}
 WEB=${WEB:-shards/toy_web}      # toy pictures as the web has them
 N_WEB=${N_WEB:-2400}            # how many of them
 SEEDS=${SEEDS:-1 2}             # of the models that are pretrained on either set
+LLM=${LLM:-toy/llm}             # the language base
+FRESH=${FRESH:-$OUT/start}      # what they start from; {seed} in it is the seed
+STEPS_SHARE=${STEPS_SHARE:-100} # percent of the usual steps
 
 export OMP_NUM_THREADS=1
 torchrun="$BIN/torchrun --standalone --nproc_per_node=2"
@@ -22,12 +25,15 @@ truth="$BIN/python tests/toy_endpoint.py"
 toy="--prompts=curation/prompts/toy --max_new_tokens=160 --ending=any"
 mkdir -p "$OUT"
 
+# share N: this part of N steps
+share() { echo $(($1 * STEPS_SHARE / 100)); }
+
 # ---- pictures, fine-tuning data, and the model to start from ----
 "$BIN/python" -m toy --out="$WEB" --n="$N_WEB" --parts=web
 "$BIN/python" -m toy --out="${WEB}_new" --n=200 --seed=9 --parts=web,bench
 "$BIN/python" -m toy --out="${WEB}_sft" --n=800 --seed=8 --parts=knowledge
 if [ ! -f "$OUT/start/config.json" ]; then
-    "$BIN/python" convert.py assemble --vision=toy/vit --llm=toy/llm --out="$OUT/start"
+    "$BIN/python" convert.py assemble --vision=toy/vit --llm="$LLM" --out="$OUT/start"
 fi
 
 # ---- the endpoint, for as long as this script runs ----
@@ -54,7 +60,7 @@ set -f
 $torchrun sft.py config/captioner.py config/toy_sft.py --parallel=ddp \
     --init_from="$OUT/start" --out_dir="$OUT/captioner" \
     --instruction.data="$OUT/reference_caption/*.tar,$OUT/reference_recaption/*.tar" \
-    --instruction.steps=160 --instruction.lr_projector=4e-3
+    --instruction.steps=$(share 160) --instruction.lr_projector=4e-3
 $torchrun curate.py recaption --in="$OUT/unique" --out="$OUT/captions" \
     --model="$OUT/captioner/instruction" --dtype=float32 $toy
 $curate score --in="$OUT/captions" --out="$OUT/scored" $ask
@@ -77,12 +83,13 @@ captions=()
 for seed in $SEEDS; do
     for set in unique final; do
         run="$OUT/pretrained_${set}_$seed"
-        $torchrun train.py config/toy.py --seed=$seed --stages=alignment --alignment.steps=100 \
-            --init_from="$OUT/start" --data="$OUT/$set/*.tar" --out_dir="$run"
+        $torchrun train.py config/toy.py --seed=$seed --stages=alignment \
+            --alignment.steps=$(share 100) --init_from="${FRESH//\{seed\}/$seed}" \
+            --data="$OUT/$set/*.tar" --out_dir="$run"
         $torchrun curate.py recaption --in="$OUT/new" --out="$run/captions" \
             --model="$run/alignment" --mode=caption --dtype=float32 $toy
         $torchrun sft.py config/toy_sft.py --seed=$seed --stages=knowledge \
-            --knowledge.steps=60 --knowledge.data="${WEB}_sft/knowledge-*.tar" \
+            --knowledge.steps=$(share 60) --knowledge.data="${WEB}_sft/knowledge-*.tar" \
             --init_from="$run/alignment" --out_dir="$run/sft"
         $torchrun eval.py --model="$run/sft/knowledge" --data_dir="${WEB}_new" \
             --benchmarks=toy --limit=100 --out_dir="$run/eval"

@@ -1,0 +1,131 @@
+#!/usr/bin/env bash
+# The paper's three claims on the toy world, with intervals, and one page about them:
+# out/paper/index.html. Every number of the page stands in a line of out/paper/results.jsonl.
+#
+#     bash runs/paper_in_miniature.sh
+#     LLM=out/paper_base/llm bash runs/paper_in_miniature.sh    # see runs/paper_base.sh
+#
+# A run that was stopped goes on where it was. Whoever changes a setting below gives another PAPER.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+start=$SECONDS
+
+BIN=${BIN:-.venv/bin}
+PAPER=${PAPER:-out/paper}       # everything lands here, the toy data too
+LLM=${LLM:-toy/llm}             # the language base
+PARTS=${PARTS:-captions growth sft curriculum}
+SEEDS=${SEEDS:-5}               # how many; each has a projector, data, noise and order of its own
+STEPS=${STEPS:-200}             # of alignment and of advance, from which fine-tuning starts
+BUDGETS=${BUDGETS:-10,20,40,80,160}         # steps of alignment and of advance
+SFT_BUDGETS=${SFT_BUDGETS:-50,100,200,400}  # steps of fine-tuning
+N=${N:-3000}                    # pictures for pretraining
+N_SFT=${N_SFT:-1311,996,324}    # samples of knowledge, instruction, preference
+WRONG=${WRONG:-25,10,0}         # percent of their answers that belong to another picture
+N_BENCH=${N_BENCH:-100}         # questions of each of the five benchmarks
+N_STEPS=${N_STEPS:-500}         # questions of two steps
+N_WEB=${N_WEB:-2400}            # pictures of the caption pipeline
+
+export OMP_NUM_THREADS=1
+torchrun="$BIN/torchrun --standalone --nproc_per_node=2"
+levels=knowledge,instruction,preference
+bench="--data_dir=$PAPER/bench --benchmarks=toy,toy_steps --num_workers=0"
+
+# has PART: whether this part is to run
+has() { [[ " $PARTS " == *" $1 "* ]]; }
+
+# ---- what it will take ----
+# In hundredths of a second of one core, estimated, not measured on a quiet machine: a step
+# of fine-tuning on one core 11, of pretraining 30; an evaluation 1,200; the caption pipeline 90,000
+# and 12,000 for each model that it pretrains.
+sum() { echo $((${1//,/+})); }
+core=$((SEEDS * 2 * STEPS * 30))
+has captions && core=$((core + (90000 + SEEDS * 2 * 12000) * N_WEB / 2400))
+has growth && core=$((core + SEEDS * (2 * $(sum "$BUDGETS") * 30 + 5 * (60 * 20 + 1200))))
+has sft && core=$((core + SEEDS * 2 * ($(sum "$SFT_BUDGETS") * 11 + 4 * 1200)))
+has curriculum && core=$((core + SEEDS * 6 * ($(sum "$N_SFT") / 4 * 11 + 1200)))
+minutes=$((core / 100 / 60 / 2 + 1))
+echo "planned: about $minutes minutes on two free cores ($SEEDS seeds)"
+
+# each COMMAND...: the command for every seed, {seed} filled in; odd and even seeds side by side
+each() {
+    for parity in 1 0; do
+        for ((seed = 1; seed <= SEEDS; seed++)); do
+            if ((seed % 2 == parity)); then
+                "${@//\{seed\}/$seed}" || exit
+            fi
+        done &
+        halves[parity]=$!
+    done
+    wait "${halves[1]}"
+    wait "${halves[0]}"
+}
+trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
+
+# ---- data of each seed, the questions, and the models that fine-tuning starts from ----
+toy="$BIN/python -m toy"
+$toy --out="$PAPER/bench" --parts=bench,steps --seed=9002 --n_bench="$N_BENCH" --n_steps="$N_STEPS"
+for ((seed = 1; seed <= SEEDS; seed++)); do
+    $toy --out="$PAPER/pretrain_$seed" --seed=$((1000 + seed)) --n="$N" --parts=pretrain
+    $toy --out="$PAPER/noisy_$seed" --seed=$((1000 + seed)) --n="$N_SFT" --wrong="$WRONG" \
+        --parts=$levels --two_steps=True
+    $toy --out="$PAPER/clean_$seed" --seed=$((1000 + seed)) --n="$N_SFT" \
+        --parts=$levels --two_steps=True
+    if [ ! -f "$PAPER/fresh_$seed/config.json" ]; then
+        "$BIN/python" convert.py assemble --vision=toy/vit --llm="$LLM" --seed="$seed" \
+            --out="$PAPER/fresh_$seed"
+    fi
+done
+# Patterns of shards are for our own reader: bash must not fill them in.
+set -f
+for ((seed = 1; seed <= SEEDS; seed++)); do
+    $torchrun train.py config/toy.py --seed="$seed" --init_from="$PAPER/fresh_$seed" \
+        --data="$PAPER/pretrain_$seed/pretrain-*.tar" --out_dir="$PAPER/start_$seed" \
+        --alignment.steps="$STEPS" --advance.steps="$STEPS" --save_every=1000
+done
+
+# ---- 1. recaptions against alt-text ----
+if has captions; then
+    BIN=$BIN CURATE="$PAPER/captions" WEB="$PAPER/web" N_WEB=$N_WEB LLM="$LLM" \
+        SEEDS="$(seq -s ' ' 1 "$SEEDS")" FRESH="$PAPER/fresh_{seed}" bash runs/curate_demo.sh
+fi
+
+# ---- 2. growth with pretraining data ----
+has growth && "$BIN/python" -m runs.scaling plan --run=True --processes=2 \
+    --out_dir="$PAPER/growth" \
+    --steps="$BUDGETS" --seeds="$(seq -s , 1 "$SEEDS")" \
+    --train="config/toy.py --init_from=$PAPER/fresh_{seed} \
+        --data='$PAPER/pretrain_{seed}/pretrain-*.tar'" \
+    --sft="config/toy_sft.py --stages=knowledge --knowledge.steps=60 \
+        --knowledge.data='$PAPER/clean_{seed}/knowledge-*.tar'" \
+    --model=sft/knowledge --eval="$bench"
+
+# ---- 3. growth with fine-tuning data, by the quality of the set ----
+for quality in clean noisy; do
+    sets=$PAPER/${quality}_{seed}
+    data="$sets/knowledge-*.tar,$sets/instruction-*.tar,$sets/preference-*.tar"
+    has sft && each "$BIN/python" -m runs.scaling plan --run=True --out_dir="$PAPER/sft_$quality" \
+        --steps="$SFT_BUDGETS" --seeds={seed} --stages=knowledge \
+        --sft="config/toy_sft.py --init_from=$PAPER/start_{seed}/advance --tokens_per_pack=400 \
+            --threads=1 --save_every=1000 --knowledge.lr_vision=3e-4 \
+            --knowledge.lr_projector=1.25e-3 --knowledge.lr_llm=1.25e-4 \
+            --knowledge.data='$data'" \
+        --eval="$bench --threads=1"
+done
+
+# ---- 4. the order of fine-tuning data, apart from the schedule ----
+has curriculum && each "$BIN/python" -m runs.curriculum plan --run=True \
+    --out_dir="$PAPER/curriculum" \
+    --start="$PAPER/start_{seed}/advance" --data="$PAPER/noisy_{seed}" --seeds={seed} \
+    --eval="$bench --threads=1"
+
+# ---- figures and the page ----
+for part in growth sft_clean sft_noisy; do
+    if has "${part%_*}"; then
+        "$BIN/python" -m runs.scaling fit --out_dir="$PAPER/$part"
+    fi
+done
+if has curriculum; then
+    "$BIN/python" -m runs.curriculum compare --out_dir="$PAPER/curriculum"
+fi
+"$BIN/python" -m runs.paper_page --out_dir="$PAPER" --minutes="$(((SECONDS - start) / 60))"
+echo "$((SECONDS - start)) seconds; look at $PAPER/index.html"
