@@ -31,6 +31,8 @@ CONFIGS = [
     ("runs.scaling", "Config"),
     ("runs.demo_picture", "Config"),
     ("runs.engines", "Config"),
+    ("runs.curriculum", "Config"),
+    ("runs.paper_page", "Config"),
 ]
 # what a variable that is not set would leave empty, and something would be written or read wrongly
 PATHS = ("out_dir", "out", "tokenizer", "prompts", "data_dir", "demo", "shards")
