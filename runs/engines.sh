@@ -41,7 +41,11 @@ if [[ $ENGINES == *llama* && ! -x $server ]]; then
         cmake -S "$OUT/$LLAMA/llama.cpp" -B "$OUT/$LLAMA/build" -DCMAKE_BUILD_TYPE=Release \
             -DBUILD_SHARED_LIBS=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_USE_PREBUILT_UI=OFF \
             -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF > /dev/null
-        cmake --build "$OUT/$LLAMA/build" --target llama-server -j "${JOBS:-2}" > "$OUT/build.log"
+        cmake --build "$OUT/$LLAMA/build" --target llama-server -j "${JOBS:-2}" \
+            > "$OUT/build.log" 2>&1 || {
+            echo "llama.cpp was not built; $OUT/build.log says why" >&2
+            exit 1
+        }
     else
         echo "llama.cpp: not run, it needs cmake and g++"
         ENGINES=$(sed 's/,*llama//' <<< "$ENGINES")
