@@ -370,6 +370,8 @@ def export_command(paths, flags):
     use = "vLLM and llama.cpp; AutoModel of transformers needs --layout=transformers"
     if cfg.layout == "transformers":
         use = "transformers and vLLM"
+    if inspect_folder(model_folder(paths[0])).vision.kind == "aimv2":
+        use = "transformers, with trust_remote_code=True; vLLM does not know its ViT"
     print(f"{paths[1]}: written, for {use}")
 
 

@@ -41,6 +41,7 @@ from training.distributed import compute_dtype, is_compiled, setup_distributed
 
 PAGE = Path(__file__).parent / "serving" / "page.html"
 LOCAL = ("localhost", "127.0.0.1", "::1")
+FAULT = "a fault of the server, which has printed it"
 
 
 @dataclass(slots=True)
@@ -109,7 +110,7 @@ class Handler(Connection):
             raise  # the client has gone
         except Exception as e:
             tell(e)
-            self.send_error(500, "a fault of the server, which has printed it")
+            self.send_error(500, FAULT)
 
     def check_client(self, path):
         """Refused without the key; and, if we listen for this machine only, with another name."""
@@ -196,9 +197,17 @@ class Handler(Connection):
             if answer.ask.usage:
                 send_event({}, choices=[], usage=answer.usage())
             self.write(b"data: [DONE]\n\n")
-        except Refused as e:  # the head has been sent, so that the error is an event
-            error = {"error": error_object(e.status, str(e), e.param)}
-            self.write(b"data: " + as_json(error) + b"\n\n")
+        # The head has been sent, so that an error is an event.
+        except Refused as e:
+            self.send_event_of_error(error_object(e.status, str(e), e.param))
+        except OSError:
+            raise  # the client has gone
+        except Exception as e:
+            tell(e)
+            self.send_event_of_error(error_object(500, FAULT))
+
+    def send_event_of_error(self, error):
+        self.write(b"data: " + as_json({"error": error}) + b"\n\n")
 
     def tokens(self, answer):
         """The token ids of an answer as they come. It is stopped if the client has gone."""

@@ -26,8 +26,8 @@ MORE=${MORE:-}                  # more flags for sft.py, such as --threads=1
     "$BIN/python" -m runs.easy_vqa "$QUESTIONS" "$IMAGES" "$OUT" "$HELD_OUT"
 
 # One row in eight asks for a shape, and the others drown what it teaches. So a first stage asks for
-# little else. All of the model trains in it, for adapters cannot teach words: the table of tokens is
-# frozen beside them, and the demo's model has never written "rectangle", "yes" or "no".
+# little else. All of the model trains in it, for adapters cannot teach words: the table of tokens
+# is frozen beside them, and the demo's model has never written "rectangle", "yes" or "no".
 train() {
     "$BIN/python" sft.py config/toy_sft.py --tokens_per_pack=1200 $MORE "$@"
 }

@@ -83,6 +83,6 @@ def as_json(value):
     return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
 
 
-def error_object(status, message, param):
+def error_object(status, message, param=None):
     kind = "server_error" if status >= 500 else "invalid_request_error"
     return {"message": message, "type": kind, "param": param, "code": status}

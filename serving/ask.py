@@ -29,6 +29,12 @@ ONLY = {"n": (1,), "frequency_penalty": (0,), "presence_penalty": (0,), "logprob
         "top_logprobs": (0,), "logit_bias": ({},), "tools": ([],), "functions": ([],),
         "tool_choice": ("none", "auto"), "response_format": ({"type": "text"},),
         "modalities": (["text"],)}
+# The same of a message, of its parts, and of the picture of a part. Clients send back what an
+# answer holds.
+OF_MESSAGE = {"role", "content", "name"}
+OF_PART = {"type", "text", "image_url"}
+OF_PICTURE = {"url", "detail"}
+EMPTY_IN_MESSAGE = {"annotations", "tool_calls"}
 
 
 class Refused(Exception):
@@ -82,6 +88,13 @@ def check_keys(body):
             raise Refused(400, f"{name} is not supported; leave it out", name)
 
 
+def check_names(value, known, where):
+    """Refused if an object holds something that is not read."""
+    for name, content in value.items():
+        if name not in known and content is not None:
+            raise Refused(400, f"{where}: {name[:50]} is not known here; leave it out", where)
+
+
 def read_stops(body):
     stops = body.get("stop")
     if stops is None:
@@ -101,6 +114,7 @@ def read_picture(part, where):
     """The bytes of the picture of a part {"type": "image_url", "image_url": {"url": DATA URI}}."""
     url = part.get("image_url")
     if isinstance(url, dict):
+        check_names(url, OF_PICTURE, where)
         url = url.get("url")
     if not isinstance(url, str) or not url.startswith("data:image/"):
         raise Refused(400, f"{where}: a picture must be a data URI, data:image/png;base64,...; no "
@@ -134,6 +148,8 @@ def read_parts(content, where):
     for i, part in enumerate(content):
         place = f"{where}.content[{i}]"
         kind = part.get("type") if isinstance(part, dict) else None
+        if kind:
+            check_names(part, OF_PART, place)
         if kind == "text" and isinstance(part.get("text"), str):
             parts.append(part["text"])
         elif kind == "image_url":
@@ -178,6 +194,9 @@ def read_messages(messages):
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
         role = message.get("role") if isinstance(message, dict) else None
+        if role:
+            empty = {name for name in EMPTY_IN_MESSAGE if message.get(name) == []}
+            check_names(message, OF_MESSAGE | empty, where)
         expected = "assistant" if turns and turns[-1][1] is None else "user"
         parts = read_parts(message.get("content"), where) if role else []
         n_characters += sum(len(part) for part in parts if isinstance(part, str))

@@ -55,6 +55,17 @@ def answer(port, content, **more):
     return said["choices"][0]["message"]["content"]
 
 
+def streamed(port, body):
+    """The objects of a stream of server-sent events, without [DONE]."""
+    client = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    client.request("POST", "/v1/chat/completions", json.dumps(body).encode(),
+                   {"Content-Type": "application/json"})
+    parts = client.getresponse().read().decode().split("\n\n")
+    client.close()
+    events = [part.removeprefix("data: ") for part in parts if part]
+    return [json.loads(event) for event in events if event != "[DONE]"]
+
+
 def picture(colour=(200, 10, 10), size=(56, 28)):
     """The bytes of a picture."""
     file = io.BytesIO()

@@ -11,7 +11,7 @@ from test_eval import make_model_folder
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 if not CHROMIUM:
-    pytest.skip("there is no Chromium", allow_module_level=True)
+    pytest.skip("there is no chromium or google-chrome on the PATH", allow_module_level=True)
 
 # No window, no sandbox (tests may run as root), no calls home.
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-quic", "--disable-sync",
@@ -96,6 +96,29 @@ def test_an_answer_comes_piece_by_piece_and_can_be_stopped(page, server, monkeyp
     while server.engine.n_held:  # its row is free again
         assert time.monotonic() < give_up
         time.sleep(0.05)
+
+
+def test_a_conversation_begun_anew_keeps_nothing_of_an_answer_at_work(page, server, monkeypatch):
+    step = server.assistant.texts
+    monkeypatch.setattr(server.assistant, "texts", lambda tokens: slowly(step(tokens)))
+    ask(page, "Tell me everything.")
+    page.locator(".turn:not(.mine) p").filter(has_text=re.compile(r"\S")).wait_for()
+    page.fill("#text", "the next one")  # typed while the answer comes
+    page.click("#anew")
+    page.locator("#ask").wait_for()
+    assert page.input_value("#text") == "the next one"
+    with page.expect_request("**/completions") as asked:
+        page.keyboard.press("Enter")
+    assert len(asked.value.post_data_json["messages"]) == 1
+
+
+def test_an_answer_that_is_cut_off_is_an_error_and_the_question_comes_back(page):
+    page.route("**/completions", lambda route: route.fulfill(
+        body='data: {"choices": [{"delta": {"content": "half"}}]}\n\n'))
+    ask(page, "Tell me everything.")
+    page.get_by_text("cut off. Your question is still here").wait_for()
+    assert page.input_value("#text") == "Tell me everything."
+    assert page.locator(".turn").count() == 0
 
 
 def slowly(pieces):

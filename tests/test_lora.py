@@ -147,7 +147,7 @@ def test_a_setting_that_leaves_nothing_to_train_is_refused(cfg, stage, words):
 
 
 @pytest.mark.parametrize("cfg", [LORA, BOTH])
-def test_merged_and_unmerged_logits_agree_to_1e_5(cfg):
+def test_merged_and_unmerged_logits_agree_to_1e_5_of_the_largest(cfg):
     tokens, _, positions, cu, tiles = BATCH
     model, _ = adapted(cfg)
     stir_adapters(model)

@@ -14,6 +14,7 @@ from serving_helpers import (
     picture_part,
     question,
     serving,
+    streamed,
     text_part,
     wait_until,
 )
@@ -169,9 +170,20 @@ def test_a_failure_of_the_model_ends_the_answers_at_work_and_no_others(folder, m
         weight.data.fill_(float("nan"))
         status, error, _ = call(server.server_port, question("hi"))
         assert status == 500 and str(folder) not in error["error"]["message"]
+        # After the head of a stream an error is an event.
+        last = streamed(server.server_port, question("hi", stream=True))[-1]
+        assert last["error"]["code"] == 500
         weight.data.copy_(kept)
         assert answer(server.server_port, "hi") == good
     assert "not finite" in capsys.readouterr().err
+
+
+def test_a_fault_in_a_stream_is_an_event_and_no_second_head(folder, monkeypatch, capsys):
+    with serving(folder) as server:
+        monkeypatch.setattr(server.assistant, "texts", lambda tokens: 1 / 0)
+        *_, last = streamed(server.server_port, question("hi", stream=True))
+        assert last["error"]["code"] == 500
+    assert "ZeroDivisionError" in capsys.readouterr().err
 
 
 # ---- OpenAI's own client -------------------------------------------------------------------------
