@@ -348,7 +348,6 @@ def transformers_prompt_files(tokenizer_config, template):
 
 # ---- the command line ----------------------------------------------------------------------------
 
-
 def assemble_command(paths, flags):
     cfg = AssembleConfig()
     configure(cfg, [*paths, *flags])
@@ -366,12 +365,13 @@ def export_command(paths, flags):
     configure(cfg, flags)
     if len(paths) != 2:
         raise ValueError(f"usage: {USAGE}")
-    export(model_folder(paths[0]), paths[1], cfg.layout, cfg.write_head)
+    source = model_folder(paths[0])
+    export(source, paths[1], cfg.layout, cfg.write_head)
     use = "vLLM and llama.cpp; AutoModel of transformers needs --layout=transformers"
-    if cfg.layout == "transformers":
+    if inspect_folder(source).vision.kind == "aimv2":
+        use = "transformers with trust_remote_code=True; vLLM does not know its ViT"
+    elif cfg.layout == "transformers":
         use = "transformers and vLLM"
-    if inspect_folder(model_folder(paths[0])).vision.kind == "aimv2":
-        use = "transformers, with trust_remote_code=True; vLLM does not know its ViT"
     print(f"{paths[1]}: written, for {use}")
 
 
@@ -384,12 +384,8 @@ def merge_command(paths, flags):
     print(f"{target}: written")
 
 
-COMMANDS = {
-    "assemble": assemble_command,
-    "check": check_command,
-    "export": export_command,
-    "merge": merge_command,
-}
+COMMANDS = {"assemble": assemble_command, "check": check_command, "export": export_command,
+            "merge": merge_command}
 
 
 def main():
