@@ -69,6 +69,7 @@ class Server(Connections):
         self.assistant = assistant
         self.name = Path(cfg.model).resolve().name
         super().__init__(cfg.host, cfg.port, Handler)
+        # No more than the model has positions for; /v1/models says how many.
         places = min(cfg.context, assistant.model.llm.max_positions)
         self.engine = Engine(assistant, cfg.batch_size, cfg.waiting, places)
 
@@ -105,7 +106,7 @@ class Handler(Connection):
                 raise Refused(404, f"there is no {self.command} {path[:100]} here")
             paths[path]()
         except Refused as e:
-            self.send_error(e.status, str(e), e.param)
+            self.send_error(e.status, str(e), param=e.param)
         except OSError:
             raise  # the client has gone
         except Exception as e:

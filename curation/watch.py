@@ -89,5 +89,7 @@ class ReplyWatch:
                        f"{self.useless.total()} questions ({reasons})")
         if self.why:
             problem += f": {self.why}"
-        return (f"{problem}; none of these rows is dropped: see the endpoint's log, then give the "
-                "same command again, without the rows that no model can answer")
+        if self.useless["stump"]:
+            problem += "; where captions may end without a full stop give --ending=any"
+        return (f"{problem}; none of these rows is dropped: see what the endpoint says, then give "
+                "the same command again, without the rows that no model can answer")

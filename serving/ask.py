@@ -88,7 +88,7 @@ def check_keys(body):
             raise Refused(400, f"{name} is not supported; leave it out", name)
 
 
-def check_names(value, known, where):
+def check_fields(value, known, where):
     """Refused if an object holds something that is not read."""
     for name, content in value.items():
         if name not in known and content is not None:
@@ -114,7 +114,7 @@ def read_picture(part, where):
     """The bytes of the picture of a part {"type": "image_url", "image_url": {"url": DATA URI}}."""
     url = part.get("image_url")
     if isinstance(url, dict):
-        check_names(url, OF_PICTURE, where)
+        check_fields(url, OF_PICTURE, where)
         url = url.get("url")
     if not isinstance(url, str) or not url.startswith("data:image/"):
         raise Refused(400, f"{where}: a picture must be a data URI, data:image/png;base64,...; no "
@@ -149,7 +149,7 @@ def read_parts(content, where):
         place = f"{where}.content[{i}]"
         kind = part.get("type") if isinstance(part, dict) else None
         if kind:
-            check_names(part, OF_PART, place)
+            check_fields(part, OF_PART, place)
         if kind == "text" and isinstance(part.get("text"), str):
             parts.append(part["text"])
         elif kind == "image_url":
@@ -196,7 +196,7 @@ def read_messages(messages):
         role = message.get("role") if isinstance(message, dict) else None
         if role:
             empty = {name for name in EMPTY_IN_MESSAGE if message.get(name) == []}
-            check_names(message, OF_MESSAGE | empty, where)
+            check_fields(message, OF_MESSAGE | empty, where)
         expected = "assistant" if turns and turns[-1][1] is None else "user"
         parts = read_parts(message.get("content"), where) if role else []
         n_characters += sum(len(part) for part in parts if isinstance(part, str))

@@ -224,14 +224,17 @@ class Connection(BaseHTTPRequestHandler):
         self.wfile.write(content)
         self.server.set_deadline(self.connection, math.inf)
 
-    def send_error(self, status, message=None, param=None):
-        """An error as OpenAI's clients read it. The base class calls this for malformed requests.
+    def send_error(self, status, message=None, explain=None, param=None):
+        """An error as OpenAI's clients read it.
 
-        The connection is closed, because the body may not have been read.
+        The base class calls this for malformed requests, with two sentences. The connection is
+        closed, because the body may not have been read.
         """
         self.close_connection = True
         self.refused = True
         message = message or self.responses.get(status, ("error",))[0]
+        if explain:
+            message += f": {explain}"
         headers = [("Connection", "close")]
         if status in (429, 503):
             headers.append(("Retry-After", "1"))
