@@ -53,13 +53,16 @@ class Config:
     max_aspect: float = setting(8.0, at_least=1, at_most=1e6)
 
     # dedup, select
-    by: Literal["image", "text", "both"] = "image"  # dedup: pictures, captions, or either
+    # dedup: pictures, captions, either of them, or what the ViT of --model sees
+    by: Literal["image", "text", "both", "embedding"] = "image"
     # dedup: most bits of 128 by which hashes differ of pictures that are compared
     distance: int = setting(20, at_most=128)
     # dedup: least share of the edges of a picture that its near-duplicate has
     found: float = setting(0.9, above=0, at_most=1)
     # dedup: least share of word 3-grams common to near-duplicate captions
     jaccard: float = setting(0.8, above=0, at_most=1)
+    # dedup: least cosine of the vectors of near-duplicates, --by=embedding
+    cosine: float = setting(0.95, above=0, at_most=1)
     # select: rows to take; quick, composition, incremental: rows of a mix (0: all)
     n: int = setting(1000, at_most=10**10)
     # select: clusters of --model's ViT features, or hashes

@@ -10,15 +10,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from curation.embeddings import vit_features
 from curation.local_model import load_assistant, model_key
 from curation.ranks import is_whole_array, save_array
-from curation.shards import ShardRecord, all_inputs_hash, in_blocks, read_records
+from curation.shards import ShardRecord, all_inputs_hash, read_records
 from curation.stages import run_stage
-from inputs.images import load_image, make_tiles, normalize
 
 KMEANS_STEPS = 10
-KMEANS_SAMPLE = 100_000  # rows that the centres are fitted on
-VIT_BATCH = 32  # pictures that go through the ViT at once
+KMEANS_SAMPLE = 100_000  # about so many rows the centres are fitted on
 
 # What is read of a row.
 SELECT_FIELDS = ("dhash", "tone", "sha256", "source", "id")
@@ -82,7 +81,7 @@ def measure_features(cfg, folder, shard, assistant):
             hashes[k] = int(row["dhash"], 16)
             tones[k] = np.frombuffer(bytes.fromhex(row["tone"]), np.uint8)
     if assistant:
-        features = vit_features(assistant, shard)
+        features = vit_features(assistant, shard, SELECT_FIELDS)
         table["good"] &= ~np.isnan(features[:, 0])
     else:
         features = hash_features(hashes, tones)
@@ -99,9 +98,8 @@ def choose_balanced(cfg, ranks, folder, own):
     tables = [np.load(folder / f"{shard.name}.rows.npy") for shard in own]
     table = np.concatenate([np.zeros(0, SELECT_ROW), *tables])
     good = np.flatnonzero(table["good"])
-    first_good = sum(ranks.gather(len(good))[: ranks.rank])
     features = [np.load(folder / f"{shard.name}.features.npy", mmap_mode="r") for shard in own]
-    centres = fit_centres(cfg, ranks, features, tables, first_good)
+    centres = fit_centres(cfg, ranks, features, tables)
 
     choices = np.zeros(len(table), CHOICE)
     choices["cell"] = -1
@@ -186,54 +184,18 @@ def hash_features(hashes, tones):
     return np.concatenate([tones / np.float32(255), bits / np.float32(8)], 1)
 
 
-@torch.inference_mode()
-def vit_features(assistant, shard):
-    """The mean patch vector (n, C) float32 of each picture, seen as one tile by a model's ViT.
-
-    NaN where there is no picture, or none that decodes.
-    """
-    model = assistant.model
-    weight = next(model.vision_model.parameters())
-    features = [torch.empty(0, model.vision.dim)]
-    for block in in_blocks(read_records(shard, SELECT_FIELDS), VIT_BATCH):
-        found = torch.full((len(block), model.vision.dim), torch.nan)
-        tiles = [one_tile(record, model.vision.image_size) for record in block]
-        seen = [k for k, tile in enumerate(tiles) if tile is not None]
-        if seen:
-            tiles = torch.cat([tiles[k] for k in seen])
-            tiles = normalize(tiles.to(weight.device), weight.dtype)
-            patches = model.vision_model(tiles)  # (pictures, P, C)
-            found[seen] = patches.mean(1).float().cpu()
-        features.append(found)
-    return torch.cat(features).numpy()
-
-
-def one_tile(record, size):
-    """The first picture of a record as one tile (1, 3, size, size); None if there is none."""
-    for content in record.pictures.values():
-        try:
-            return make_tiles(load_image(content), 1, 1, size)
-        except (ValueError, OSError):
-            return None
-    return None
-
-
-def fit_centres(cfg, ranks, features, tables, first_good):
+def fit_centres(cfg, ranks, features, tables):
     """The centres (k, C) of clusters of the good rows of all ranks; None if there is no such row.
 
-    first_good: how many good rows the ranks before this one have.
+    They are fitted on rows whose random number is low.
     """
     n = sum(ranks.gather(sum(int(table["good"].sum()) for table in tables)))
     if n == 0:
         return None
-    chosen = shuffled(n, cfg.seed)[:KMEANS_SAMPLE].sort()[0].numpy()
     sample = []
-    start = first_good
     for part, table in zip(features, tables, strict=True):
-        good = np.flatnonzero(table["good"])
-        mine = chosen[(chosen >= start) & (chosen < start + len(good))] - start
-        sample.append(np.array(part[good[mine]]))
-        start += len(good)
+        chosen = table["good"] & (table["rank"] < KMEANS_SAMPLE / n)
+        sample.append(np.array(part[chosen]))
     sample = list(itertools.chain(*ranks.gather(sample)))
     return kmeans(np.concatenate(sample), cfg.clusters, cfg.seed)
 

@@ -6,13 +6,15 @@ import functools
 
 import numpy as np
 
+from curation.embeddings import cosine_of
 from curation.look import LOOK
 from curation.minhash import jaccard_of
 from curation.overlay import compare_looks, margin_of
 
 PAIRS_AT_ONCE = 32  # as many as a processor's cache holds
 # What comes of a comparison. margin: at least 0 for near-duplicates. NaN: not compared.
-RESULT = np.dtype([("margin", "f4"), ("found", "f4"), ("one_sided", "f4"), ("jaccard", "f4")])
+RESULT = np.dtype([("margin", "f4"), ("found", "f4"), ("one_sided", "f4"), ("jaccard", "f4"),
+                   ("cosine", "f4")])
 # A row that is dropped, the one that stays, and how they compare.
 VERDICT = np.dtype([("row", "i8"), ("kept", "i8"), ("kept_id", "S20"), *RESULT.descr])
 
@@ -26,6 +28,7 @@ class Comparer:
         self.folder = folder
         self.inputs = inputs
         self.starts = starts
+        self.centre = 0.0  # (C,) what is taken off the vectors of pictures
         self.known = {}  # {(row, row): RESULT}
         self.load = functools.lru_cache(128)(self.map_array)
 
@@ -44,14 +47,20 @@ class Comparer:
         cfg = self.cfg
         results = np.full(len(pairs), np.nan, RESULT)
         margins = []
-        if cfg.by != "text":
+        if cfg.by in ("image", "both"):
             first = self.read_looks(pairs[:, 0])
             second = self.read_looks(pairs[:, 1])
             compared = compare_looks(first, second)
             margins.append(margin_of(compared, cfg.found))
             results["found"] = compared["found"]
             results["one_sided"] = compared["one_sided"]
-        if cfg.by != "image":
+        if cfg.by == "embedding":
+            for k, (first, second) in enumerate(pairs):
+                first = self.read_vector(first)
+                second = self.read_vector(second)
+                results["cosine"][k] = cosine_of(first, second, self.centre)
+            margins.append(results["cosine"] - cfg.cosine)
+        if cfg.by in ("text", "both"):
             for k, (first, second) in enumerate(pairs):
                 jaccard = jaccard_of(self.read_ngrams(first), self.read_ngrams(second))
                 results["jaccard"][k] = jaccard
@@ -77,6 +86,10 @@ class Comparer:
         ends = self.load(shard, "ends")
         ngrams = self.load(shard, "ngrams")
         return np.array(ngrams[ends[k] : ends[k + 1]])
+
+    def read_vector(self, row):
+        shard, k = self.place(row)
+        return self.load(shard, "features")[k]
 
     def nearest(self, n):
         """The n compared pairs nearest to the threshold, as [{"records": ..., "margin": ...}, ...].

@@ -13,6 +13,8 @@ import numpy as np
 from tqdm import tqdm
 
 from curation.compare import Comparer, keep_best
+from curation.embeddings import Block, embedding_pairs, vit_features
+from curation.local_model import load_assistant, model_key
 from curation.look import (
     HASH_WORDS,
     HASHED_CROPS,
@@ -32,6 +34,7 @@ from curation.stages import run_stage
 from curation.text import caption_words
 from inputs import files
 from inputs.images import load_image
+from training.distributed import own_device
 
 MAX_DISTANCE = 40
 NEAR_PAIRS = 60  # pairs nearest to the threshold that are kept for the report
@@ -55,11 +58,18 @@ def drop_near_duplicates(cfg):
     if cfg.distance > MAX_DISTANCE:
         raise ValueError(f"--distance={cfg.distance} of 128 bits: pictures that have nothing in "
                          f"common; give 0 to {MAX_DISTANCE}")
+    if (cfg.by == "embedding") != bool(cfg.model):
+        raise ValueError("dedup --by=embedding compares what the ViT of a model sees: give both, "
+                         "--by=embedding and --model=FOLDER, or neither")
     folder = Path(cfg.out) / ".shards"
+    settings = {"by": cfg.by, "distance": cfg.distance, "found": cfg.found, "jaccard": cfg.jaccard}
+    if cfg.model:
+        settings |= {"model": model_key(cfg.model), "cosine": cfg.cosine}
 
     def prepare(ranks, inputs, missing):
+        assistant = load_assistant(cfg) if cfg.model else None
         for shard in tqdm(ranks.deal(inputs), desc="measure", unit="shard", disable=None):
-            measure_looks(cfg, folder, shard)
+            measure_looks(cfg, folder, shard, assistant)
         ranks.gather(None)
         find_dropped(cfg, ranks, folder, inputs)
         ranks.gather(None)
@@ -73,19 +83,18 @@ def drop_near_duplicates(cfg):
                 yield record
                 continue
             row = {**record.row, "duplicate_of": verdict["kept_id"].decode()}
-            for name in ("found", "one_sided", "jaccard"):
+            for name in ("found", "one_sided", "jaccard", "cosine"):
                 if not np.isnan(verdict[name]):
                     row[name] = round(float(verdict[name]), 3)
             yield ShardRecord(row, record.pictures, "near_duplicate")
 
-    run_stage(cfg, "dedup", process, prepare, by=cfg.by, distance=cfg.distance, found=cfg.found,
-              jaccard=cfg.jaccard, inputs=all_inputs_hash(cfg))
+    run_stage(cfg, "dedup", process, prepare, inputs=all_inputs_hash(cfg), **settings)
 
 
 # ---- measure -------------------------------------------------------------------------------------
 
 
-def measure_looks(cfg, folder, shard):
+def measure_looks(cfg, folder, shard, assistant):
     """Write what is compared of the rows of a shard. A killed stage goes on with the next one."""
     path = folder / f"{shard.name}.rows.npy"
     if is_whole_array(path):
@@ -94,7 +103,8 @@ def measure_looks(cfg, folder, shard):
     looks = [np.zeros(0, LOOK)]
     ngrams = []
     reasons = set()
-    sees = cfg.by != "text"
+    sees = cfg.by in ("image", "both")
+    reads = cfg.by in ("text", "both")
     with ThreadPoolExecutor(cfg.workers) as pool:
         for block in in_blocks(read_records(shard, COMPARED_FIELDS, sees), READ_AT_ONCE):
             reasons |= {record.reason for record in block}
@@ -104,18 +114,23 @@ def measure_looks(cfg, folder, shard):
                 part["hash"], part["unsure"] = hash_of(seen["gray"])
                 part["seen"] = has_edges(seen["gray"]) & (part["id"] != b"")
                 looks.append(seen)
-            if cfg.by != "image":
+            if reads:
                 ngrams += [record_ngrams(record) for record in block]
             rows.append(part)
     if "no_sha256" in reasons and None not in reasons:
         raise ValueError(f"{shard.path} has no sha256: run `curate.py collect` first")
 
+    table = np.concatenate(rows)
     if sees:
         save_array(folder / f"{shard.name}.looks.npy", np.concatenate(looks))
-    if cfg.by != "image":
+    if reads:
         save_ngrams(cfg, folder, shard, ngrams)
+    if assistant:
+        features = vit_features(assistant, shard, COMPARED_FIELDS)
+        table["seen"] = (table["id"] != b"") & (np.abs(features).sum(1) > 0)  # and not NaN
+        save_array(folder / f"{shard.name}.features.npy", features)
     # The last one says that all are there.
-    save_array(path, np.concatenate(rows))
+    save_array(path, table)
 
 
 def save_ngrams(cfg, folder, shard, ngrams):
@@ -170,14 +185,18 @@ def find_dropped(cfg, ranks, folder, inputs):
     table = np.concatenate([np.zeros(0, DEDUP_ROW), *tables])
     first_row = bounds[ranks.rank]
 
-    pairs = candidate_pairs(cfg, ranks, folder, own, table, first_row)
+    comparer = Comparer(cfg, folder, inputs, starts)
+    if cfg.by == "embedding":
+        blocks = vector_blocks(folder, own, first_row)
+        comparer.centre, pairs = embedding_pairs(ranks, own_device(), blocks, cfg.cosine)
+    else:
+        pairs = candidate_pairs(cfg, ranks, folder, own, table, first_row)
     cluster = connected(ranks, bounds, pairs[:, 0], pairs[:, 1])
     owner = ranks.fetch(cluster, bounds, pairs[:, 0]) % ranks.world
     pairs, _ = ranks.exchange(pairs, owner)
     pairs = unique_pairs(pairs)
     rows = np.unique(pairs)
     facts = ranks.fetch(table[["id", "pixels", "words"]].copy(), bounds, rows)
-    comparer = Comparer(cfg, folder, inputs, starts)
     verdicts = keep_best(comparer, rows, facts, pairs)
 
     verdicts, _ = ranks.exchange(verdicts, owner_of(bounds, verdicts["row"]))
@@ -204,13 +223,26 @@ def write_near_pairs(cfg, ranks, comparer):
 def candidate_pairs(cfg, ranks, folder, own, table, first_row):
     """Pairs of rows (p, 2) that may be near-duplicates, some on each rank."""
     found = [np.zeros((0, 2), np.int64)]
-    if cfg.by != "text":
+    if cfg.by in ("image", "both"):
         seen = np.flatnonzero(table["seen"])
         found.append(picture_pairs(ranks, seen + first_row, table["hash"][seen],
                                    table["unsure"][seen], cfg.distance))
-    if cfg.by != "image":
+    if cfg.by in ("text", "both"):
         bands = [np.load(folder / f"{shard.name}.bands.npy") for shard in own]
         bands = np.concatenate([np.zeros((0, choose_bands(cfg.jaccard)[1]), np.uint64), *bands])
         good = np.flatnonzero(table["id"] != b"")
         found.append(text_pairs(ranks, good + first_row, bands[good]))
     return unique_pairs(np.concatenate(found))
+
+
+def vector_blocks(folder, own, first_row):
+    """The pictures of each own shard that have a vector, for embedding_pairs."""
+    blocks = []
+    start = first_row
+    for shard in own:
+        table = np.load(folder / f"{shard.name}.rows.npy")
+        features = np.load(folder / f"{shard.name}.features.npy", mmap_mode="r")
+        seen = np.flatnonzero(table["seen"])
+        blocks.append(Block(features, seen, seen + start, table["id"][seen]))
+        start += len(table)
+    return blocks

@@ -7,6 +7,9 @@ import numpy as np
 from curation.look import HASH_WORDS, HASHED_CROPS, KEY_BITS, KEY_TABLES, UNSURE_BITS, hash_keys
 
 REACH = 64  # rows of equal key that a row is compared with
+# Bits by which the second word is turned for each table: more than REACH rows of one key then have
+# other neighbours in each.
+ROTATION = 21
 KEYS_AT_ONCE = 2**23  # of a rank; more are made in several rounds
 # An entry of the table of keys. order: a key, in its upper bits, and how its rows are sorted.
 ENTRY = np.dtype([("order", "u8"), ("hash", "u8", HASH_WORDS), ("row", "i8")])
@@ -37,7 +40,7 @@ def picture_pairs(ranks, rows, hashes, unsure, distance):
                 of_round = (keys * np.uint64(n_rounds)) >> np.uint64(KEY_BITS)
                 own, place = np.nonzero(of_round == part)
                 order = keys[own, place] << KEY_SHIFT
-                order |= of_crop[own, 1] >> np.uint64(KEY_BITS)
+                order |= rotated(of_crop[own, 1], ROTATION * table) >> np.uint64(KEY_BITS)
                 entries.append(make_entries(order, of_crop[own], rows[own]))
             entries = np.concatenate(entries)
             owner = (entries["order"] >> KEY_SHIFT) % np.uint64(ranks.world)
@@ -49,6 +52,11 @@ def spread_keys(keys):
     """Keys of KEY_BITS bits -> as many other numbers, uint64, that lie evenly."""
     keys = keys.astype(np.uint64) * np.uint64(0x9E3779B1)  # odd: no two become one
     return keys & np.uint64(2**KEY_BITS - 1)
+
+
+def rotated(words, bits):
+    """uint64 words, rotated to the left by so many bits."""
+    return (words << np.uint64(bits)) | (words >> np.uint64(-bits % 64))
 
 
 def text_pairs(ranks, rows, bands):
