@@ -25,6 +25,11 @@ SPARSE = 450
 # A watermark is darker or lighter than the picture, all over. Then more may be missing.
 ONE_SIDED = 0.2
 MORE_MISSING = 2.0
+# Else no place may lack more than this share of its edges: charts of one template differ in the
+# tops of their bars alone. A place has PLACE pixels on either side of its middle. The edges of a
+# mean place are added to its own, so that a place with few counts less.
+PLACE = 4
+MOST_OF_A_PLACE = 0.35
 # Levels by which the colour of a cell may lie outside those of the cells around it, and a share of
 # its own, for a stronger contrast.
 COLOR_LEVELS = 16
@@ -33,11 +38,13 @@ GRAY_LEVELS = 6  # a picture whose cells have no more colour is a grey one
 
 # How two looks compare. found: share of the edges of one picture that is in the other, the larger
 # of both. one_sided: 0 if all that differs is darker, or all is lighter; 1 if as much is either.
+# place: share of its edges that the place lacks which lacks most.
 # gain: contrast of the second over that of the first. edges: pixels that hold the edges, of the
 # picture that has fewer.
 COMPARISON = np.dtype([
     ("found", "f4"),
     ("one_sided", "f4"),
+    ("place", "f4"),
     ("gain", "f4"),
     ("edges", "f4"),
     ("same_color", "?"),
@@ -71,6 +78,8 @@ def margin_of(result, found):
     allowed[one_sided] *= MORE_MISSING
     allowed[sparse] = (1 - found) / 2
     margin = allowed - (1 - result["found"])
+    of_place = np.where(one_sided, margin, MOST_OF_A_PLACE - result["place"])
+    margin = np.minimum(margin, of_place)
     gain = result["gain"]
     other_light = (gain > MAX_GAIN) | (gain < 1 / MAX_GAIN)
     margin[other_light | ~result["same_color"]] = -1
@@ -179,7 +188,8 @@ def fit_light(x, y, used):
 
 
 def compare_edges(a, b, inside, result):
-    """Images of one place and light -> found, one_sided and edges of a COMPARISON, in place."""
+    """Images of one place and light -> found, one_sided, place and edges of a COMPARISON, in place.
+    """
     covered = box_mean(inside.astype(np.float32), BACKGROUND) + 1e-6
     difference = (b - a) * inside
     background = box_mean(difference, BACKGROUND) / covered
@@ -190,6 +200,9 @@ def compare_edges(a, b, inside, result):
     differs = np.abs(local) > MOST_LEVELS + EDGE_SHARE * steepest
 
     missing = np.minimum(share_where(steep_a, differs), share_where(steep_b, differs))
+    of_a = missing_by_place(steep_a, differs)
+    of_b = missing_by_place(steep_b, differs)
+    result["place"] = np.minimum(of_a, of_b).max((1, 2))
     flat = np.minimum(steep_a.mean((1, 2)), steep_b.mean((1, 2))) < MIN_EDGE
     result["found"] = np.where(flat, 0, 1 - missing)
     result["edges"] = np.minimum(pixels_of(steep_a), pixels_of(steep_b))
@@ -204,6 +217,12 @@ def share_where(steep, differs):
     """The share (n,) of all steepness that lies on these pixels."""
     total = steep.sum((1, 2))
     return (steep * differs).sum((1, 2)) / (total + 1e-3)
+
+
+def missing_by_place(steep, differs):
+    """The share (n, S, S) of the steepness around each pixel that lies on these pixels."""
+    mean = steep.mean((1, 2), keepdims=True)
+    return box_mean(steep * differs, PLACE) / (box_mean(steep, PLACE) + mean + 1e-6)
 
 
 def pixels_of(steep):
