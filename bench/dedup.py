@@ -284,6 +284,9 @@ def many_hash_rows(cfg, device, row):
         alone = alone or result
         assert result["clusters"] == alone["clusters"], "other clusters than on one rank"
         yield {"row": f"{row}_{n_ranks}_ranks", "value": result["seconds"], "unit": "s"}
+        # The same where other work runs beside, but for the caches.
+        yield {"row": f"{row}_{n_ranks}_ranks_cpu", "value": result["cpu_seconds"],
+               "unit": "CPU s of the busiest rank"}
         yield {"row": f"{row}_{n_ranks}_ranks_memory", "value": result["gigabytes"],
                "unit": "GB a rank at most"}
 

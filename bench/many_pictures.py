@@ -77,7 +77,10 @@ def main():
     with multiprocessing.Pool(n_ranks) as pool:
         list(tqdm(pool.imap_unordered(write_pictures, jobs), "make", len(jobs), disable=None))
 
-    print("| stage | seconds | rows/s of all ranks | GB of the largest rank |\n|---|---|---|---|")
+    print("| stage | seconds | rows/s of all ranks | CPU seconds of all ranks | rows/s of a core "
+          "| GB of the largest rank |\n|---|---|---|---|---|---|")
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    before = usage.ru_utime + usage.ru_stime
     flags = {"collect": [], "dedup": [], "select": [f"--n={n // 10}"]}
     source = folder / "web"
     for stage, further in flags.items():
@@ -89,9 +92,13 @@ def main():
             subprocess.run(command, check=True, stdout=printed, stderr=subprocess.STDOUT)
         seconds = time.perf_counter() - start
         # Of all processes so far; none is larger later than the largest one before it.
-        memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        memory = usage.ru_maxrss / 2**20
+        cpu = usage.ru_utime + usage.ru_stime - before
+        before += cpu
         n_in = json.loads((folder / stage / "report.json").read_text())["in"]
-        print(f"| {stage} | {seconds:.0f} | {n_in / seconds:.0f} | {memory:.2f} |", flush=True)
+        print(f"| {stage} | {seconds:.0f} | {n_in / seconds:.0f} | {cpu:.0f} | {n_in / cpu:.0f} "
+              f"| {memory:.2f} |", flush=True)
         source = folder / stage
 
 

@@ -22,8 +22,10 @@ MAX_GAIN = 1.4  # of the contrast
 # A picture with fewer pixels of edges is sparse, such as a white page with two lines of text. Half
 # as much of its edges may be missing.
 SPARSE = 450
-# A watermark is darker or lighter than the picture, all over. Then more may be missing.
+# A watermark is darker or lighter than the picture, all over, and lets it through: in levels, where
+# it differs most. Then more may be missing.
 ONE_SIDED = 0.2
+FAINT = 64
 MORE_MISSING = 2.0
 # Else no place may lack more than this share of its edges: charts of one template differ in the
 # tops of their bars alone. A place has PLACE pixels on either side of its middle. The edges of a
@@ -38,12 +40,13 @@ GRAY_LEVELS = 6  # a picture whose cells have no more colour is a grey one
 
 # How two looks compare. found: share of the edges of one picture that is in the other, the larger
 # of both. one_sided: 0 if all that differs is darker, or all is lighter; 1 if as much is either.
-# place: share of its edges that the place lacks which lacks most.
+# most: levels by which they differ where they differ most. place: share of its edges that the place lacks which lacks most.
 # gain: contrast of the second over that of the first. edges: pixels that hold the edges, of the
 # picture that has fewer.
 COMPARISON = np.dtype([
     ("found", "f4"),
     ("one_sided", "f4"),
+    ("most", "f4"),
     ("place", "f4"),
     ("gain", "f4"),
     ("edges", "f4"),
@@ -74,11 +77,11 @@ def margin_of(result, found):
     """
     allowed = np.full(len(result), 1 - found)
     sparse = result["edges"] < SPARSE
-    one_sided = result["one_sided"] <= ONE_SIDED
-    allowed[one_sided] *= MORE_MISSING
+    watermark = (result["one_sided"] <= ONE_SIDED) & (result["most"] <= FAINT)
+    allowed[watermark] *= MORE_MISSING
     allowed[sparse] = (1 - found) / 2
     margin = allowed - (1 - result["found"])
-    of_place = np.where(one_sided, margin, MOST_OF_A_PLACE - result["place"])
+    of_place = np.where(watermark, margin, MOST_OF_A_PLACE - result["place"])
     margin = np.minimum(margin, of_place)
     gain = result["gain"]
     other_light = (gain > MAX_GAIN) | (gain < 1 / MAX_GAIN)
@@ -188,8 +191,7 @@ def fit_light(x, y, used):
 
 
 def compare_edges(a, b, inside, result):
-    """Images of one place and light -> found, one_sided, place and edges of a COMPARISON, in place.
-    """
+    """Images of one place and light -> the other fields of a COMPARISON, in place."""
     covered = box_mean(inside.astype(np.float32), BACKGROUND) + 1e-6
     difference = (b - a) * inside
     background = box_mean(difference, BACKGROUND) / covered
@@ -200,6 +202,7 @@ def compare_edges(a, b, inside, result):
     differs = np.abs(local) > MOST_LEVELS + EDGE_SHARE * steepest
 
     missing = np.minimum(share_where(steep_a, differs), share_where(steep_b, differs))
+    result["most"] = np.abs(local).max((1, 2))
     of_a = missing_by_place(steep_a, differs)
     of_b = missing_by_place(steep_b, differs)
     result["place"] = np.minimum(of_a, of_b).max((1, 2))

@@ -8,6 +8,9 @@ dealt out again. Nothing else is held by anybody.
 Shapes: n rows of all shards. Each rank has a block of rows that follow one another, those from
 bounds[rank] to bounds[rank + 1].
 """
+import ctypes
+import os
+import signal
 import sys
 from dataclasses import dataclass
 
@@ -21,6 +24,7 @@ from training.distributed import ALONE, Dist, gather, setup_distributed
 # A rank waits so long for the others, which may be at work on a large shard. If one of them dies,
 # torchrun ends it before.
 PATIENCE_S = 7 * 24 * 3600
+PR_SET_PDEATHSIG = 1  # of Linux, sys/prctl.h
 
 
 @dataclass(slots=True)
@@ -92,7 +96,22 @@ class Ranks:
 
 def join_ranks():
     """The Ranks of this process."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
     return Ranks(setup_distributed("cpu", PATIENCE_S))
+
+
+def end_with_parent():
+    """Let Linux kill this process when torchrun is killed.
+
+    A rank that lived on would work in the folder beside the ranks of the next torchrun.
+    """
+    parent = os.getppid()
+    library = ctypes.CDLL(None)
+    if hasattr(library, "prctl"):
+        library.prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    if os.getppid() != parent:
+        raise ValueError("torchrun has ended; start the same command again")
 
 
 def on_first_rank(ranks, work):

@@ -2,13 +2,24 @@
 import io
 import random
 
+import command_line
 import numpy as np
 import pytest
-from curation_helpers import dropped_rows, encoded, run, run_well, scene, write_tar
+from curation_helpers import (
+    ROOT,
+    dropped_rows,
+    encoded,
+    run,
+    run_well,
+    scene,
+    stage_files,
+    write_tar,
+)
 from PIL import Image, ImageDraw, ImageEnhance
 from toy_endpoint import read_shards
 
-from curation import compare, dedup, look, minhash, overlay, pairs
+import convert
+from curation import compare, dedup, embeddings, look, minhash, overlay, pairs
 from curation.ranks import Ranks
 
 
@@ -59,6 +70,58 @@ def test_planted_near_duplicates_are_found_across_shards_and_only_them(tmp_path)
         assert kept & {f"s{i}", f"p{i}", f"q{i}", f"_{i}"} <= largest
     _, text = run("dedup", f"--in={tmp_path}/c", f"--out={tmp_path}/d")
     assert "nothing new to do" in text
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The toy ViT in a model folder."""
+    folder = tmp_path_factory.mktemp("model") / "m"
+    flags = ["assemble", f"--vision={ROOT}/toy/vit", f"--llm={ROOT}/toy/llm", f"--out={folder}"]
+    code, _, errors = command_line.run(convert.main, ["convert.py", *flags])
+    assert code == 0, errors
+    return folder
+
+
+def test_by_embedding_the_same_pictures_are_found_on_any_number_of_ranks_with_their_cosines(
+    tmp_path, model, zygote
+):
+    plant_duplicates(tmp_path / "in")
+    run_well("collect", f"--in={tmp_path}/in", f"--out={tmp_path}/c")
+    words = ["dedup", f"--in={tmp_path}/c", "--by=embedding", "--dtype=float32"]
+    code, text = run(*words, f"--out={tmp_path}/d")
+    assert code == 2 and "--model=FOLDER" in text
+    words.append(f"--model={model}")
+    report = run_well(*words, f"--out={tmp_path}/d")
+    assert report["dropped"] == {"near_duplicate": 40}
+    names = {row["id"]: row["source_id"] for row in read_shards(tmp_path / "c")}
+    for row in dropped_rows(tmp_path / "d"):
+        assert row["source_id"][1:] == names[row["duplicate_of"]][1:]
+        assert 0.95 <= row["cosine"] <= 1
+    codes = zygote.run("curate", [*words, f"--out={tmp_path}/two"], 2, tmp_path / "printed")
+    assert codes == [0, 0], (tmp_path / "printed").read_text()
+    assert stage_files(tmp_path / "two") == stage_files(tmp_path / "d")
+
+
+def test_vectors_that_are_near_are_found_among_many_pivots_in_several_rounds(monkeypatch):
+    monkeypatch.setattr(embeddings, "ROWS_OF_PIVOT", 16)
+    monkeypatch.setattr(embeddings, "BYTES_AT_ONCE", 2**16)
+    rng = np.random.default_rng(6)
+    features = rng.normal(size=(600, 24)).astype(np.float32) + 3
+    copies = np.arange(0, 300, 3)
+    features[copies + 300] = features[copies] + 0.1 * rng.normal(size=(100, 24))
+    digests = rng.integers(0, 2**62, 600).tolist()
+    ids = np.array([f"{digest << 2:016x}0000" for digest in digests], "S20")
+    places = np.arange(600)
+    blocks = []
+    for part in (places[:250], places[250:]):
+        blocks.append(embeddings.Block(features[part], part - part[0], part, ids[part]))
+    centre, found = embeddings.embedding_pairs(Ranks(), "cpu", blocks, 0.95)
+    assert np.abs(centre - features.mean(0)).max() < 1e-5
+    cosines = [embeddings.cosine_of(features[a], features[b], centre) for a, b in found]
+    assert min(cosines) >= 0.948
+    wanted = {(k, k + 300) for k in copies.tolist()}
+    assert len(wanted & {tuple(pair) for pair in found.tolist()}) >= 98
+    assert len(found) <= 100
 
 
 def draw_chart(heights):
@@ -153,6 +216,32 @@ def test_a_mirrored_or_turned_picture_is_no_duplicate(how):
     n = len(originals)
     results = overlay.compare_looks(looks[:n], looks[n:])
     assert (overlay.margin_of(results, 0.9) < 0).all()
+
+
+@pytest.mark.parametrize("by", [[30, -30], [30, 0]])
+def test_charts_of_one_template_of_which_a_bar_or_two_differ_are_no_duplicates(by):
+    """Nine tenths of their edges are the same; where one bar grows, all that differs is darker."""
+    heights = np.array([166, 153, 158, 169, 150, 161, 155, 164])
+    others = heights + [*by, 0, 0, 0, 0, 0, 0]
+    charts = [draw_chart(heights), draw_chart(others)]
+    looks = looks_of([*charts, EDITS["jpeg 30"](charts[0])])
+    results = overlay.compare_looks(looks[[0, 0]], looks[[1, 2]])
+    assert results["found"][0] >= 0.9
+    assert (overlay.margin_of(results, 0.9) >= 0).tolist() == [False, True]
+
+
+def test_more_pictures_of_one_key_than_are_compared_have_other_neighbours_in_each_table():
+    """A page among hundreds of its template: a bit of its hash turns, and it is found all the same.
+    """
+    rng = np.random.default_rng(9)
+    n = 400
+    hashes = np.zeros((n, 2, 2), np.uint64)
+    hashes[:, :, 1] = rng.integers(0, 2**63, (n, 1), dtype=np.uint64)
+    unsure = np.tile(np.arange(3, dtype=np.uint8), (2 * n, 2, 3, 1))
+    turned = hashes ^ np.uint64(2**62) * np.array([0, 1], np.uint64)
+    found = pairs.picture_pairs(Ranks(), np.arange(2 * n), np.concatenate([hashes, turned]), unsure,
+                                4)
+    assert found.tolist() == [[k, k + n] for k in range(n)]
 
 
 def test_equal_shapes_in_other_colours_are_no_duplicates_and_a_grey_copy_is_one():

@@ -1,11 +1,17 @@
 """curation/ranks.py: any number of ranks make the same shards, whatever is killed."""
+import os
 import random
+import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
-from curation_helpers import run, run_well, stage_files
+from curation_helpers import ROOT, TOY_PROMPTS, make_small_collection, run, run_well, stage_files
+from test_curate import call_key, reply_keys
 from test_dedup import plant_duplicates
+from toy_endpoint import Endpoint
 
 from curation.ranks import Ranks, connected
 from inputs.locks import take_lock
@@ -73,6 +79,97 @@ def test_ranks_that_are_killed_at_any_moment_leave_the_same_shards(
     assert zygote.run("curate", words, 2, tmp_path / "last") == [0, 0], (
         tmp_path / "last").read_text()
     assert stage_files(tmp_path / "out") == stage_files(alone[stage])
+
+
+ASKING = {
+    "annotate": ["--endpoint_model=m", f"--prompts={TOY_PROMPTS}"],
+    "score": ["--endpoint_model=m"],
+    "recaption": [f"--prompts={TOY_PROMPTS}", "--max_new_tokens=6", "--dtype=float32"],
+}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return make_small_collection(tmp_path_factory.mktemp("small"))
+
+
+@pytest.mark.parametrize("n_kills", [2, pytest.param(10, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("stage", ASKING)
+def test_ranks_that_are_killed_while_they_ask_ask_nothing_twice_and_lose_nothing(
+    small, zygote, tmp_path, stage, n_kills
+):
+    """No reply that is written down is asked for again; the shards are those of one process."""
+    folder, truth = small
+    endpoint = Endpoint(truth, fail=0, delay=0.05)
+    asked = f"--model={folder}/model" if stage == "recaption" else f"--endpoint={endpoint.url}"
+    words = [stage, f"--in={folder}/c", "--threads=2", asked, *ASKING[stage]]
+    report = run_well(*words, f"--out={tmp_path}/alone")
+    n_asked = len(endpoint.asked)
+
+    out = tmp_path / "out"
+    rng = random.Random(n_kills)
+    written = set()
+    for k in range(n_kills):
+        pids = zygote.start("curate", [*words, f"--out={out}"], 2, tmp_path / f"killed{k}")
+        time.sleep(rng.uniform(0.3, 1.2))
+        zygote.kill(pids[::-1])
+        zygote.wait(pids)
+        assert reply_keys(out) >= written
+        written = reply_keys(out)
+        time.sleep(0.2)  # requests under way arrive at the endpoint
+        so_far = len(endpoint.asked)
+    last = zygote.run("curate", [*words, f"--out={out}"], 2, tmp_path / "last")
+    assert last == [0, 0], (tmp_path / "last").read_text()
+    assert stage_files(out) == stage_files(tmp_path / "alone")
+    # Every reply stands there once, and none of those from before was asked for at the end.
+    replies = b"\n".join(path.read_bytes() for path in out.glob("replies/*.jsonl"))
+    assert len(reply_keys(out)) == report["replies"] == replies.count(b'"}\n') + replies.endswith(b"}")
+    assert not written & {call_key(call) for call in endpoint.asked[so_far:]}
+    # Of each kill, what its two ranks with two threads had under way.
+    assert len(endpoint.asked) - 2 * n_asked <= 4 * n_kills
+    endpoint.server.shutdown()
+
+
+def test_the_ranks_of_a_torchrun_that_is_killed_end_and_the_next_one_goes_on(small, tmp_path):
+    """Else they would work in the folder beside those of the next one."""
+    folder, truth = small
+    endpoint = Endpoint(truth, fail=0, delay=0.5)
+    words = ["annotate", f"--in={folder}/c", f"--out={tmp_path}/out", "--threads=1",
+             f"--endpoint={endpoint.url}", *ASKING["annotate"]]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               "--nproc_per_node=2", "curate.py", *words]
+    with open(tmp_path / "printed", "w") as printed:
+        torchrun = subprocess.Popen(command, cwd=ROOT, stdout=printed, stderr=printed,
+                                    env={**os.environ, "OMP_NUM_THREADS": "1"})
+    wait_until(lambda: len(endpoint.asked) >= 2)
+    ranks = children_of(torchrun.pid)
+    torchrun.send_signal(signal.SIGKILL)
+    torchrun.wait()
+    wait_until(lambda: not any(is_running(pid) for pid in ranks))
+    endpoint.delay = 0
+    assert len(ranks) == 2 and run(*words)[0] == 0
+    endpoint.server.shutdown()
+
+
+def wait_until(holds, timeout=120):
+    end = time.monotonic() + timeout
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def children_of(pid):
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return [int(child) for child in file.read().split()]
+
+
+def is_running(pid):
+    """Whether a process is there and no zombie."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_a_second_run_in_a_folder_is_refused_in_one_line(alone, zygote, tmp_path):
