@@ -40,9 +40,9 @@ GRAY_LEVELS = 6  # a picture whose cells have no more colour is a grey one
 
 # How two looks compare. found: share of the edges of one picture that is in the other, the larger
 # of both. one_sided: 0 if all that differs is darker, or all is lighter; 1 if as much is either.
-# most: levels by which they differ where they differ most. place: share of its edges that the place lacks which lacks most.
-# gain: contrast of the second over that of the first. edges: pixels that hold the edges, of the
-# picture that has fewer.
+# most: levels by which they differ where they differ most. place: share of its edges that is
+# missing at the place that lacks most. gain: contrast of the second over that of the first.
+# edges: pixels that hold the edges, of the picture that has fewer.
 COMPARISON = np.dtype([
     ("found", "f4"),
     ("one_sided", "f4"),
