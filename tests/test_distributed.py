@@ -1,5 +1,7 @@
 """Ranks: DDP and FSDP take the steps of one process; activation checkpointing keeps less."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.distributed as td
@@ -7,7 +9,7 @@ from stand_in import ADVANCE, ALL, ALONE, batch, build, largest_difference, trai
 
 from configurator import configure
 from train import RunConfig
-from training import distributed
+from training import distributed, meeting
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -73,3 +75,20 @@ def test_empty_variables_of_ranks_and_a_world_of_one_are_a_single_process(variab
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert distributed.setup_distributed("cpu") == ALONE and not td.is_initialized()
+
+
+def test_ranks_that_are_started_again_meet_each_other_and_no_dead_rank():
+    """Each machine's torchrun counts its own restarts, so that counts cannot tell starts apart."""
+    store = td.HashStore()
+    # A start in which rank 1 answered and died, and one whose rank 0 died when it had called.
+    store.set("call", "first")
+    store.set("first 1", "dead")
+    store.set("first here", "dead")
+    with ThreadPoolExecutor(3) as pool:
+        other = pool.submit(meeting.answer_call, store, "b", 1)
+        third = pool.submit(meeting.answer_call, store, "c", 2)
+        with pytest.raises(TimeoutError):
+            other.result(timeout=0.3)
+        pool.submit(meeting.call_ranks, store, "a", 3).result(timeout=20)
+        assert other.result(timeout=20) == third.result(timeout=20) == "a"
+    assert store.get("a here") == b"b c"

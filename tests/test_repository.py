@@ -59,6 +59,7 @@ model_files
 weights
 decoding
 generate
+training/meeting
 training/distributed
 training/prefetch
 training/compile

@@ -8,9 +8,10 @@ import torch
 import torch.distributed as td
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from training.meeting import store_of_this_start
 
 # ---- ranks ---------------------------------------------------------------------------------------
 
@@ -78,16 +79,10 @@ def setup_distributed(device="auto", timeout_s=600):
     if device.type == "cuda":
         td.init_process_group("nccl", timeout=timeout, device_id=device)
     else:
-        store = store_of_this_start(timeout)
+        store = store_of_this_start(rank, world, timeout)
         td.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
     background = td.new_group(backend="gloo", timeout=timeout)
     return Dist(rank, world, device, background, timeout)
-
-
-def store_of_this_start(timeout):
-    """The store of torchrun's ranks, without what was left there by ranks that it has restarted."""
-    store, _, _ = next(rendezvous("env://", timeout=timeout))
-    return td.PrefixStore(f"start {rank_variable('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def close_distributed():
