@@ -1,4 +1,4 @@
-"""dedup: edited pictures that are found, pictures that are wrongly merged, beside a hash of others.
+"""dedup: edited pictures that are found, pictures that are wrongly merged, beside hashes of others.
 
 Each folder in --pictures is a kind of picture. All edits of all pictures lie in one heap with the
 originals. An edit counts as found if it is merged with its original. Every picture is compared with
@@ -27,7 +27,6 @@ from inputs.images import IMAGE_SUFFIXES, load_image
 
 FOUND = 0.9  # the default of --found
 DISTANCE = 20  # the default of --distance
-PHASH_DISTANCE = 10  # imagededup's default for perceptual hashes
 MOST_PICTURES = 120  # of a kind that are edited; the others lie in the heap unedited
 N_PAGES = 47
 
@@ -131,14 +130,33 @@ EDITS = {
 OTHER_PICTURES = ("mirrored", "turned", "upside down")
 
 
-def make_heap(folder, phash):
-    """All pictures with their edits -> [(kind, edit, original)], LOOK (n,), 64-bit pHashes or None.
+def other_hashes():
+    """{name: (function from an image to a hash of bits, most bits that differ)} of what is here.
+
+    The distances are those that imagededup and PDQ's authors name.
+    """
+    found = {}
+    try:
+        phash = importlib.import_module("imagehash").phash
+        found["pHash of imagehash"] = (lambda image: phash(image).hash.ravel(), 10)
+    except ImportError:
+        print("not beside pHash: pip install imagehash")
+    try:
+        pdq = importlib.import_module("pdqhash").compute
+        found["PDQ of pdqhash"] = (lambda image: pdq(np.asarray(image))[0], 31)
+    except ImportError:
+        print("not beside PDQ: pip install pdqhash")
+    return found
+
+
+def make_heap(folder, others):
+    """All pictures with their edits -> [(kind, edit, original)], LOOK (n,), {name: hashes (n, w)}.
 
     original: what two pictures of one origin have in common. A mirrored picture has another.
     """
     names = []
     looks = []
-    hashes = []
+    hashes = {name: [] for name in others}
     seen = collections.Counter()
     for number, (kind, image) in enumerate(read_kinds(folder)):
         seen[kind] += 1
@@ -150,9 +168,10 @@ def make_heap(folder, phash):
             origin = f"{number} {edit}" if edit in OTHER_PICTURES else str(number)
             names.append((kind, edit, origin))
             looks.append(look_of(edited))
-            if phash:
-                hashes.append(int(str(phash(edited)), 16))
-    return names, np.array(looks, LOOK), np.array(hashes, np.uint64) if phash else None
+            for name, (compute, _) in others.items():
+                hashes[name].append(np.packbits(compute(edited).astype(bool)))
+    words = {name: np.array(rows).view("u8") for name, rows in hashes.items()}
+    return names, np.array(looks, LOOK), words
 
 
 # ---- merges --------------------------------------------------------------------------------------
@@ -183,11 +202,12 @@ def with_original(names, pairs):
     return is_original[pairs].any(1)
 
 
-def hash_merges(names, hashes):
-    """Pairs (p, 2) with an original whose hashes differ in at most PHASH_DISTANCE bits."""
+def hash_merges(names, hashes, distance):
+    """Pairs (p, 2) with an original whose hashes (n, words) differ in at most `distance` bits."""
     found = []
     for k in range(len(hashes) - 1):
-        near = np.flatnonzero(np.bitwise_count(hashes[k] ^ hashes[k + 1 :]) <= PHASH_DISTANCE)
+        differ = np.bitwise_count(hashes[k] ^ hashes[k + 1 :]).sum(1)
+        near = np.flatnonzero(differ <= distance)
         found += [(k, k + 1 + int(other)) for other in near]
     found = np.array(found).reshape(-1, 2)
     return found[with_original(names, found)]
@@ -218,35 +238,37 @@ def merge_rows(cfg, device, row):
     if not cfg.pictures:
         print(f"{row}: not run; give --pictures=FOLDER, with a folder of pictures for each kind")
         return
-    phash = None
-    try:
-        phash = importlib.import_module("imagehash").phash
-    except ImportError:
-        print("beside no other hash: for pHash pip install imagehash")
-    names, looks, hashes = make_heap(cfg.pictures, phash)
+    others = other_hashes()
+    names, looks, hashes = make_heap(cfg.pictures, others)
     recall, precision, wrong = score_merges(names, our_merges(names, looks))
-    peer = {}
-    peer_precision = None
-    if phash:
-        peer, peer_precision, _ = score_merges(names, hash_merges(names, hashes))
     print(f"{len(names)} pictures; merged wrongly: {dict(wrong) or 'none'}")
     for (kind, edit), share in recall.items():
-        yield percent_row(f"{kind}, {edit}", share, peer.get((kind, edit)))
+        yield percent_row(f"{kind}, {edit}", share)
+    if not others:
+        yield from summary_rows(names, recall, precision)
+    for name, (_, distance) in others.items():
+        peer = score_merges(names, hash_merges(names, hashes[name], distance))[:2]
+        yield from summary_rows(names, recall, precision, name, *peer)
+
+
+def summary_rows(names, recall, precision, peer="", peer_recall=None, peer_precision=None):
+    """Recall of each edit over all kinds and the precision, beside another hash if there is one."""
     for edit in EDITS:
-        shares = [(share, key) for key, share in recall.items() if key[1] == edit]
-        if shares:
-            counts = [sum(name[:2] == key for name in names) for _, key in shares]
-            mean = np.average([share for share, _ in shares], weights=counts)
-            theirs = [peer.get(key) for _, key in shares]
-            yield percent_row(f"all, {edit}", mean, np.average(theirs, weights=counts) if peer
-                              else None)
-    yield percent_row("precision of merges", precision, peer_precision)
+        keys = [key for key in recall if key[1] == edit]
+        if keys:
+            counts = [sum(name[:2] == key for name in names) for key in keys]
+            ours = np.average([recall[key] for key in keys], weights=counts)
+            theirs = None
+            if peer:
+                theirs = np.average([peer_recall[key] for key in keys], weights=counts)
+            yield percent_row(f"all, {edit}", ours, peer, theirs)
+    yield percent_row("precision of merges", precision, peer, peer_precision)
 
 
-def percent_row(row, ours, theirs):
+def percent_row(row, ours, peer="", theirs=None):
     result = {"row": row, "value": 100 * float(ours), "unit": "%"}
     if theirs is not None:
-        result |= {"peer": "pHash of imagehash", "peer_value": 100 * float(theirs)}
+        result |= {"peer": peer, "peer_value": 100 * float(theirs)}
         result["ratio"] = float(ours / theirs) if theirs else float("inf")
     return result
 
