@@ -1,6 +1,7 @@
 """curation/ranks.py: any number of ranks make the same shards, whatever is killed."""
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,7 +9,17 @@ import time
 
 import numpy as np
 import pytest
-from curation_helpers import ROOT, TOY_PROMPTS, make_small_collection, run, run_well, stage_files
+from curation_helpers import (
+    ROOT,
+    TOY_PROMPTS,
+    encoded,
+    make_small_collection,
+    run,
+    run_well,
+    scene,
+    stage_files,
+    write_tar,
+)
 from test_curate import call_key, reply_keys
 from test_dedup import plant_duplicates
 from toy_endpoint import Endpoint
@@ -171,6 +182,35 @@ def is_running(pid):
             return file.read().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_empty_shards_and_ranks_without_a_shard_stop_no_stage(zygote, tmp_path):
+    """Four ranks and two shards, of which one holds nothing."""
+    rng = np.random.default_rng(2)
+    members = [(f"{k}.png", encoded(scene(rng, 70), format="PNG")) for k in range(6)]
+    write_tar(tmp_path / "web" / "0.tar", [])
+    write_tar(tmp_path / "web" / "1.tar", members)
+    source = tmp_path / "web"
+    for stage in STAGES:
+        words = arguments(stage, source, tmp_path / stage)
+        codes = zygote.run("curate", words, 4, tmp_path / "printed")
+        assert codes == [0] * 4, (tmp_path / "printed").read_text()
+        source = tmp_path / stage
+    assert "filter: 2 of 2 shards" in (tmp_path / "printed").read_text()
+
+
+def test_a_damaged_shard_costs_itself_and_is_told_of_once_for_all_ranks(zygote, alone, tmp_path):
+    web = tmp_path / "web"
+    shutil.copytree(alone["web"], web)
+    path = web / "040.tar"
+    path.write_bytes(path.read_bytes()[:-20000])
+    words = arguments("collect", web, tmp_path / "collect")
+    codes = zygote.run("curate", words, 2, tmp_path / "printed")
+    assert sorted(codes)[-1] == 2
+    printed = (tmp_path / "printed").read_text()
+    assert printed.count("left out: ") == 1 and "4 shards are whole" in printed
+    words = arguments("dedup", tmp_path / "collect", tmp_path / "dedup")
+    assert zygote.run("curate", words, 2, tmp_path / "again") == [0, 0]
 
 
 def test_a_second_run_in_a_folder_is_refused_in_one_line(alone, zygote, tmp_path):
