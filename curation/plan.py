@@ -1,7 +1,7 @@
 """Stage plan: hours, memory, disk and traffic of collect, dedup and select, before they run.
 
 seconds of a rank = pictures * (ms of a picture + ms of a kilobyte * its kilobytes) / ranks. The
-rates were measured on one core of an AMD EPYC with AVX2, 28 November 2026 (docs/log.md). Waiting
+rates are CPU time of one core of an AMD EPYC with AVX512, 29 November 2026 (docs/log.md). Waiting
 for the disk is not in them: the traffic says what it has to bear.
 """
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from curation.look import HASHED_CROPS, LOOK, UNSURE_BITS
 from curation.pairs import ENTRY, KEYS_AT_ONCE
 
 MS_PER_KEY_ROW = 0.022  # of a picture in the search for candidates
-MS_PER_COMPARISON = 6.8  # of one pair of pictures
+MS_PER_COMPARISON = 2.7  # of one pair of pictures
 ROW_KB = 1.0  # the .json of a row in its shard
 COPIES_IN_MEMORY = 3  # of the table of keys while it is sent and sorted
 FEATURE_BYTES = 4 * 112  # of a row in select, without --model
@@ -36,11 +36,11 @@ def stage_plans(cfg):
     compared = MS_PER_KEY_ROW + MS_PER_COMPARISON * cfg.compared
     looks = LOOK.itemsize * 2 * cfg.compared  # read again for comparisons
     return [
-        StagePlan("collect", 0.3, 0.10, 2, 1, 17, 18, 18),
-        StagePlan("dedup", 0.9 + compared, 0.08, 2 + looks / 1e3 / cfg.picture_kb, 1,
+        StagePlan("collect", 0.3, 0.08, 2, 1, 17, 18, 18),
+        StagePlan("dedup", 0.6 + compared, 0.08, 2 + looks / 1e3 / cfg.picture_kb, 1,
                   LOOK.itemsize + DEDUP_ROW.itemsize, DEDUP_ROW.itemsize + VERDICT.itemsize,
                   entries * ENTRY.itemsize),
-        StagePlan("select", 0.4, 0.0, 1, 1, FEATURE_BYTES + 13, FEATURE_BYTES + 41, 32),
+        StagePlan("select", 0.3, 0.0, 1, 1, FEATURE_BYTES + 13, FEATURE_BYTES + 41, 32),
     ]
 
 
@@ -68,4 +68,4 @@ def print_curation_plan(cfg):
     for stage in stage_plans(cfg):
         print(f"  {stage.name}: {stage.ms:.3g} + {stage.ms_per_kb:.3g} * KB")
     print(f"dedup compares {cfg.compared:g} pairs for each picture, {MS_PER_COMPARISON} ms each "
-          "(--compared=N); all are rates of one core of an AMD EPYC; +0.2 GB of memory for Python")
+          "(--compared=N); all are rates of one core of an AMD EPYC; +0.4 GB of memory for Python")
