@@ -93,18 +93,24 @@ def hash_of(gray):
     return np.stack(hashes, 1), np.stack(unsure, 1).astype(np.uint8)
 
 
-def hash_keys(hashes, unsure, table):
-    """First words (n,) of hashes, unsure (n, UNSURE_BITS) -> keys (n, 2 ** UNSURE_BITS) uint32.
-
-    Two pictures have a key in common if all bits agree of which neither is unsure.
-    """
+def hash_keys(hashes, table):
+    """First words (m,) of hashes -> their keys (m,) uint32 of KEY_BITS bits."""
     keys = np.zeros(len(hashes), np.uint32)
     for place, bit in enumerate(KEY_TABLES[table]):
         found = (hashes >> np.uint64(bit)) & np.uint64(1)
         keys |= found.astype(np.uint32) << np.uint32(place)
-    turned = np.uint32(1) << unsure.astype(np.uint32)
-    values = np.arange(2**UNSURE_BITS, dtype=np.uint32)
-    choices = (values >> np.arange(UNSURE_BITS, dtype=np.uint32)[:, None]) & np.uint32(1)
-    # The bits are distinct, so that their sum is their union.
-    masks = turned @ choices
-    return keys[:, None] ^ masks
+    return keys
+
+
+def turned_keys(keys, unsure):
+    """keys (m,), unsure (m, UNSURE_BITS) -> yield the keys for all values of their unsure bits.
+
+    Two pictures have one of them in common if all bits agree of which neither is unsure. In Gray's
+    order, so that one bit is turned at a time, in place.
+    """
+    keys = keys.copy()
+    yield keys
+    for number in range(1, 2**UNSURE_BITS):
+        bit = (number & -number).bit_length() - 1
+        keys ^= np.uint32(1) << unsure[:, bit].astype(np.uint32)
+        yield keys

@@ -4,7 +4,15 @@ Shapes: n rows of all shards, of which each rank has a block, m of them.
 """
 import numpy as np
 
-from curation.look import HASH_WORDS, HASHED_CROPS, KEY_BITS, KEY_TABLES, UNSURE_BITS, hash_keys
+from curation.look import (
+    HASH_WORDS,
+    HASHED_CROPS,
+    KEY_BITS,
+    KEY_TABLES,
+    UNSURE_BITS,
+    hash_keys,
+    turned_keys,
+)
 
 REACH = 64  # rows of equal key that a row is compared with
 # Bits by which the second word is turned for each table: more than REACH rows of one key then have
@@ -30,18 +38,19 @@ def picture_pairs(ranks, rows, hashes, unsure, distance):
     n_rounds = max(ranks.gather(-(-m * per_row // KEYS_AT_ONCE) or 1))
     found = []
     for table in range(len(KEY_TABLES)):
+        keys = [hash_keys(hashes[:, crop, 0], table) for crop in range(len(HASHED_CROPS))]
         for part in range(n_rounds):
+            low = part * 2**KEY_BITS // n_rounds
+            high = (part + 1) * 2**KEY_BITS // n_rounds
             entries = []
-            for crop in range(len(HASHED_CROPS)):
-                of_crop = hashes[:, crop]
-                keys = hash_keys(of_crop[:, 0], unsure[:, crop, table], table)  # (m, 8)
-                keys = spread_keys(keys)
-                # The upper part of the keys decides of the round.
-                of_round = (keys * np.uint64(n_rounds)) >> np.uint64(KEY_BITS)
-                own, place = np.nonzero(of_round == part)
-                order = keys[own, place] << KEY_SHIFT
-                order |= rotated(of_crop[own, 1], ROTATION * table) >> np.uint64(KEY_BITS)
-                entries.append(make_entries(order, of_crop[own], rows[own]))
+            for crop, of_crop in enumerate(keys):
+                for turned in turned_keys(of_crop, unsure[:, crop, table]):
+                    spread = spread_keys(turned)
+                    own = np.flatnonzero((spread >= low) & (spread < high))
+                    order = spread[own].astype(np.uint64) << KEY_SHIFT
+                    second = rotated(hashes[own, crop, 1], ROTATION * table)
+                    order |= second >> np.uint64(KEY_BITS)
+                    entries.append(make_entries(order, hashes[own, crop], rows[own]))
             entries = np.concatenate(entries)
             owner = (entries["order"] >> KEY_SHIFT) % np.uint64(ranks.world)
             found.append(entry_pairs(ranks, entries, owner, KEY_SHIFT, is_near))
@@ -49,9 +58,9 @@ def picture_pairs(ranks, rows, hashes, unsure, distance):
 
 
 def spread_keys(keys):
-    """Keys of KEY_BITS bits -> as many other numbers, uint64, that lie evenly."""
-    keys = keys.astype(np.uint64) * np.uint64(0x9E3779B1)  # odd: no two become one
-    return keys & np.uint64(2**KEY_BITS - 1)
+    """Keys (m,) of KEY_BITS bits -> as many other numbers, uint32, that lie evenly."""
+    # The factor is odd, so that no two become one.
+    return (keys * np.uint32(0x9E3779B1)) & np.uint32(2**KEY_BITS - 1)
 
 
 def rotated(words, bits):
