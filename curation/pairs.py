@@ -18,7 +18,9 @@ REACH = 64  # rows of equal key that a row is compared with
 # Bits by which the second word is turned for each table: more than REACH rows of one key then have
 # other neighbours in each.
 ROTATION = 21
-KEYS_AT_ONCE = 2**23  # of a rank; more are made in several rounds
+# Keys of all ranks together that are in memory, or these many of each; more are made in rounds.
+KEYS_AT_ONCE = 2**23
+FEWEST_KEYS_AT_ONCE = 2**20
 # An entry of the table of keys. order: a key, in its upper bits, and how its rows are sorted.
 ENTRY = np.dtype([("order", "u8"), ("hash", "u8", HASH_WORDS), ("row", "i8")])
 KEY_SHIFT = np.uint64(64 - KEY_BITS)
@@ -35,7 +37,8 @@ def picture_pairs(ranks, rows, hashes, unsure, distance):
 
     m = len(hashes)
     per_row = len(HASHED_CROPS) * 2**UNSURE_BITS
-    n_rounds = max(ranks.gather(-(-m * per_row // KEYS_AT_ONCE) or 1))
+    at_once = keys_at_once(ranks.world)
+    n_rounds = max(ranks.gather(-(-m * per_row // at_once) or 1))
     found = []
     for table in range(len(KEY_TABLES)):
         keys = [hash_keys(hashes[:, crop, 0], table) for crop in range(len(HASHED_CROPS))]
@@ -55,6 +58,11 @@ def picture_pairs(ranks, rows, hashes, unsure, distance):
             owner = (entries["order"] >> KEY_SHIFT) % np.uint64(ranks.world)
             found.append(entry_pairs(ranks, entries, owner, KEY_SHIFT, is_near))
     return unique_pairs(np.concatenate(found))
+
+
+def keys_at_once(n_ranks):
+    """How many keys a rank makes in a round."""
+    return max(KEYS_AT_ONCE // n_ranks, FEWEST_KEYS_AT_ONCE)
 
 
 def spread_keys(keys):

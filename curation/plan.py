@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from curation.compare import VERDICT
 from curation.dedup import DEDUP_ROW
 from curation.look import HASHED_CROPS, LOOK, UNSURE_BITS
-from curation.pairs import ENTRY, KEYS_AT_ONCE
+from curation.pairs import ENTRY, keys_at_once
 
 MS_PER_KEY_ROW = 0.022  # of a picture in the search for candidates
 MS_PER_COMPARISON = 2.7  # of one pair of pictures
@@ -50,7 +50,7 @@ def print_curation_plan(cfg):
     print(f"{'stage':8} {'hours':>9} {'GB a rank':>10} {'TB on disk':>11} {'TB sent':>8} "
           f"{'TB read+written':>16} {'GB/s of it':>11}")
     # A rank makes so many keys at once, however many rows it has.
-    at_once = KEYS_AT_ONCE * ENTRY.itemsize * COPIES_IN_MEMORY / 1e9
+    at_once = keys_at_once(cfg.ranks) * ENTRY.itemsize * COPIES_IN_MEMORY / 1e9
     for stage in stage_plans(cfg):
         ms = stage.ms + stage.ms_per_kb * cfg.picture_kb
         hours = cfg.n * ms / 1e3 / cfg.ranks / 3600
