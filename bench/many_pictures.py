@@ -24,7 +24,7 @@ from inputs.tars import add_record
 PER_SHARD = 5000
 
 
-def draw_picture(rng):
+def draw_shapes(rng):
     """A picture of 64 to 96 pixels like no other: smooth noise with some shapes before it."""
     width, height = (int(side) for side in rng.integers(64, 97, 2))
     cells = rng.integers(4, 17, 2)
@@ -52,14 +52,14 @@ def write_pictures(job):
     if path.exists():
         return
     rng = np.random.default_rng(number)
-    image = draw_picture(rng)
+    image = draw_shapes(rng)
     new = path.with_suffix(".tmp")
     with tarfile.open(new, "w", format=tarfile.USTAR_FORMAT) as tar:
         for k in range(count):
             if k % 10 == 9:
                 content = save_jpeg(image, 60)
             elif k % 100 != 98:
-                image = draw_picture(rng)
+                image = draw_shapes(rng)
                 content = save_jpeg(image, 88)
             row = {"caption": f"picture {k} of shard {number}"}
             add_record(tar, f"{number:06d}-{k:04d}", row, [(".jpg", content)])

@@ -79,7 +79,8 @@ def measure_features(cfg, folder, shard, assistant):
             table["source"][k] = int(source[:8], 16)
             table["rank"][k] = random_rank(cfg.seed, row["sha256"][:20])
             hashes[k] = int(row["dhash"], 16)
-            tones[k] = np.frombuffer(bytes.fromhex(row["tone"]), np.uint8)
+            tone = bytes.fromhex(row["tone"])
+            tones[k] = np.frombuffer(tone, np.uint8)
     if assistant:
         features = vit_features(assistant, shard, SELECT_FIELDS)
         table["good"] &= ~np.isnan(features[:, 0])
@@ -189,15 +190,17 @@ def fit_centres(cfg, ranks, features, tables):
 
     They are fitted on rows whose random number is low.
     """
-    n = sum(ranks.gather(sum(int(table["good"].sum()) for table in tables)))
+    m = sum(int(table["good"].sum()) for table in tables)
+    n = sum(ranks.gather(m))
     if n == 0:
         return None
     sample = []
     for part, table in zip(features, tables, strict=True):
         chosen = table["good"] & (table["rank"] < KMEANS_SAMPLE / n)
         sample.append(np.array(part[chosen]))
-    sample = list(itertools.chain(*ranks.gather(sample)))
-    return kmeans(np.concatenate(sample), cfg.clusters, cfg.seed)
+    sample = itertools.chain(*ranks.gather(sample))
+    sample = np.concatenate(list(sample))
+    return kmeans(sample, cfg.clusters, cfg.seed)
 
 
 def kmeans(sample, k, seed):
@@ -205,7 +208,8 @@ def kmeans(sample, k, seed):
     sample = torch.from_numpy(sample)
     centres = sample[shuffled(len(sample), seed)[:k]].clone()
     for _ in range(KMEANS_STEPS):
-        one_hot = torch.nn.functional.one_hot(nearest_centre(sample, centres), len(centres))
+        nearest = nearest_centre(sample, centres)
+        one_hot = torch.nn.functional.one_hot(nearest, len(centres))
         one_hot = one_hot.float()  # (sample, k)
         sizes = one_hot.sum(0)
         full = sizes > 0  # an empty cluster keeps its centre

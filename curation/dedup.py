@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from curation.compare import Comparer, keep_best
-from curation.embeddings import Block, embedding_pairs, vit_features
+from curation.embeddings import VectorBlock, embedding_pairs, vit_features
 from curation.local_model import load_assistant, model_key
 from curation.look import (
     HASH_WORDS,
@@ -243,6 +243,6 @@ def vector_blocks(folder, own, first_row):
         table = np.load(folder / f"{shard.name}.rows.npy")
         features = np.load(folder / f"{shard.name}.features.npy", mmap_mode="r")
         seen = np.flatnonzero(table["seen"])
-        blocks.append(Block(features, seen, seen + start, table["id"][seen]))
+        blocks.append(VectorBlock(features, seen, seen + start, table["id"][seen]))
         start += len(table)
     return blocks

@@ -2,6 +2,7 @@
 
 Shapes: n rows of all shards, of which each rank has a block, m of them; C width of a vector.
 """
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -67,7 +68,7 @@ def cosine_of(a, b, centre):
 # ---- pairs ---------------------------------------------------------------------------------------
 
 
-class Block(NamedTuple):
+class VectorBlock(NamedTuple):
     """The pictures of one own shard, m of them."""
     features: np.ndarray  # (rows of the shard, C), on the disk
     places: np.ndarray  # (m,) of the pictures in it
@@ -84,9 +85,13 @@ def embedding_pairs(ranks, device, blocks, cosine):
     pivots = unit_vectors(device, pivots, centre)
     # (m, NEAREST_PIVOTS) of each block
     cells = [nearest_pivots(device, block, centre, pivots) for block in blocks]
-    entry = np.dtype([("cell", "i8"), ("row", "i8"), ("vector", "f2", len(centre))])
+    entry = np.dtype([
+        ("cell", "i8"),
+        ("row", "i8"),
+        ("vector", "f2", len(centre)),
+    ])
     n_bytes = sum(part.size for part in cells) * entry.itemsize
-    n_rounds = max(ranks.gather(-(-n_bytes // BYTES_AT_ONCE) or 1))
+    n_rounds = max(1, *ranks.gather(math.ceil(n_bytes / BYTES_AT_ONCE)))
     found = [np.zeros((0, 2), np.int64)]
     for turn in range(n_rounds):
         entries = [np.zeros(0, entry)]
@@ -95,11 +100,14 @@ def embedding_pairs(ranks, device, blocks, cosine):
             made = np.zeros(len(own), entry)
             made["cell"] = part[own, near]
             made["row"] = block.rows[own]
-            made["vector"] = unit_vectors("cpu", block.features[block.places[own]], centre)
+            vectors = block.features[block.places[own]]
+            made["vector"] = unit_vectors("cpu", vectors, centre)
             entries.append(made)
         entries = np.concatenate(entries)
-        entries, _ = ranks.exchange(entries, entries["cell"] // n_rounds % ranks.world)
-        entries = entries[np.lexsort((entries["row"], entries["cell"]))]
+        owner = entries["cell"] // n_rounds % ranks.world
+        entries, _ = ranks.exchange(entries, owner)
+        order = np.lexsort((entries["row"], entries["cell"]))
+        entries = entries[order]
         edges = np.flatnonzero(np.diff(entries["cell"], prepend=-1))
         for cell in np.split(entries, edges)[1:]:
             found.append(cell_pairs(device, cell, cosine - SLACK))
@@ -108,8 +116,10 @@ def embedding_pairs(ranks, device, blocks, cosine):
 
 def draw_vectors(ranks, blocks):
     """The mean (C,) of some rows of all ranks, pivots (k, C): the same on any number of ranks."""
-    n = sum(ranks.gather(sum(len(block.rows) for block in blocks)))
-    width = max(ranks.gather(max((block.features.shape[1] for block in blocks), default=0)))
+    m = sum(len(block.rows) for block in blocks)
+    n = sum(ranks.gather(m))
+    width = max((block.features.shape[1] for block in blocks), default=0)
+    width = max(ranks.gather(width))
     share = min(1, MOST_DRAWN / max(1, n))
     ids = [np.zeros(0, "S20")]
     vectors = [np.zeros((0, width), np.float32)]
@@ -117,19 +127,25 @@ def draw_vectors(ranks, blocks):
         drawn = are_drawn(block.ids, share)
         ids.append(block.ids[drawn])
         vectors.append(block.features[block.places[drawn]])
-    ids = np.concatenate(ranks.gather(np.concatenate(ids)))
-    vectors = np.concatenate(ranks.gather(np.concatenate(vectors)))
+    ids = np.concatenate(ids)
+    vectors = np.concatenate(vectors)
+    ids = np.concatenate(ranks.gather(ids))
+    vectors = np.concatenate(ranks.gather(vectors))
     if len(vectors) == 0:
         return np.zeros(width), np.zeros((1, width), np.float32)
+    centre = vectors.mean(0, dtype=np.float64)
     pivots = vectors[are_drawn(ids, min(share, 1 / ROWS_OF_PIVOT))]
-    return vectors.mean(0, dtype=np.float64), pivots if len(pivots) else vectors[:1]
+    if len(pivots) == 0:
+        pivots = vectors[:1]
+    return centre, pivots
 
 
 def are_drawn(ids, share):
     """ids (m,) S20, the beginnings of sha256 -> about this share of them, bool (m,)."""
     if share == 1:
         return np.ones(len(ids), bool)
-    return ids < format(int(share * 16**12), "012x").encode()
+    lowest = format(int(share * 16**12), "012x")
+    return ids < lowest.encode()
 
 
 def nearest_pivots(device, block, centre, pivots):
@@ -138,14 +154,16 @@ def nearest_pivots(device, block, centre, pivots):
     cells = [np.zeros((0, n_nearest), np.int64)]
     for start in range(0, len(block.places), ROWS_AT_ONCE):
         places = block.places[start : start + ROWS_AT_ONCE]
-        products = unit_vectors(device, block.features[places], centre) @ pivots.T
-        cells.append(products.topk(n_nearest).indices.cpu().numpy())
+        vectors = unit_vectors(device, block.features[places], centre)
+        nearest = (vectors @ pivots.T).topk(n_nearest).indices
+        cells.append(nearest.cpu().numpy())
     return np.concatenate(cells)
 
 
 def unit_vectors(device, vectors, centre):
-    vectors = torch.from_numpy((vectors - centre).astype(np.float32))
-    return torch.nn.functional.normalize(vectors.to(device))
+    vectors = (vectors - centre).astype(np.float32)
+    vectors = torch.from_numpy(vectors).to(device)
+    return torch.nn.functional.normalize(vectors)
 
 
 def cell_pairs(device, entries, cosine):
@@ -153,11 +171,13 @@ def cell_pairs(device, entries, cosine):
 
     A row makes pairs with the REACH nearest rows behind it. Equal ones form one chain all the same.
     """
-    vectors = torch.from_numpy(np.ascontiguousarray(entries["vector"])).to(device).float()
+    vectors = np.ascontiguousarray(entries["vector"])
+    vectors = torch.from_numpy(vectors).to(device).float()
     found = [np.zeros((0, 2), np.int64)]
     for start in range(0, len(vectors), ROWS_AT_ONCE):
         block = vectors[start : start + ROWS_AT_ONCE]
-        near = block @ vectors[start : start + CELL_REACH].T >= cosine
+        others = vectors[start : start + CELL_REACH]
+        near = block @ others.T >= cosine
         near = near.triu(1)
         near &= near.cumsum(1, dtype=torch.int32) <= REACH
         pairs = near.nonzero().cpu().numpy() + start

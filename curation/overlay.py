@@ -28,9 +28,9 @@ ONE_SIDED = 0.2
 FAINT = 64
 MORE_MISSING = 2.0
 # Else no place may lack more than this share of its edges: charts of one template differ in the
-# tops of their bars alone. A place has PLACE pixels on either side of its middle. The edges of a
-# mean place are added to its own, so that a place with few counts less.
-PLACE = 4
+# tops of their bars alone. The edges of a mean place are added to its own, so that a place with few
+# counts less.
+PLACE_RADIUS = 4  # pixels on either side of its middle
 MOST_OF_A_PLACE = 0.35
 # Levels by which the colour of a cell may lie outside those of the cells around it, and a share of
 # its own, for a stronger contrast.
@@ -225,7 +225,7 @@ def share_where(steep, differs):
 def missing_by_place(steep, differs):
     """The share (n, S, S) of the steepness around each pixel that lies on these pixels."""
     mean = steep.mean((1, 2), keepdims=True)
-    return box_mean(steep * differs, PLACE) / (box_mean(steep, PLACE) + mean + 1e-6)
+    return box_mean(steep * differs, PLACE_RADIUS) / (box_mean(steep, PLACE_RADIUS) + mean + 1e-6)
 
 
 def pixels_of(steep):

@@ -114,7 +114,7 @@ def test_vectors_that_are_near_are_found_among_many_pivots_in_several_rounds(mon
     places = np.arange(600)
     blocks = []
     for part in (places[:250], places[250:]):
-        blocks.append(embeddings.Block(features[part], part - part[0], part, ids[part]))
+        blocks.append(embeddings.VectorBlock(features[part], part - part[0], part, ids[part]))
     centre, found = embeddings.embedding_pairs(Ranks(), "cpu", blocks, 0.95)
     assert np.abs(centre - features.mean(0)).max() < 1e-5
     cosines = [embeddings.cosine_of(features[a], features[b], centre) for a, b in found]
