@@ -11,7 +11,7 @@ from curation.dedup import DEDUP_ROW
 from curation.look import HASHED_CROPS, LOOK, UNSURE_BITS
 from curation.pairs import ENTRY, keys_at_once
 
-MS_PER_KEY_ROW = 0.022  # of a picture in the search for candidates
+MS_PER_KEY_ROW = 0.04  # of a picture in the search for candidates
 MS_PER_COMPARISON = 2.7  # of one pair of pictures
 ROW_KB = 1.0  # the .json of a row in its shard
 COPIES_IN_MEMORY = 3  # of the table of keys while it is sent and sorted
