@@ -22,7 +22,9 @@ FAMILIES = {
     "count": r"^How many",
     "exists": r"^Is there a",
     "attribute": r"^What colour is|^What shape is",
-    "place": r"^Where is|^What is (just|at|in the)|^Which place is",
+    "place": r"^Where is|^What is (at|in the)",
+    # Two look-ups: where a thing is, and what is beside that place.
+    "neighbour": r"^What is just|^Which place is just",
 }
 # What stands for the names in the form of a question: colours, shapes and places, longest first.
 NAME_WORDS = sorted([*COLORS, *SHAPES, *PLACES], key=len, reverse=True)
