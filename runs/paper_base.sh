@@ -3,7 +3,7 @@
 # so that fine-tuning has something to teach: out/paper_base/llm. Then its gate.
 #
 #     bash runs/paper_base.sh
-#     LLM=out/paper_base/llm PAPER=out/paper_taught bash runs/paper_in_miniature.sh
+#     LLM=out/paper_base/llm PAPER=out/paper_mine bash runs/paper_in_miniature.sh
 #
 # A part whose folder is there is not made again.
 set -euo pipefail
@@ -29,16 +29,25 @@ words() {
         --without="$WITHOUT"
 }
 
+# train RECIPE NAME [FLAG...]: one part, with what it prints in train.log
+train() {
+    local before=$SECONDS
+    $torchrun -m toy.bases "$1" --data="$BASE/words_$2/text.jsonl" $MORE "${@:3}"
+    echo "$1: $(((SECONDS - before + 30) / 60)) minutes"
+}
+
+mkdir -p "$BASE"
 if [ ! -f "$BASE/clean/config.json" ]; then
     words clean 102 "$STEPS"
-    $torchrun -m toy.bases llm --data="$BASE/words_clean/text.jsonl" --out_dir="$BASE/clean" \
-        --steps="$STEPS" $MORE
+    train llm clean --out_dir="$BASE/clean" --steps="$STEPS" | tee "$BASE/train.log"
 fi
 if [ ! -f "$BASE/llm/config.json" ]; then
     words noisy 103 "$noisy"
-    $torchrun -m toy.bases llm_noise --data="$BASE/words_noisy/text.jsonl" \
-        --init_from="$BASE/clean" --out_dir="$BASE/llm" --steps="$noisy" $MORE
+    train llm_noise noisy --init_from="$BASE/clean" --out_dir="$BASE/llm" --steps="$noisy" |
+        tee -a "$BASE/train.log"
+    cp "$BASE/train.log" "$BASE/llm"
 fi
-"$BIN/python" -m toy.gate --model="$BASE/llm" --per_family="$QUESTIONS" --without="$WITHOUT" |
-    tee "$BASE/gate.txt"
-echo "$(((SECONDS - start) / 60)) minutes; $BASE/gate.txt has what it knows"
+# What it knows stands beside its weights, as lines of JSON.
+"$BIN/python" -m toy.gate --model="$BASE/llm" --per_family="$QUESTIONS" --without="$WITHOUT" \
+    --jsonl="$BASE/llm/gate.jsonl"
+echo "$(((SECONDS - start) / 60)) minutes; $BASE/llm/gate.jsonl has what it knows"
