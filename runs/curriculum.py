@@ -33,7 +33,7 @@ from inputs.packing import Packs, PackSettings
 from inputs.sources import open_sources
 from inputs.tars import add_member, open_tar, tar_key, tar_members
 from inputs.tokenizer import Tokenizer
-from runs.intervals import bootstrap_interval, mean_interval
+from runs.intervals import bootstrap_interval, paired_difference
 from runs.plan import run_plan
 from weights import inspect_folder
 
@@ -199,9 +199,9 @@ def points_of_questions(folder, name):
 def contrast(one, other, names):
     """The difference of two arms over some benchmarks.
 
-    one, other: {seed: folder}. Returns a row: the mean over the seeds that both have, the single
-    differences, and two intervals of 95 %. by_seed: Student's t over the paired differences, as if
-    with other seeds. by_question: a bootstrap, as if with other questions and the same seeds.
+    one, other: {seed: folder}. Returns a row over the seeds that both have: paired_difference, as
+    if with other seeds, and by_question: a bootstrap's 95 % interval, as if with other questions
+    and the same seeds.
     """
     seeds = sorted(one.keys() & other.keys())
     per_question = []
@@ -212,13 +212,8 @@ def contrast(one, other, names):
         per_question.append(np.mean(differences, 0))
         per_seed += [difference.mean() / len(names) for difference in differences]
     low, high = bootstrap_interval(per_question)
-    row = {"seeds": seeds, "single": per_seed.round(2).tolist(),
-           "difference": round(float(per_seed.mean()), 2), "by_seed": None,
-           "by_question": [round(low, 2), round(high, 2)]}
-    if len(seeds) > 1:
-        mean, half = mean_interval(per_seed)
-        row["by_seed"] = [round(mean - half, 2), round(mean + half, 2)]
-    return row
+    asked = {"by_question": [round(low, 2), round(high, 2)]}
+    return {"seeds": seeds} | paired_difference(per_seed) | asked
 
 
 def compare_arms(cfg):

@@ -126,12 +126,13 @@ def difference_table(rows, metrics=None):
     lines = []
     asked = any("by_question" in row for row in rows)
     for row in rows:
-        line = [row["due_to"], row["metric"], f"**{row['difference']:+.1f}**",
+        error = "-" if row["error"] is None else f"{row['error']:.2f}"
+        line = [row["due_to"], row["metric"], f"**{row['difference']:+.1f}**", error,
                 span(row["by_seed"])]
         if asked:
             line.append(span(row["by_question"]))
         lines.append([*line, ", ".join(f"{x:+.1f}" for x in row["single"])])
-    header = ["due to", "score", "difference", "by seed"]
+    header = ["due to", "score", "difference", "standard error", "by seed"]
     if asked:
         header.append("by question")
     return as_table([*header, "each seed"], lines) if lines else ""

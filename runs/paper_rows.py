@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from inputs.files import read_json, read_jsonl
-from runs.intervals import fit_line, mean_interval
+from runs.intervals import fit_line, mean_interval, paired_difference
 from runs.scaling import growth
 
 # The folder of a growth -> what grows.
@@ -67,16 +67,6 @@ def means(rows, keys):
     return found
 
 
-def paired(single):
-    """The mean of paired differences and its interval; None for one seed."""
-    row = {"difference": round(float(np.mean(single)), 2), "single": np.round(single, 2).tolist(),
-           "by_seed": None}
-    if len(single) > 1:
-        mean, half = mean_interval(single)
-        row["by_seed"] = [round(mean - half, 2), round(mean + half, 2)]
-    return row
-
-
 def minute_rows(path):
     """The minutes of each part, in all times that it ran; the last row is the sum."""
     parts = {}
@@ -111,7 +101,7 @@ def caption_rows(folder):
         single = [scores["recaptions", seed][metric] - scores["alt-text", seed][metric]
                   for seed in seeds]
         rows.append({"claim": "captions", "due_to": "recaptions instead of alt-text",
-                     "metric": metric, "seeds": seeds} | paired(single))
+                     "metric": metric, "seeds": seeds} | paired_difference(single))
     return rows
 
 
@@ -152,7 +142,7 @@ def quality_rows(rows):
         if seeds:
             single = [of["sft_clean", seed] - of["sft_noisy", seed] for seed in seeds]
             found.append({"claim": "quality", "due_to": "right answers instead of some wrong ones",
-                          "metric": metric, "seeds": seeds} | paired(single))
+                          "metric": metric, "seeds": seeds} | paired_difference(single))
     return found
 
 
