@@ -61,6 +61,7 @@ class Config:
     start: str = ""  # model folder that fine-tuning starts from, may name {seed}
     data: str = ""  # folder of knowledge-*.tar and so on, may name {seed}
     seeds: str = "1"  # of the order of the samples; each arm is run with each of them
+    schedules: str = setting("three,one", filled=True)  # which of them to plan
     rate: float = setting(0.5, above=0, at_most=100)  # times the peak rates of config/toy_sft.py
     tokens_per_pack: int = setting(400, at_least=1, at_most=2**22)  # a step is one pack
     sft: str = "config/toy_sft.py --num_workers=0 --save_every=100000"  # more flags for sft.py
@@ -169,11 +170,14 @@ def plan_arms(cfg):
     """Print or run the commands of all arms, seed by seed. What is finished is passed over."""
     if not (cfg.start and cfg.data and cfg.eval and re.fullmatch(r"\d+(,\d+)*", cfg.seeds)):
         raise ValueError('give --start=MODEL_FOLDER, --data=DIR, --seeds=1,2 and --eval="..."')
+    schedules = cfg.schedules.split(",")
+    if not set(schedules) <= set(SCHEDULES):
+        raise ValueError(f"--schedules={cfg.schedules}: give three, one, or three,one")
     for seed in cfg.seeds.split(","):
         count = pack_counter(cfg.start.replace("{seed}", seed), cfg.tokens_per_pack)
         out = Path(cfg.out_dir)
         write_orders(cfg.data.replace("{seed}", seed), out / f"data_seed_{seed}", seed, count)
-        for order, schedule in ARMS:
+        for order, schedule in itertools.product(ORDERS, schedules):
             folder = out / f"{order}_{schedule}_seed_{seed}"
             run_plan(folder, arm_commands(cfg, folder, (order, schedule), seed, count), cfg.run)
 

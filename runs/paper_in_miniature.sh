@@ -58,18 +58,18 @@ has tiers && core=$((core + SEEDS * 4 * ($(sum "$TIER_STEPS") * 11 + 2400)))
 minutes=$((core / 100 / 60 / 2 + 1))
 echo "planned: about $minutes minutes on two free cores ($SEEDS seeds)"
 
-# each COMMAND...: the command for every seed, {seed} filled in; odd and even seeds side by side
-each() {
-    for parity in 1 0; do
-        for ((seed = 1; seed <= SEEDS; seed++)); do
-            if ((seed % 2 == parity)); then
-                "${@//\{seed\}/$seed}" || exit
-            fi
-        done &
-        halves[parity]=$!
+# queue COMMAND...: the command for every seed, {seed} filled in
+jobs=()
+queue() {
+    local seed
+    for ((seed = 1; seed <= SEEDS; seed++)); do
+        jobs+=("$(printf '%q ' "${@//\{seed\}/$seed}")")
     done
-    wait "${halves[1]}"
-    wait "${halves[0]}"
+}
+# run_queue: what is queued, two at a time
+run_queue() {
+    printf '%s\0' "${jobs[@]}" | xargs -0 -P 2 -n 1 bash -c
+    jobs=()
 }
 
 # told PART: note how long it took, since the part before it
@@ -89,7 +89,6 @@ told() {
 }
 before=$SECONDS
 cpu_before=0
-trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
 
 # ---- data of each seed, the questions, and the models that fine-tuning starts from ----
 toy="$BIN/python -m toy"
@@ -113,8 +112,9 @@ for ((seed = 1; seed <= SEEDS; seed++)); do
         --alignment.steps="$STEPS" --advance.steps="$STEPS" --save_every=1000
 done
 
-each bash -c '[ -f "$1/eval/results.json" ] || "${@:2}" --model="$1/advance" --out_dir="$1/eval"' \
+queue bash -c '[ -f "$1/eval/results.json" ] || "${@:2}" --model="$1/advance" --out_dir="$1/eval"' \
     start "$PAPER/start_{seed}" "$BIN/python" eval.py $bench --threads=1
+run_queue
 told start
 
 # ---- 1. recaptions against alt-text ----
@@ -141,18 +141,22 @@ if has sft; then
     for quality in clean noisy; do
         sets=$PAPER/${quality}_{seed}
         data="$sets/knowledge-*.tar,$sets/instruction-*.tar,$sets/preference-*.tar"
-        each "$BIN/python" -m runs.scaling plan --run=True --out_dir="$PAPER/sft_$quality" \
+        queue "$BIN/python" -m runs.scaling plan --run=True --out_dir="$PAPER/sft_$quality" \
             --steps="$SFT_BUDGETS" --seeds={seed} --stages=knowledge \
             --sft="$fine --knowledge.data='$data'" --eval="$bench --threads=1"
     done
+    run_queue
     told sft
 fi
 
 # ---- 4. the order of fine-tuning data, apart from the schedule ----
 if has curriculum; then
-    each "$BIN/python" -m runs.curriculum plan --run=True --out_dir="$PAPER/curriculum" \
-        --start="$PAPER/start_{seed}/advance" --data="$PAPER/noisy_{seed}" --seeds={seed} \
-        --eval="$bench --threads=1"
+    for schedule in three one; do
+        queue "$BIN/python" -m runs.curriculum plan --run=True --out_dir="$PAPER/curriculum" \
+            --schedules=$schedule --start="$PAPER/start_{seed}/advance" \
+            --data="$PAPER/noisy_{seed}" --seeds={seed} --eval="$bench --threads=1"
+    done
+    run_queue
     told curriculum
 fi
 
@@ -173,9 +177,9 @@ if has tiers; then
         done
         sets+="${sets:+,}$name=$PAPER/tiers/$name/{seed}/*.tar"
     done
-    # tier NAME SAMPLES STEPS FOLDER: one tier of curate.py, for every seed
+    # tier NAME SAMPLES STEPS FOLDER: one tier of curate.py for every seed, queued
     tier() {
-        each "$BIN/python" curate.py "$1" --in="$sets" --n="$2" --run=True --stage=knowledge \
+        queue "$BIN/python" curate.py "$1" --in="$sets" --n="$2" --run=True --stage=knowledge \
             --out="$PAPER/tiers/$4_{seed}" --sft="$fine --knowledge.steps=$3" \
             --eval="$bench --threads=1"
     }
@@ -183,9 +187,10 @@ if has tiers; then
     many=${TIER_STEPS#*,}
     tier quick "$QUICK" "$few" quick
     tier quick 0 "$many" full
-    # The two that build a mix run once, on as many samples as one candidate has.
+    # The two that build a mix have one seed, on as many samples as one candidate has.
     SEEDS=1 tier composition "$(sum "$N_TIER")" "$many" composition
     SEEDS=1 tier incremental "$(sum "$N_TIER")" "$many" incremental
+    run_queue
     told tiers
 fi
 
