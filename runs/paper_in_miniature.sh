@@ -77,9 +77,9 @@ told() {
     times > "$PAPER/times"
     awk -v part="$1" -v seconds="$((SECONDS - before))" -v cpu_before="$cpu_before" '
         NR == 2 {
-            split($1, user, /[ms]/)
-            split($2, system, /[ms]/)
-            cpu = 60 * (user[1] + system[1]) + user[2] + system[2]
+            split($1, own, /[ms]/)
+            split($2, kernel, /[ms]/)
+            cpu = 60 * (own[1] + kernel[1]) + own[2] + kernel[2]
             printf "{\"part\": \"%s\", \"seconds\": %d, \"cpu_seconds\": %.0f}\n",
                 part, seconds, cpu - cpu_before >> FILE
             print cpu

@@ -22,7 +22,9 @@ FAMILIES = {
     "count": r"^How many",
     "exists": r"^Is there a",
     "attribute": r"^What colour is|^What shape is",
-    "place": r"^Where is|^What is (at|in the)",
+    # From a place to the thing, and from the thing to its place.
+    "place": r"^What is (at|in the)",
+    "where": r"^Where is",
     # Two look-ups: where a thing is, and what is beside that place.
     "neighbour": r"^What is just|^Which place is just",
 }
