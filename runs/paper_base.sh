@@ -12,9 +12,9 @@ start=$SECONDS
 
 BIN=${BIN:-.venv/bin}
 BASE=${BASE:-out/paper_base}    # everything lands here, its data too
-# What fine-tuning shall teach: where things are, counting and existence to knowledge, formats and
-# two pictures to instruction, questions of two steps to preference. See toy/families.py.
-WITHOUT=${WITHOUT:-where,neighbour,count,exists,formats,comparison,steps}
+# What fine-tuning shall teach: where things are, counting and existence to knowledge, multiple
+# choice and two pictures to instruction, questions of two steps to preference. See toy/families.py.
+WITHOUT=${WITHOUT:-where,neighbour,count,exists,choice,comparison,steps}
 STEPS=${STEPS:-6000}            # with clean words; a third as many follow with noise
 QUESTIONS=${QUESTIONS:-200}     # of each family, for the gate
 MORE=${MORE:-}                  # more flags for each part, such as --dtype=float32

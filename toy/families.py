@@ -7,8 +7,8 @@ import re
 from toy.boards import COLORS, PLACES, SHAPES
 
 FAMILIES = {
-    # Multiple choice, and the hint that asks for a short answer.
-    "formats": r"\nA\. |\nAnswer the question using",
+    # Multiple choice.
+    "choice": r"\nA\. ",
     # Of two pictures.
     "comparison": r"the first image\?|the second image\?|^Do both images",
     # Several facts make one answer.

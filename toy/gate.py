@@ -1,7 +1,7 @@
 """The gate of the toy language base: does it answer the toy questions from words alone?
 
     python -m toy.gate --model=toy/llm --data_dir=shards/toy
-    python -m toy.gate --model=out/llm --per_family=100 --without=steps,formats
+    python -m toy.gate --model=out/llm --per_family=100 --without=steps,choice
 
 What it cannot answer from exact words, no model with this base can answer from pictures. Prints the
 score of each benchmark and the mean.
