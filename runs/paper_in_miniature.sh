@@ -31,9 +31,11 @@ QUICK=${QUICK:-400}             # samples of a mix in the tier quick
 TIER_STEPS=${TIER_STEPS:-90,360}    # of fine-tuning in the tier quick, and in all others
 
 export OMP_NUM_THREADS=1
-torchrun="$BIN/torchrun --standalone --nproc_per_node=2"
 levels=knowledge,instruction,preference
 bench="--data_dir=$PAPER/bench --benchmarks=toy,toy_steps --num_workers=0"
+# Pretraining on one core: packs of what two processes of the demo have together.
+pretrain="config/toy.py --init_from=$PAPER/fresh_{seed} --data=$PAPER/pretrain_{seed}/pretrain-*.tar
+    --tokens_per_pack=960 --max_tiles_per_pack=80 --threads=1 --save_every=1000"
 # Fine-tuning in one stage, on one core: half the peak rates of config/toy_sft.py.
 fine="config/toy_sft.py --init_from=$PAPER/start_{seed}/advance --tokens_per_pack=400 --threads=1
     --save_every=1000 --knowledge.lr_vision=3e-4 --knowledge.lr_projector=1.25e-3
@@ -45,16 +47,17 @@ mkdir -p "$PAPER"
 has() { [[ " $PARTS " == *" $1 "* ]]; }
 
 # ---- what it will take ----
-# In hundredths of a second of one core, estimated, not measured on a quiet machine: a step
-# of fine-tuning on one core 11, of pretraining 30; an evaluation 1,200; the caption pipeline 90,000
-# and 12,000 for each model that it pretrains.
+# In hundredths of a second of one core: a step of fine-tuning 10, of pretraining 22, an evaluation
+# with its start 1,500; a model of the caption pipeline 11,000.
 sum() { echo $((${1//,/+})); }
-core=$((SEEDS * 2 * STEPS * 30))
-has captions && core=$((core + (90000 + SEEDS * 2 * 12000) * N_WEB / 2400))
-has growth && core=$((core + SEEDS * (2 * $(sum "$BUDGETS") * 30 + 5 * (60 * 20 + 1200))))
-has sft && core=$((core + SEEDS * 2 * ($(sum "$SFT_BUDGETS") * 11 + 4 * 1200)))
-has curriculum && core=$((core + SEEDS * 6 * ($(sum "$N_SFT") / 4 * 11 + 1200)))
-has tiers && core=$((core + SEEDS * 4 * ($(sum "$TIER_STEPS") * 11 + 2400)))
+count() { wc -w <<< "${1//,/ }"; }
+core=$((SEEDS * (2 * STEPS * 22 + 2000)))
+has captions && core=$((core + 20000 + N_WEB * 15 + SEEDS * 2 * 11000))
+has growth && core=$((core + SEEDS * (2 * $(sum "$BUDGETS") * 22 + $(count "$BUDGETS") * 4000)))
+has sft && core=$((core
+    + SEEDS * 2 * ($(sum "$SFT_BUDGETS") * 10 + $(count "$SFT_BUDGETS") * 1500)))
+has curriculum && core=$((core + SEEDS * 6 * ($(sum "$N_SFT") * 10 * 10 / 44 + 1700)))
+has tiers && core=$((core + (SEEDS * 2 + 4) * 2 * ($(sum "$TIER_STEPS") * 10 / 2 + 1500)))
 minutes=$((core / 100 / 60 / 2 + 1))
 echo "planned: about $minutes minutes on two free cores ($SEEDS seeds)"
 
@@ -71,6 +74,9 @@ run_queue() {
     printf '%s\0' "${jobs[@]}" | xargs -0 -P 2 -n 1 bash -c
     jobs=()
 }
+
+# largest_first 1,2,3: the numbers, so that no long job comes last
+largest_first() { tr , '\n' <<< "$1" | sort -rn; }
 
 # told PART: note how long it took, since the part before it
 told() {
@@ -106,11 +112,9 @@ for ((seed = 1; seed <= SEEDS; seed++)); do
 done
 # Patterns of shards are for our own reader: bash must not fill them in.
 set -f
-for ((seed = 1; seed <= SEEDS; seed++)); do
-    $torchrun train.py config/toy.py --seed="$seed" --init_from="$PAPER/fresh_$seed" \
-        --data="$PAPER/pretrain_$seed/pretrain-*.tar" --out_dir="$PAPER/start_$seed" \
-        --alignment.steps="$STEPS" --advance.steps="$STEPS" --save_every=1000
-done
+queue "$BIN/python" train.py $pretrain --seed={seed} --out_dir="$PAPER/start_{seed}" \
+    --alignment.steps="$STEPS" --advance.steps="$STEPS"
+run_queue
 
 queue bash -c '[ -f "$1/eval/results.json" ] || "${@:2}" --model="$1/advance" --out_dir="$1/eval"' \
     start "$PAPER/start_{seed}" "$BIN/python" eval.py $bench --threads=1
@@ -126,24 +130,28 @@ fi
 
 # ---- 2. growth with pretraining data ----
 if has growth; then
-    "$BIN/python" -m runs.scaling plan --run=True --processes=2 --out_dir="$PAPER/growth" \
-        --steps="$BUDGETS" --seeds="$(seq -s , 1 "$SEEDS")" \
-        --train="config/toy.py --init_from=$PAPER/fresh_{seed} \
-            --data='$PAPER/pretrain_{seed}/pretrain-*.tar'" \
-        --sft="config/toy_sft.py --stages=knowledge --knowledge.steps=60 \
-            --knowledge.data='$PAPER/clean_{seed}/knowledge-*.tar'" \
-        --model=sft/knowledge --eval="$bench"
+    for budget in $(largest_first "$BUDGETS"); do
+        queue "$BIN/python" -m runs.scaling plan --run=True --out_dir="$PAPER/growth" \
+            --steps="$budget" --seeds={seed} --train="$pretrain" \
+            --sft="config/toy_sft.py --stages=knowledge --knowledge.steps=60 --threads=1 \
+                --tokens_per_pack=1200 --max_tiles_per_pack=80 --save_every=1000 \
+                --knowledge.data='$PAPER/clean_{seed}/knowledge-*.tar'" \
+            --model=sft/knowledge --eval="$bench --threads=1"
+    done
+    run_queue
     told growth
 fi
 
 # ---- 3. growth with fine-tuning data, by the quality of the set ----
 if has sft; then
-    for quality in clean noisy; do
-        sets=$PAPER/${quality}_{seed}
-        data="$sets/knowledge-*.tar,$sets/instruction-*.tar,$sets/preference-*.tar"
-        queue "$BIN/python" -m runs.scaling plan --run=True --out_dir="$PAPER/sft_$quality" \
-            --steps="$SFT_BUDGETS" --seeds={seed} --stages=knowledge \
-            --sft="$fine --knowledge.data='$data'" --eval="$bench --threads=1"
+    for budget in $(largest_first "$SFT_BUDGETS"); do
+        for quality in clean noisy; do
+            sets=$PAPER/${quality}_{seed}
+            data="$sets/knowledge-*.tar,$sets/instruction-*.tar,$sets/preference-*.tar"
+            queue "$BIN/python" -m runs.scaling plan --run=True --out_dir="$PAPER/sft_$quality" \
+                --steps="$budget" --seeds={seed} --stages=knowledge \
+                --sft="$fine --knowledge.data='$data'" --eval="$bench --threads=1"
+        done
     done
     run_queue
     told sft
