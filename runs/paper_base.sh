@@ -15,13 +15,13 @@ BASE=${BASE:-out/paper_base}    # everything lands here, its data too
 # What fine-tuning shall teach: where things are, counting and existence to knowledge, multiple
 # choice and two pictures to instruction, questions of two steps to preference. See toy/families.py.
 WITHOUT=${WITHOUT:-where,neighbour,count,exists,choice,comparison,steps}
-STEPS=${STEPS:-6000}            # with clean words; a third as many follow with noise
+STEPS=${STEPS:-6000,7000,2000}  # with clean words, again on other documents, with noise on them
 QUESTIONS=${QUESTIONS:-200}     # of each family, for the gate
 MORE=${MORE:-}                  # more flags for each part, such as --dtype=float32
 
 export OMP_NUM_THREADS=1
 torchrun="$BIN/torchrun --standalone --nproc_per_node=2"
-noisy=$((STEPS / 3 + 1))
+IFS=, read -r first again noisy <<< "$STEPS"
 
 # words NAME SEED STEPS: samples for so many steps of two packs of 800 tokens, of 70 tokens each
 words() {
@@ -38,12 +38,17 @@ train() {
 
 mkdir -p "$BASE"
 if [ ! -f "$BASE/clean/config.json" ]; then
-    words clean 102 "$STEPS"
-    train llm clean --out_dir="$BASE/clean" --steps="$STEPS" | tee "$BASE/train.log"
+    words clean 102 "$first"
+    train llm clean --out_dir="$BASE/clean" --steps="$first" | tee "$BASE/train.log"
+fi
+if [ ! -f "$BASE/again/config.json" ]; then
+    words again 104 "$again"
+    train llm again --init_from="$BASE/clean" --out_dir="$BASE/again" --steps="$again" |
+        tee -a "$BASE/train.log"
 fi
 if [ ! -f "$BASE/llm/config.json" ]; then
     words noisy 103 "$noisy"
-    train llm_noise noisy --init_from="$BASE/clean" --out_dir="$BASE/llm" --steps="$noisy" |
+    train llm_noise noisy --init_from="$BASE/again" --out_dir="$BASE/llm" --steps="$noisy" |
         tee -a "$BASE/train.log"
     cp "$BASE/train.log" "$BASE/llm"
 fi
