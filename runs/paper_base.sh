@@ -15,7 +15,7 @@ BASE=${BASE:-out/paper_base}    # everything lands here, its data too
 # What fine-tuning shall teach: where things are, counting and existence to knowledge, multiple
 # choice and two pictures to instruction, questions of two steps to preference. See toy/families.py.
 WITHOUT=${WITHOUT:-where,neighbour,count,exists,choice,comparison,steps}
-STEPS=${STEPS:-6000,7000,2000}  # with clean words, again on other documents, with noise on them
+STEPS=${STEPS:-6000,4000,2000}  # with clean words, again on other documents, with noise on them
 QUESTIONS=${QUESTIONS:-200}     # of each family, for the gate
 MORE=${MORE:-}                  # more flags for each part, such as --dtype=float32
 
