@@ -20,7 +20,7 @@ from inputs.files import atomic_write, read_jsonl, write_atomic
 from runs.intervals import fit_line
 from runs.paper_rows import CANDIDATES, GROWTHS, NO_SCORES, all_rows
 
-COLORS = dict(zip(GROWTHS, ("tab:blue", "tab:green", "tab:red"), strict=True))
+GROWTH_COLORS = dict(zip(GROWTHS, ("tab:blue", "tab:green", "tab:red"), strict=True))
 MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -44,7 +44,7 @@ def draw_panels(rows):
     draw_captions(captions, [row for row in rows if "captions" in row and "seed" in row])
     for name, label in GROWTHS.items():
         draw_growth(growths, [row for row in rows if row["claim"] == name and "seed" in row],
-                    label, COLORS[name])
+                    label, GROWTH_COLORS[name])
     growths.set(xscale="log", xlabel="tokens", ylabel="overall", title="2. growth with data")
     growths.legend(frameon=False, fontsize=8)
     contrasts = [row for row in rows if row["claim"] == "curriculum" and "due_to" in row]
