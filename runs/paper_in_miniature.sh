@@ -22,7 +22,7 @@ BUDGETS=${BUDGETS:-8,20,50,125}           # steps of alignment and of advance
 SFT_BUDGETS=${SFT_BUDGETS:-30,70,160,370}    # steps of fine-tuning
 N=${N:-3000}                    # pictures for pretraining
 N_SFT=${N_SFT:-1311,996,324}    # samples of knowledge, instruction, preference
-RATE=${RATE:-1}                 # times those of config/toy_sft.py, in all arms of the curriculum
+RATE=${RATE:-0.5}               # times those of config/toy_sft.py, in all arms of the curriculum
 WRONG=${WRONG:-25,10,0}         # percent of their answers that belong to another picture
 N_BENCH=${N_BENCH:-100}         # questions of each of the five benchmarks
 N_STEPS=${N_STEPS:-500}         # questions of two steps
@@ -37,9 +37,10 @@ bench="--data_dir=$PAPER/bench --benchmarks=toy,toy_steps --num_workers=0"
 # Pretraining on one core: packs of what two processes of the demo have together.
 pretrain="config/toy.py --init_from=$PAPER/fresh_{seed} --data=$PAPER/pretrain_{seed}/pretrain-*.tar
     --tokens_per_pack=960 --max_tiles_per_pack=80 --threads=1 --save_every=1000"
-# Fine-tuning in one stage, on one core, at the rates of config/toy_sft.py's first stage.
+# Fine-tuning in one stage, on one core: half the peak rates of config/toy_sft.py.
 fine="config/toy_sft.py --init_from=$PAPER/start_{seed}/advance --tokens_per_pack=400 --threads=1
-    --save_every=1000"
+    --save_every=1000 --knowledge.lr_vision=3e-4 --knowledge.lr_projector=1.25e-3
+    --knowledge.lr_llm=1.25e-4"
 candidates=(clean wrong_10 wrong_25 off_topic)
 mkdir -p "$PAPER"
 
