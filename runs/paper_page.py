@@ -167,6 +167,15 @@ def base_table(rows):
     return as_table(["family", "taught", "score", "chance"], lines) if lines else ""
 
 
+def validation_table(rows):
+    """What settings were chosen by: a line for each training of one seed."""
+    if not rows:
+        return ""
+    names = [name for name in rows[0] if name not in ("claim", "run")]
+    lines = [[row["run"], *(f"{row[name]:.1f}" for name in names)] for row in rows]
+    return as_table(["training", *names], lines)
+
+
 def minutes_table(rows):
     lines = [[row["part"], f"{row['minutes']:.1f}", f"{row['cpu_minutes']:.1f}"] for row in rows]
     return as_table(["part", "minutes", "of processor time"], lines) if lines else ""
@@ -207,6 +216,7 @@ def tables(rows):
     return {
         "minutes": minutes_table(of("minutes")),
         "base": base_table(of("base")),
+        "validation": validation_table(of("validation")),
         "start": score_table(of("start"), ()),
         "captions": score_table(of("captions"), ("captions",)),
         "caption_difference": difference_table(of("captions")),
@@ -240,7 +250,13 @@ def main():
     page = Path(cfg.page)
     kept = page.with_suffix(".jsonl")
     picture = page.absolute().parent.parent / "assets" / "paper.png"
-    rows = read_jsonl(kept) if cfg.rows else all_rows(Path(cfg.out_dir), cfg.llm, cfg.left_out)
+    before = read_jsonl(kept)
+    if cfg.rows:
+        rows = before
+    else:
+        # Settings were chosen once, by trainings that the command does not repeat.
+        chosen = [row for row in before if row["claim"] == "validation"]
+        rows = chosen + all_rows(Path(cfg.out_dir), cfg.llm, cfg.left_out)
     text = fill_page(page.read_text(), rows)
     png = draw_panels(rows)
     picture.parent.mkdir(parents=True, exist_ok=True)
