@@ -218,6 +218,7 @@ fi
 if [ ! -f "$PAGE" ]; then
     mkdir -p "$(dirname "$PAGE")"
     cp docs/experiments.md "$PAGE"
+    cp docs/experiments.jsonl "${PAGE%.md}.jsonl"
 fi
 "$BIN/python" -m runs.paper_page --out_dir="$PAPER" --page="$PAGE" --llm="$LLM"
 echo "$SECONDS seconds; look at $PAGE"
