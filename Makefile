@@ -1,4 +1,5 @@
 # make demo    trains, fine-tunes and evaluates a toy VLM in out/demo: minutes on two CPU cores
+# make paper-in-miniature    tries the paper's three claims on toy pictures: docs/experiments.md
 # make test    checks every promise of the README
 # The other targets are below, one line each; what they do is in runs/*.sh.
 PYTHON ?= python3
@@ -6,7 +7,8 @@ VENV   ?= .venv
 export BIN := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo demo-long scaling-demo curate-demo paper-base paper-in-miniature test test-nightly lint toy-bases bench gpu nogpu
+.PHONY: demo demo-long scaling-demo curate-demo paper-base paper-in-miniature toy-bases
+.PHONY: test test-nightly lint bench gpu nogpu
 .DELETE_ON_ERROR:
 
 $(VENV)/run.done: requirements.txt
@@ -28,7 +30,7 @@ scaling-demo: $(VENV)/run.done ; bash runs/scaling_demo.sh
 curate-demo: $(VENV)/run.done ; bash runs/curate_demo.sh
 # the paper's three claims on the toy world, with intervals: an hour on two cores
 paper-in-miniature: $(VENV)/run.done ; bash runs/paper_in_miniature.sh
-# a language base for it that leaves something to learn: LLM=out/paper_base/llm
+# its language base, which leaves something to learn, from scratch: out/paper_base/llm
 paper-base: $(VENV)/run.done ; bash runs/paper_base.sh
 # the pretrained toy parts again, from scratch
 toy-bases: $(VENV)/run.done ; bash runs/toy_bases.sh

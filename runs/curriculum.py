@@ -33,7 +33,7 @@ from inputs.packing import Packs, PackSettings
 from inputs.sources import open_sources
 from inputs.tars import add_member, open_tar, tar_key, tar_members
 from inputs.tokenizer import Tokenizer
-from runs.intervals import bootstrap_interval, mean_interval
+from runs.intervals import bootstrap_interval, paired_difference
 from runs.plan import run_plan
 from weights import inspect_folder
 
@@ -61,6 +61,7 @@ class Config:
     start: str = ""  # model folder that fine-tuning starts from, may name {seed}
     data: str = ""  # folder of knowledge-*.tar and so on, may name {seed}
     seeds: str = "1"  # of the order of the samples; each arm is run with each of them
+    schedules: str = setting("three,one", filled=True)  # which of them to plan
     rate: float = setting(0.5, above=0, at_most=100)  # times the peak rates of config/toy_sft.py
     tokens_per_pack: int = setting(400, at_least=1, at_most=2**22)  # a step is one pack
     sft: str = "config/toy_sft.py --num_workers=0 --save_every=100000"  # more flags for sft.py
@@ -169,11 +170,14 @@ def plan_arms(cfg):
     """Print or run the commands of all arms, seed by seed. What is finished is passed over."""
     if not (cfg.start and cfg.data and cfg.eval and re.fullmatch(r"\d+(,\d+)*", cfg.seeds)):
         raise ValueError('give --start=MODEL_FOLDER, --data=DIR, --seeds=1,2 and --eval="..."')
+    schedules = cfg.schedules.split(",")
+    if not set(schedules) <= set(SCHEDULES):
+        raise ValueError(f"--schedules={cfg.schedules}: give three, one, or three,one")
     for seed in cfg.seeds.split(","):
         count = pack_counter(cfg.start.replace("{seed}", seed), cfg.tokens_per_pack)
         out = Path(cfg.out_dir)
         write_orders(cfg.data.replace("{seed}", seed), out / f"data_seed_{seed}", seed, count)
-        for order, schedule in ARMS:
+        for order, schedule in itertools.product(ORDERS, schedules):
             folder = out / f"{order}_{schedule}_seed_{seed}"
             run_plan(folder, arm_commands(cfg, folder, (order, schedule), seed, count), cfg.run)
 
@@ -199,9 +203,9 @@ def points_of_questions(folder, name):
 def contrast(one, other, names):
     """The difference of two arms over some benchmarks.
 
-    one, other: {seed: folder}. Returns a row: the mean over the seeds that both have, the single
-    differences, and two intervals of 95 %. by_seed: Student's t over the paired differences, as if
-    with other seeds. by_question: a bootstrap, as if with other questions and the same seeds.
+    one, other: {seed: folder}. Returns a row over the seeds that both have: paired_difference, as
+    if with other seeds, and by_question: a bootstrap's 95 % interval, as if with other questions
+    and the same seeds.
     """
     seeds = sorted(one.keys() & other.keys())
     per_question = []
@@ -212,13 +216,8 @@ def contrast(one, other, names):
         per_question.append(np.mean(differences, 0))
         per_seed += [difference.mean() / len(names) for difference in differences]
     low, high = bootstrap_interval(per_question)
-    row = {"seeds": seeds, "single": per_seed.round(2).tolist(),
-           "difference": round(float(per_seed.mean()), 2), "by_seed": None,
-           "by_question": [round(low, 2), round(high, 2)]}
-    if len(seeds) > 1:
-        mean, half = mean_interval(per_seed)
-        row["by_seed"] = [round(mean - half, 2), round(mean + half, 2)]
-    return row
+    asked = {"by_question": [round(low, 2), round(high, 2)]}
+    return {"seeds": seeds} | paired_difference(per_seed) | asked
 
 
 def compare_arms(cfg):

@@ -168,6 +168,20 @@ def mean_interval(x):
     return float(x.mean()), t_quantile(0.975, len(x) - 1) * error
 
 
+def paired_difference(single):
+    """What paired differences, one for each seed, say of their mean, as a row of numbers.
+
+    error: its standard error; by_seed: its 95 % t interval; both None for one seed.
+    """
+    row = {"difference": round(float(np.mean(single)), 2), "single": np.round(single, 2).tolist(),
+           "error": None, "by_seed": None}
+    if len(single) > 1:
+        mean, half = mean_interval(single)
+        row["error"] = round(float(np.std(single, ddof=1)) / len(single) ** 0.5, 2)
+        row["by_seed"] = [round(mean - half, 2), round(mean + half, 2)]
+    return row
+
+
 def bootstrap_interval(differences, n=4000, seed=0):
     """(low, high) of 95 % of the mean over benchmarks, if other questions had been asked.
 

@@ -1,96 +1,36 @@
-"""The page of runs/paper_in_miniature.sh: three claims, their figures and intervals.
+"""The tables and the picture of runs/paper_in_miniature.sh, and the page that they stand in.
 
-    python -m runs.paper_page --out_dir=out/paper
+    python -m runs.paper_page --out_dir=out/paper --page=docs/experiments.md
 
-Writes results.jsonl, one line for each run and each comparison, and index.html, which shows nothing
-that is not in a line of it.
+Writes page.jsonl beside the page, one line for each run and each comparison, and assets/paper.png
+in the folder above. In the page, the lines between <!-- table NAME --> and <!-- end --> become that
+table, which shows nothing that is not in a line of the .jsonl. --rows=True reads the .jsonl instead
+of what the runs left.
 """
-import base64
-import html
 import io
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from configurator import configure, run_script, setting
-from inputs.files import read_json, read_jsonl, write_atomic
-from runs.intervals import fit_line, mean_interval
-from runs.scaling import growth
+from inputs.files import atomic_write, read_jsonl, write_atomic
+from runs.intervals import fit_line
+from runs.paper_rows import CANDIDATES, GROWTHS, NO_SCORES, all_rows
 
-# The folder of a growth -> what grows, and its colour.
-GROWTHS = {
-    "growth": ("pretraining data", "tab:blue"),
-    "sft_clean": ("fine-tuning data, all answers right", "tab:green"),
-    "sft_noisy": ("fine-tuning data, some answers wrong", "tab:red"),
-}
-PAGE_CSS = "body{font:16px sans-serif;max-width:62em;margin:2em auto;padding:0 1em}" \
-    "td,th{padding:.2em .8em;text-align:left;border-bottom:1px solid #ccc}img{max-width:100%}"
+GROWTH_COLORS = dict(zip(GROWTHS, ("tab:blue", "tab:green", "tab:red"), strict=True))
+MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 @dataclass(slots=True)
 class Config:
     out_dir: str = setting("out/paper", filled=True)  # what runs/paper_in_miniature.sh left
+    page: str = setting("docs/experiments.md", filled=True)  # Markdown with marks for the tables
+    llm: str = "toy/llm_basic"  # the language base, whose gate.jsonl says what it knows
     left_out: int = setting(1, at_least=1, at_most=100)  # largest budgets a prediction ignores
-    minutes: int = setting(0, at_most=10**6)  # that the whole took; 0: not told
-
-
-# ---- what the runs left --------------------------------------------------------------------------
-
-
-def caption_rows(folder):
-    """A row for each model that was pretrained on either set, and their paired difference."""
-    scores = {"unique": {}, "final": {}}
-    rows = []
-    for path in sorted(folder.glob("pretrained_*/eval/results.json")):
-        _, captions, seed = path.parent.parent.name.split("_")
-        results = read_json(path, dict)
-        scores[captions][int(seed)] = results["overall"]
-        names = {"unique": "alt-text", "final": "recaptions"}
-        rows.append({"claim": "captions", "captions": names[captions], "seed": int(seed)}
-                    | {name: results[name] for name in ("overall", *results["n"])})
-    seeds = sorted(scores["unique"].keys() & scores["final"].keys())
-    if not seeds:
-        return rows
-    single = [scores["final"][seed] - scores["unique"][seed] for seed in seeds]
-    return [*rows, {"claim": "captions", "due_to": "recaptions instead of alt-text",
-                    "metric": "overall", "seeds": seeds} | paired(single)]
-
-
-def paired(single):
-    """The mean of paired differences and its interval; None for one seed."""
-    row = {"difference": round(float(np.mean(single)), 2), "single": np.round(single, 2).tolist(),
-           "by_seed": None}
-    if len(single) > 1:
-        mean, half = mean_interval(single)
-        row["by_seed"] = [round(mean - half, 2), round(mean + half, 2)]
-    return row
-
-
-def growth_rows(folder, n_left_out):
-    """The points of a growth, and what they say about the overall score."""
-    points = read_jsonl(folder / "points.jsonl")
-    if not points:
-        return []
-    steps, tokens, y = (np.array([point[key] for point in points])
-                        for key in ("steps", "tokens", "overall"))
-    rows = [{"claim": folder.name} | point for point in points]
-    return [*rows, {"claim": folder.name, "metric": "overall"}
-            | growth(steps, tokens, y, n_left_out)]
-
-
-def all_rows(cfg):
-    out = Path(cfg.out_dir)
-    rows = caption_rows(out / "captions")
-    for name in GROWTHS:
-        rows += growth_rows(out / name, cfg.left_out)
-    for name in ("results", "contrasts"):
-        found = read_jsonl(out / "curriculum" / f"{name}.jsonl")
-        rows += [{"claim": "curriculum"} | row for row in found]
-    if not rows:
-        raise ValueError(f"{out} has no finished run: bash runs/paper_in_miniature.sh")
-    return rows
+    rows: bool = False  # True: write tables and picture anew from the .jsonl
 
 
 # ---- the picture ---------------------------------------------------------------------------------
@@ -100,11 +40,11 @@ def draw_panels(rows):
     """Three panels: captions, growth, order and schedule. Returns a PNG as bytes."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(15, 4.8), layout="constrained")
-    captions, growths, orders = figure.subplots(1, 3)
-    draw_captions(captions, [row for row in rows if "captions" in row])
-    for name, (label, color) in GROWTHS.items():
+    captions, growths, orders = figure.subplots(1, 3, width_ratios=(1, 1.6, 1.6))
+    draw_captions(captions, [row for row in rows if "captions" in row and "seed" in row])
+    for name, label in GROWTHS.items():
         draw_growth(growths, [row for row in rows if row["claim"] == name and "seed" in row],
-                    label, color)
+                    label, GROWTH_COLORS[name])
     growths.set(xscale="log", xlabel="tokens", ylabel="overall", title="2. growth with data")
     growths.legend(frameon=False, fontsize=8)
     contrasts = [row for row in rows if row["claim"] == "curriculum" and "due_to" in row]
@@ -120,7 +60,8 @@ def draw_captions(axes, rows):
     for row in rows:
         by_seed.setdefault(row["seed"], {})[row["captions"]] = row["overall"]
     for scores in by_seed.values():
-        axes.plot(list(scores), list(scores.values()), "o-", color="tab:blue", alpha=0.6)
+        names = sorted(scores)
+        axes.plot(names, [scores[name] for name in names], "o-", color="tab:blue", alpha=0.6)
     axes.set(ylim=(0, 100), ylabel="overall", title="1. captions")
 
 
@@ -150,71 +91,180 @@ def draw_contrasts(axes, rows):
     axes.set(xlabel="difference of the overall score", title="3. order and schedule")
 
 
-# ---- the page ------------------------------------------------------------------------------------
+# ---- the tables ----------------------------------------------------------------------------------
 
 
 def as_table(header, lines):
-    def row(cells, tag):
-        return f"<tr>{''.join(f'<{tag}>{html.escape(str(cell))}</{tag}>' for cell in cells)}</tr>"
-
-    body = "\n".join(row(cells, "td") for cells in lines)
-    return f"<table>\n{row(header, 'th')}\n{body}\n</table>"
+    lines = [header, ["---"] * len(header), *lines]
+    return "".join(f"| {' | '.join(str(cell) for cell in line)} |\n" for line in lines)
 
 
-def difference_table(rows):
-    header = ["due to", "score", "difference", "95 % by seed", "95 % by question", "seeds"]
+def score_table(rows, keys):
+    """Mean scores: a line for each value of `keys`, the overall score with its interval."""
+    rows = [row for row in rows if "mean_of" in row]
+    if not rows:
+        return ""
+    names = [name for name in rows[0]
+             if name not in (*NO_SCORES, "mean_of", "overall", "overall_half")]
     lines = []
     for row in rows:
-        lines.append([row["due_to"], row["metric"], f"{row['difference']:+.2f}",
-                      row["by_seed"] or "one seed, no interval", row.get("by_question", "-"),
-                      len(row["seeds"])])
-    return as_table(header, lines)
+        half = row["overall_half"]
+        overall = f"{row['overall']:.1f}" + (f" ± {half:.1f}" if half is not None else "")
+        lines.append([*(row[key] for key in keys), row["mean_of"], overall,
+                      *(f"{row[name]:.1f}" for name in names)])
+    return as_table([*keys, "seeds", "overall", *names], lines)
 
 
-def growth_table(rows):
-    header = ["grows", "points per tenfold", "straight line: p", "largest measured",
-              "log predicts", "linear predicts", "no growth predicts"]
+def span(interval):
+    return f"{interval[0]:+.1f} to {interval[1]:+.1f}" if interval else "one seed, no interval"
+
+
+def difference_table(rows, metrics=None):
+    """Paired differences; metrics: of these scores alone."""
+    rows = [row for row in rows if "due_to" in row
+            and (metrics is None or row["metric"] in metrics)]
+    lines = []
+    asked = any("by_question" in row for row in rows)
+    for row in rows:
+        error = "-" if row["error"] is None else f"{row['error']:.2f}"
+        line = [row["due_to"], row["metric"], f"**{row['difference']:+.1f}**", error,
+                span(row["by_seed"])]
+        if asked:
+            line.append(span(row["by_question"]))
+        lines.append([*line, ", ".join(f"{x:+.1f}" for x in row["single"])])
+    header = ["due to", "score", "difference", "standard error", "by seed"]
+    if asked:
+        header.append("by question")
+    return as_table([*header, "each seed"], lines) if lines else ""
+
+
+def growth_table(rows, metrics=("overall",)):
+    """Slope, straightness, and the largest budget by three rivals."""
     lines = []
     for row in rows:
-        slope = f"{row['per_tenfold']:.1f} ± {row['per_tenfold_half']:.1f}"
-        cells = [GROWTHS[row["claim"]][0], slope, row["bends_p"], row["largest_measured"]]
+        if row.get("metric") not in metrics or "per_tenfold" not in row:
+            continue
+        slope = f"**{row['per_tenfold']:.1f}** ± {row['per_tenfold_half']:.1f}"
+        bends = "-" if row["bends_p"] is None else f"{row['bends_p']:.3f}"
+        cells = [GROWTHS[row["claim"]], slope, bends, f"{row['largest_measured']:.1f}"]
         for rival in ("log", "linear", "none"):
-            cells.append(f"{row[f'{rival}_predicts']} ± {row[f'{rival}_half']}")
+            half = row[f"{rival}_half"]
+            middle = f"{row[f'{rival}_predicts']:.1f}"
+            if half is None:
+                cells.append(middle)
+            else:
+                holds = "holds" if row[f"{rival}_holds"] else "fails"
+                cells.append(f"{middle} ± {half:.1f}, {holds}")
         lines.append(cells)
-    return as_table(header, lines)
+    header = ["grows", "points per tenfold", "straight: p", "largest, measured",
+              "by the logarithm", "by a line", "no growth"]
+    return as_table(header, lines) if lines else ""
 
 
-def page(rows, png, minutes):
-    differences = [row for row in rows if "due_to" in row]
-    captions = [row for row in differences if row["claim"] == "captions"]
-    orders = [row for row in differences if row["claim"] == "curriculum"]
-    growths = [row for row in rows if "per_tenfold" in row]
-    took = f" It took {minutes} minutes." if minutes else ""
-    picture = base64.b64encode(png).decode()
-    return f"""<!doctype html><meta charset="utf-8"><title>The paper in miniature</title>
-<style>{PAGE_CSS}</style>
-<h1>The paper in miniature</h1>
-<p>SAIL-VL's three claims (arXiv 2501.05952) on the toy world. All intervals are 95 %. Every number
-is in a line of results.jsonl.{took}</p>
-<img src="data:image/png;base64,{picture}" alt="captions, growth, order and schedule">
-<h2>1. Better captions</h2>
-{difference_table(captions)}
-<h2>2. More data</h2>
-<p>The smaller budgets predict the largest.</p>
-{growth_table(growths)}
-<h2>3. A curriculum: the order apart from the schedule</h2>
-{difference_table(orders)}
-"""
+def base_table(rows):
+    lines = [[row["family"], "no" if row["left_out"] else "yes", f"{row['score']:.1f}",
+              f"{row['chance']:.1f}"] for row in rows]
+    return as_table(["family", "taught", "score", "chance"], lines) if lines else ""
+
+
+def validation_table(rows):
+    """What settings were chosen by: a line for each training of one seed."""
+    if not rows:
+        return ""
+    names = [name for name in rows[0] if name not in ("claim", "run")]
+    lines = [[row["run"], *(f"{row[name]:.1f}" for name in names)] for row in rows]
+    return as_table(["training", *names], lines)
+
+
+def minutes_table(rows):
+    lines = [[row["part"], f"{row['minutes']:.1f}", f"{row['cpu_minutes']:.1f}"] for row in rows]
+    return as_table(["part", "minutes", "of processor time"], lines) if lines else ""
+
+
+def tier_table(rows):
+    lines = [[row["tier"], row["mean_of"], *(f"{row[name]:.1f}" for name in CANDIDATES)]
+             for row in rows if "mean_of" in row]
+    return as_table(["tier", "seeds", *CANDIDATES], lines) if lines else ""
+
+
+def rank_table(rows):
+    lines = []
+    for row in rows:
+        if "ranks" in row:
+            n = len(row["seeds"])
+            lines.append([row["ranks"], row["as"], f"{row['pairs_alike']} of {row['pairs']}",
+                          f"{row['same_best']} of {n}", f"{row['same_order']} of {n}"])
+    header = ["the tier", "ranks as", "pairs", "the best", "the whole order"]
+    return as_table(header, lines) if lines else ""
+
+
+def mix_table(rows):
+    """The mixes of the tiers composition and incremental, the best first."""
+    lines = []
+    for row in rows:
+        if row.get("tier") in ("composition", "incremental"):
+            lines += [[row["tier"], mix, f"{score:.1f}"] for mix, score in row.items()
+                      if mix not in ("claim", "tier", "seed")]
+    return as_table(["tier", "mix", "overall"], lines) if lines else ""
+
+
+def tables(rows):
+    """{name of a mark: its table}, "" where its part has not run."""
+    def of(*claims):
+        return [row for row in rows if row["claim"] in claims]
+
+    return {
+        "minutes": minutes_table(of("minutes")),
+        "base": base_table(of("base")),
+        "validation": validation_table(of("validation")),
+        "start": score_table(of("start"), ()),
+        "captions": score_table(of("captions"), ("captions",)),
+        "caption_difference": difference_table(of("captions")),
+        "growth": growth_table(of(*GROWTHS)),
+        "growth_steps": growth_table(of(*GROWTHS), ("toy_steps",)),
+        "quality": difference_table(of("quality")),
+        "arms": score_table(of("curriculum"), ("order", "schedule")),
+        "order": difference_table(of("curriculum"), ("overall", "toy_steps")),
+        "tiers": tier_table(of("tiers")),
+        "ranks": rank_table(of("tiers")),
+        "mixes": mix_table(of("tiers")),
+    }
+
+
+def fill_page(text, rows):
+    """The page with its tables. What has not run is said to be so."""
+    made = tables(rows)
+
+    def fill(match):
+        if match[2] not in made:
+            raise ValueError(f"the page has a mark for an unknown table {match[2]!r}: "
+                             f"there are {', '.join(made)}")
+        return match[1] + (made[match[2]] or "Not run.\n") + match[3]
+
+    return MARKED.sub(fill, text)
 
 
 def main():
     cfg = Config()
     configure(cfg)
-    rows = all_rows(cfg)
-    out = Path(cfg.out_dir)
-    write_atomic(out / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    write_atomic(out / "index.html", page(rows, draw_panels(rows), cfg.minutes))
-    print(f"wrote {out / 'results.jsonl'} and {out / 'index.html'}")
+    page = Path(cfg.page)
+    kept = page.with_suffix(".jsonl")
+    picture = page.absolute().parent.parent / "assets" / "paper.png"
+    before = read_jsonl(kept)
+    if cfg.rows:
+        rows = before
+    else:
+        # Settings were chosen once, by trainings that the command does not repeat.
+        chosen = [row for row in before if row["claim"] == "validation"]
+        rows = chosen + all_rows(Path(cfg.out_dir), cfg.llm, cfg.left_out)
+    text = fill_page(page.read_text(), rows)
+    png = draw_panels(rows)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(kept, "".join(json.dumps(row) + "\n" for row in rows))
+    with atomic_write(picture, "wb") as file:
+        file.write(png)
+    write_atomic(page, text)
+    print(f"wrote {page}, {kept} and {picture}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""runs/curriculum.py and paper_page.py: same samples in every arm, differences with intervals."""
+"""runs/curriculum.py, paper_rows.py, paper_page.py: arms of the same samples, intervals, a page."""
 import csv
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 
 import convert
 from inputs.tars import open_tar, tar_key, tar_members
-from runs import curriculum, paper_page
+from runs import curriculum, paper_page, paper_rows
 from toy import __main__ as toy
 
 ROOT = Path(__file__).parent.parent
@@ -183,8 +185,30 @@ def test_differences_are_paired_by_seed_and_by_question(compared, monkeypatch, c
     assert len(results) == 18 and {row["seed"] for row in results} == {1, 2, 3}
 
 
-def test_the_page_shows_nothing_that_is_not_in_a_line_of_its_results(compared, monkeypatch):
-    pytest.importorskip("matplotlib")
+PAGE = """# Experiments
+It took 7 minutes of my time.
+<!-- table captions -->
+an old table
+<!-- end -->
+<!-- table growth -->
+<!-- end -->
+<!-- table arms -->
+<!-- end -->
+<!-- table order -->
+<!-- end -->
+<!-- table ranks -->
+<!-- end -->
+<!-- table base -->
+<!-- end -->
+<!-- table minutes -->
+<!-- end -->
+The end.
+"""
+
+
+@pytest.fixture
+def left(compared, monkeypatch):
+    """What the whole command leaves, but a base that was never gated: (folder, page)."""
     for seed, captions in ((s, c) for s in (1, 2) for c in ("unique", "final")):
         right = np.arange(10) < (8 if captions == "final" else 2 + seed)
         finished(compared / "captions" / f"pretrained_{captions}_{seed}",
@@ -192,27 +216,106 @@ def test_the_page_shows_nothing_that_is_not_in_a_line_of_its_results(compared, m
     for name in paper_page.GROWTHS:
         folder = compared / name
         folder.mkdir()
-        points = [{"steps": n, "seed": s, "tokens": 100 * n, "overall": 20 * np.log10(n) + s}
+        worth = 10 if name == "sft_noisy" else 20
+        points = [{"steps": n, "seed": s, "tokens": 100 * n, "overall": worth * np.log10(n) + s}
                   for n in (10, 20, 40, 80) for s in (1, 2)]
         (folder / "points.jsonl").write_text("".join(json.dumps(p) + "\n" for p in points))
+    orders = {"quick_1": [60, 50, 55, 10], "full_1": [80, 70, 60, 10],
+              "quick_2": [60, 50, 40, 10], "full_2": [70, 60, 50, 20]}
+    for name, scores in orders.items():
+        folder = compared / "tiers" / name
+        folder.mkdir(parents=True)
+        ranking = list(zip(paper_page.CANDIDATES, scores, strict=True))
+        (folder / "ranking.json").write_text(json.dumps(ranking))
+    parts = [("start", 60, 90), ("captions", 120, 240), ("start", 30, 30)]
+    (compared / "minutes.jsonl").write_text("".join(
+        json.dumps({"part": part, "seconds": seconds, "cpu_seconds": cpu}) + "\n"
+        for part, seconds, cpu in parts))
     command(curriculum, monkeypatch, "compare", f"--out_dir={compared}/curriculum")
-    command(paper_page, monkeypatch, f"--out_dir={compared}")
-    text = (compared / "results.jsonl").read_text()
+    page = compared / "docs" / "page.md"
+    page.parent.mkdir()
+    page.write_text(PAGE)
+    return compared, page
+
+
+def tables_of(text):
+    """The lines between the marks of a page."""
+    return "\n".join(match[0] for match in paper_page.MARKED.finditer(text))
+
+
+def test_the_tables_of_the_page_show_nothing_that_is_not_in_a_line_beside_it(left, monkeypatch):
+    pytest.importorskip("matplotlib")
+    folder, page = left
+    command(paper_page, monkeypatch, f"--out_dir={folder}", f"--page={page}", "--llm=nowhere")
+    text = page.with_suffix(".jsonl").read_text()
     rows = [json.loads(line) for line in text.splitlines()]
-    (difference,) = [row for row in rows if row.get("due_to") == "recaptions instead of alt-text"]
+    (difference,) = [row for row in rows if row.get("due_to") == "recaptions instead of alt-text"
+                     and row["metric"] == "overall"]
     assert difference["single"] == [50, 40] and difference["difference"] == 45
-    page = (compared / "index.html").read_text()
-    assert "data:image/png;base64" in page
-    numbers = set(re.findall(r"-?\d+\.\d+", re.sub(r"<(img|style)[^>]*>[^<]*", "", page)))
-    known = {f"{float(n):.{k}f}" for n in re.findall(r"-?\d+\.?\d*", text) for k in (1, 2, 3)}
-    assert numbers - known - {"2501.05952"} == set(), numbers - known
+    written = page.read_text()
+    assert "It took 7 minutes of my time." in written and "an old table" not in written
+    assert written.endswith("The end.\n")
+    assert_traceable(written, text)
+    # A table whose part has not run says so.
+    assert "<!-- table base -->\nNot run.\n<!-- end -->" in written
+    assert "| start | 1.5 | 2.0 |" in written and "| all | 3.5 | 6.0 |" in written
+    assert (folder / "assets" / "paper.png").read_bytes()[:4] == b"\x89PNG"
+    # The rows alone make the same page.
+    page.write_text(PAGE)
+    command(paper_page, monkeypatch, f"--page={page}", "--rows=True")
+    assert page.read_text() == written
+
+
+def assert_traceable(page, text):
+    """Each number in the tables of a page is one of its .jsonl, rounded."""
+    numbers = set(re.findall(r"\d+\.\d+", tables_of(page)))
+    known = {f"{abs(float(n)):.{k}f}" for n in re.findall(r"-?\d+\.?\d*", text)
+             for k in (1, 2, 3)}
+    assert numbers and numbers <= known, numbers - known
+
+
+def test_quick_and_full_tiers_are_compared_pair_by_pair(left):
+    folder, _ = left
+    rows = {(row["ranks"], row["as"]): row for row in paper_rows.tier_rows(folder / "tiers")
+            if "ranks" in row}
+    quick = rows["quick", "full"]
+    # In one of two seeds the quick tier exchanges two candidates.
+    assert (quick["pairs_alike"], quick["pairs"]) == (11, 12)
+    assert (quick["same_best"], quick["same_order"]) == (2, 1)
+    assert rows["full", "truth"]["same_order"] == 2
+
+
+def test_right_answers_are_worth_a_difference_by_seed(left):
+    folder, _ = left
+    points = [row for name in ("sft_clean", "sft_noisy")
+              for row in paper_rows.growth_rows(folder / name, 1)]
+    score, slope = paper_rows.quality_rows(points)
+    assert slope["single"] == [10, 10] and slope["metric"] == "points per tenfold"
+    # The mean of log10 of 10, 20, 40 and 80 is 1.4515.
+    assert score["difference"] == pytest.approx(14.52, abs=0.01)
+
+
+def test_a_mark_of_an_unknown_table_is_told(left, monkeypatch):
+    folder, page = left
+    page.write_text("<!-- table capitons -->\n<!-- end -->\n")
+    with pytest.raises(ValueError, match="unknown table 'capitons': there are minutes, base"):
+        command(paper_page, monkeypatch, f"--out_dir={folder}", f"--page={page}")
+
+
+def test_the_tables_of_the_shipped_page_are_made_from_its_rows():
+    page = (ROOT / "docs" / "experiments.md").read_text()
+    text = (ROOT / "docs" / "experiments.jsonl").read_text()
+    rows = [json.loads(line) for line in text.splitlines()]
+    assert paper_page.fill_page(page, rows) == page
+    assert_traceable(page, text)
 
 
 @pytest.mark.parametrize("script, flags, words", [
     (curriculum, [], "plan | compare"),
     (curriculum, ["plan", "--start=x"], "give --start=MODEL_FOLDER, --data=DIR"),
+    (curriculum, ["plan", "--start=x", "--data=x", "--eval=x", "--schedules=two"], "give three"),
     (curriculum, ["compare", "--out_dir=nowhere"], "nowhere has no finished run: plan --run=True"),
-    (paper_page, ["--out_dir=nowhere"], "nowhere has no finished run: bash runs/paper_in_mini"),
+    (paper_page, ["--out_dir=nowhere", "--llm=nowhere"], "nowhere has no finished run: bash runs/"),
 ])
 def test_a_mistake_is_one_line_that_says_what_to_do(monkeypatch, script, flags, words):
     with pytest.raises(ValueError) as e:
@@ -228,17 +331,35 @@ def test_data_that_is_not_there_is_told_with_the_command_that_makes_it(tmp_path)
 # ---- the whole command ---------------------------------------------------------------------------
 
 @pytest.mark.nightly
-def test_the_paper_in_miniature_runs_from_nothing_to_its_page_and_again_without_work(tmp_path):
+def test_the_paper_in_miniature_is_killed_and_goes_on_to_its_page_and_again_without_work(tmp_path):
+    paper = tmp_path / "paper"
     settings = {
-        "BIN": Path(sys.executable).parent, "PAPER": tmp_path / "paper", "SEEDS": 1, "STEPS": 12,
+        "BIN": Path(sys.executable).parent, "PAPER": paper, "SEEDS": 1, "STEPS": 12,
         "BUDGETS": "3,4,5,6", "SFT_BUDGETS": "3,4,5,6", "N": 40, "N_SFT": "24,16,8", "N_BENCH": 4,
-        "N_STEPS": 6, "N_WEB": 40, "STEPS_SHARE": 12}
+        "N_STEPS": 6, "N_WEB": 40, "STEPS_SHARE": 12, "N_TIER": "12,8,4", "QUICK": 8,
+        "TIER_STEPS": "2,4", "PARTS": "captions growth sft curriculum tiers"}
     environment = os.environ | {name: str(value) for name, value in settings.items()}
+    script = ["bash", "runs/paper_in_miniature.sh"]
+    first = subprocess.Popen(script, cwd=ROOT, env=environment, start_new_session=True,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    finished_point = paper / "growth" / "4_steps_seed_1" / "eval" / "results.json"
+    deadline = time.monotonic() + 1800
+    while not finished_point.exists() and time.monotonic() < deadline:
+        assert first.poll() is None, "it ended before it was killed"
+        time.sleep(0.2)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    written = finished_point.stat().st_mtime_ns
     for _ in range(2):
-        done = subprocess.run(["bash", "runs/paper_in_miniature.sh"], cwd=ROOT, env=environment,
-                              capture_output=True, text=True, timeout=1800)
+        done = subprocess.run(script, cwd=ROOT, env=environment, capture_output=True, text=True,
+                              timeout=1800)
         assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
         assert "planned: about" in done.stdout.splitlines()[0]
-    rows = [json.loads(line) for line in open(tmp_path / "paper" / "results.jsonl")]
-    assert {row["claim"] for row in rows} == {"captions", "curriculum", *paper_page.GROWTHS}
-    assert "one seed, no interval" in (tmp_path / "paper" / "index.html").read_text()
+    # What was finished was not done again.
+    assert finished_point.stat().st_mtime_ns == written
+    page = paper / "docs" / "experiments.md"
+    rows = [json.loads(line) for line in open(page.with_suffix(".jsonl"))]
+    assert {row["claim"] for row in rows} == {
+        "minutes", "base", "start", "captions", "curriculum", "tiers", *paper_page.GROWTHS,
+        "quality"}
+    assert "one seed, no interval" in page.read_text() and "Not run." not in page.read_text()

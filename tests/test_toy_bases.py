@@ -1,6 +1,7 @@
 """toy/bases.py, toy/words.py and toy/gate.py: the bases can be made again, and they read words."""
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -222,15 +223,41 @@ def test_the_language_base_answers_every_benchmark_from_words_alone(world, monke
     assert scores["mean"] >= 90, scores  # 99 on 3,000 questions when it was made
 
 
-def test_the_gate_tells_of_each_family_whether_the_base_knows_it(monkeypatch, capsys):
+def test_the_gate_tells_of_each_family_whether_the_base_knows_it(monkeypatch, capsys, tmp_path):
     argv = ["gate", f"--model={ROOT}/toy/llm", "--per_family=16", "--without=steps,exists"]
-    monkeypatch.setattr("sys.argv", argv)
+    kept = tmp_path / "gate.jsonl"
+    monkeypatch.setattr("sys.argv", [*argv, f"--jsonl={kept}"])
     gate.main()
     told = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert list(told) == [family for family in FAMILIES if family != "caption"]
     assert "taught, learned" in told["reading"] and "taught, learned" in told["value"]
     # This base was made with yes-or-no questions, so they are no news to it.
     assert "LEFT OUT, YET KNOWN" in told["exists"]
+    rows = {row["family"]: row for row in map(json.loads, open(kept))}
+    assert list(rows) == list(told)
+    assert rows["exists"]["left_out"] and not rows["reading"]["left_out"]
+    assert f"{rows['value']['score']:5.1f}" in told["value"]
+
+
+def test_the_base_of_the_paper_knows_what_it_was_taught_and_nothing_else(monkeypatch, tmp_path):
+    shipped = ROOT / "toy" / "llm_basic"
+    rows = {row["family"]: row for row in map(json.loads, open(shipped / "gate.jsonl"))}
+    left_out = [family for family, row in rows.items() if row["left_out"]]
+    assert left_out and all(
+        row["verdict"] == ("left out, at chance" if row["left_out"] else "taught, learned")
+        for row in rows.values())
+    # As the command that made it says.
+    script = (ROOT / "runs" / "paper_base.sh").read_text()
+    without = re.search(r"WITHOUT:-([\w,]+)", script)[1]
+    assert sorted(without.split(",")) == sorted(left_out)
+    # And with a few other questions.
+    kept = tmp_path / "gate.jsonl"
+    argv = ["gate", f"--model={shipped}", "--per_family=24", f"--without={without}", "--seed=7"]
+    monkeypatch.setattr("sys.argv", [*argv, f"--jsonl={kept}"])
+    gate.main()
+    for row in map(json.loads, open(kept)):
+        assert row["left_out"] or row["score"] > 90, row
+
 
 
 def test_what_can_be_guessed_is_no_knowledge_and_97_percent_is():

@@ -120,7 +120,7 @@ def test_every_question_of_the_world_has_a_family_and_every_family_has_questions
 
 
 def test_what_a_world_leaves_out_is_asked_nowhere():
-    out = ("steps", "formats", "comparison", "count", "exists")
+    out = ("steps", "choice", "comparison", "count", "exists")
     kept = set()
     for part in ("text", "drill", "instruction"):
         for i in range(250):
@@ -174,7 +174,7 @@ def test_sizes_and_wrong_answers_are_given_by_part(tmp_path):
     ("--n=-3", "'-3' is not a whole number from 0 to 10,000,000"),
     ("--wrong=101", "'101' is not a whole number from 0 to 100"),
     ("--wrong=0.25", "'0.25' is not a whole number"),
-    ("--without=step", "unknown family 'step': choose from formats, comparison, steps"),
+    ("--without=step", "unknown family 'step': choose from choice, comparison, steps"),
 ])
 def test_a_mistake_is_told_before_anything_is_written(tmp_path, monkeypatch, flag, words):
     monkeypatch.setattr("sys.argv", ["toy", f"--out={tmp_path}/x", flag])

@@ -7,8 +7,8 @@ import re
 from toy.boards import COLORS, PLACES, SHAPES
 
 FAMILIES = {
-    # Multiple choice, and the hint that asks for a short answer.
-    "formats": r"\nA\. |\nAnswer the question using",
+    # Multiple choice.
+    "choice": r"\nA\. ",
     # Of two pictures.
     "comparison": r"the first image\?|the second image\?|^Do both images",
     # Several facts make one answer.
@@ -22,7 +22,11 @@ FAMILIES = {
     "count": r"^How many",
     "exists": r"^Is there a",
     "attribute": r"^What colour is|^What shape is",
-    "place": r"^Where is|^What is (just|at|in the)|^Which place is",
+    # From a place to the thing, and from the thing to its place.
+    "place": r"^What is (at|in the)",
+    "where": r"^Where is",
+    # Two look-ups: where a thing is, and what is beside that place.
+    "neighbour": r"^What is just|^Which place is just",
 }
 # What stands for the names in the form of a question: colours, shapes and places, longest first.
 NAME_WORDS = sorted([*COLORS, *SHAPES, *PLACES], key=len, reverse=True)

@@ -1,7 +1,7 @@
 """The gate of the toy language base: does it answer the toy questions from words alone?
 
     python -m toy.gate --model=toy/llm --data_dir=shards/toy
-    python -m toy.gate --model=out/llm --per_family=100 --without=steps,formats
+    python -m toy.gate --model=out/llm --per_family=100 --without=steps,choice
 
 What it cannot answer from exact words, no model with this base can answer from pictures. Prints the
 score of each benchmark and the mean.
@@ -14,6 +14,7 @@ Shapes: T tokens of a pack of prompts, M visual tokens.
 """
 import collections
 import itertools
+import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from evals.score import score_rows
 from evals.scorers import last_exact
 from evals.table import TOY
 from inputs.chat import join_segments, place_images, segments
+from inputs.files import write_atomic
 from inputs.tokenizer import Tokenizer
 from model import packed
 from toy.bases import TEMPLATE, load_base
@@ -54,6 +56,7 @@ class Config:
     per_family: int = setting(0, at_most=10**6)  # questions of each family; 0: the benchmarks
     without: str = ""  # families that the base was made without
     seed: int = setting(1, at_most=2**32 - 1)  # of the questions of families
+    jsonl: str = ""  # file that gets a line for each family; "": none
 
 
 def word_prompt(pictures, question, tokenizer):
@@ -185,6 +188,7 @@ def print_families(cfg, model, tokenizer):
     left_out = cfg.without.split(",") if cfg.without else []
     check_families(left_out)
     guesses = best_guesses(cfg.seed)
+    rows = []
     for family, asked in family_questions(cfg.seed, cfg.per_family).items():
         prompts = []
         for boards, question, _ in asked:
@@ -197,6 +201,10 @@ def print_families(cfg, model, tokenizer):
                               answers)
         says = family_verdict(score, guess, len(asked), family in left_out)
         print(f"{family:12s} {score:5.1f}   chance {guess:5.1f}   {says}")
+        rows.append({"family": family, "left_out": family in left_out, "questions": len(asked),
+                     "score": round(score, 2), "chance": round(guess, 2), "verdict": says})
+    if cfg.jsonl:
+        write_atomic(cfg.jsonl, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def main():
