@@ -38,3 +38,21 @@ def test_a_row_that_waits_for_a_judge_is_not_called_wrong():
     page = (ROOT / "evals" / "report.html").read_text()
     assert '"wrong", "not scored"]' in page
     assert ".card.not-scored" in (ROOT / "evals" / "style.css").read_text()
+
+
+def test_of_a_thousand_rows_forty_are_shown_the_wrong_ones_first_and_from_all_of_the_file():
+    b = report.KNOWN["toy_ocr"]
+    rows = [
+        {"index": str(i), "question": "?", "answer": "a", "prediction": "ab"[i % 100 == 7]}
+        for i in range(1000)
+    ]
+    cards = report.question_cards(b, rows, [(row, []) for row in rows], True, 40)
+    verdicts = [card["verdict"] for card in cards]
+    assert verdicts == ["wrong"] * 10 + ["right"] * 30
+    shown = [int(card["index"]) for card in cards[10:]]
+    assert shown == sorted(shown) and shown[0] < 50 and shown[-1] > 950
+
+    rows = [row | {"prediction": "b"} for row in rows]  # more wrong ones than have room
+    cards = report.question_cards(b, rows, [(row, []) for row in rows], True, 40)
+    shown = [int(card["index"]) for card in cards]
+    assert shown == list(range(0, 1000, 25))
