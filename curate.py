@@ -75,8 +75,8 @@ class Config:
     mode: Literal["caption", "recaption"] = "recaption"  # recaption: the prompt has the alt-text
     # annotate, recaption: a caption must end in a full stop or the like
     ending: Literal["stop", "any"] = "stop"
-    # folder of the prompts; a row holds the sha256 of its own
-    prompts: str = setting("curation/prompts", filled=True)
+    # folder of the prompts, a row holds the sha256 of its own; "": curation/prompts beside this file
+    prompts: str = ""
     threads: int = setting(8, at_least=1, at_most=1024)  # requests to an endpoint at a time
     # longest reply; a reply that is cut off is dropped
     max_new_tokens: int = setting(512, at_least=1, at_most=2**17)

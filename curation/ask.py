@@ -38,7 +38,7 @@ class Question(NamedTuple):
 
 def prompt_texts(cfg, names):
     """{name: text} of the prompts in --prompts."""
-    folder = Path(cfg.prompts)
+    folder = Path(cfg.prompts or Path(__file__).with_name("prompts"))
     return {name: (folder / f"{name}.txt").read_text("utf-8").strip() for name in names}
 
 

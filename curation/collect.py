@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from curation.ranks import owner_of
+from curation.ranks import on_first_rank, owner_of
 from curation.rows import find_alt_text
 from curation.shards import DamagedShard, ShardRecord, in_blocks, read_records
 from curation.stages import run_stage
+from inputs.files import read_json
 from inputs.images import load_image
 
 BLOCK_RECORDS = 16  # records in memory for each thread that decodes
@@ -28,6 +29,7 @@ def collect_pictures(cfg):
     folder = Path(cfg.out) / ".shards"
 
     def prepare(ranks, inputs, missing):
+        missing += forget_copies(ranks, folder, inputs, missing)
         for shard in ranks.deal(missing):
             np.save(folder / f"{shard.name}.keys.npy", file_keys(shard))
         ranks.gather(None)
@@ -50,6 +52,27 @@ def collect_pictures(cfg):
 
 
 # ---- each file once ------------------------------------------------------------------------------
+
+
+def forget_copies(ranks, folder, inputs, missing):
+    """The finished shards that hold copies, if an input has changed: they are no longer finished.
+
+    What they are copies of may be gone.
+    """
+
+    def forget():
+        facts_of = {shard.name: folder / f"{shard.name}.json" for shard in inputs}
+        if not any(facts_of[shard.name].exists() for shard in missing):
+            return []
+        finished = facts_of.keys() - {shard.name for shard in missing}
+        forgotten = [name for name in sorted(finished)
+                     if read_json(facts_of[name], dict).get("dropped same_file")]
+        for name in forgotten:
+            facts_of[name].unlink()
+        return forgotten
+
+    names = set(ranks.gather(on_first_rank(ranks, forget))[0])
+    return [shard for shard in inputs if shard.name in names]
 
 
 def file_key(sha256):

@@ -3,6 +3,7 @@
 Shapes: m rows that are in a pair, p pairs.
 """
 import functools
+import heapq
 
 import numpy as np
 
@@ -96,13 +97,14 @@ class Comparer:
 
         records: the file of each and its number there.
         """
-        nearest = sorted(self.known.items(), key=lambda item: (abs(item[1]["margin"]), item[0]))
+        nearest = heapq.nsmallest(
+            n, self.known.items(), key=lambda item: (abs(item[1]["margin"]), item[0]))
         found = []
-        for pair, result in nearest[:n]:
+        for pair, result in nearest:
             places = [self.place(row) for row in pair]
             numbers = {name: round(float(result[name]), 4) for name in RESULT.names
                        if not np.isnan(result[name])}
-            records = [[str(self.inputs[shard].path), k] for shard, k in places]
+            records = [[str(self.inputs[shard].path.resolve()), k] for shard, k in places]
             found.append({"records": records, **numbers})
         return found
 

@@ -215,7 +215,7 @@ def write_near_pairs(cfg, ranks, comparer):
     """Write the pairs of all ranks that are nearest to the threshold, for the report."""
     near = sum(ranks.gather(comparer.nearest(NEAR_PAIRS)), [])
     if ranks.rank == 0:
-        near.sort(key=lambda pair: abs(pair["margin"]))
+        near.sort(key=lambda pair: (abs(pair["margin"]), pair["records"]))
         lines = "".join(json.dumps(pair) + "\n" for pair in near[:NEAR_PAIRS])
         files.write_atomic(Path(cfg.out) / "near_pairs.jsonl", lines)
 

@@ -158,6 +158,9 @@ def pair_cards(cfg):
         pair = json.loads(line)
         shots = []
         for file, number in pair.pop("records"):
+            if not Path(file).exists():
+                raise FileNotFoundError(f"{file} is gone: --pairs shows the pictures that dedup "
+                                        "read, so keep its input until you have looked")
             records = read_records(InputShard("", Path(file)))
             record = next(itertools.islice(records, number, None))
             image = load_image(next(iter(record.pictures.values())))

@@ -11,6 +11,7 @@ from curation import shards
 from curation.ranks import join_ranks, on_first_rank
 from inputs import files
 from inputs.locks import take_lock
+from training.distributed import close_distributed
 
 # Counts of a shard that a stage prints only if they are not 0.
 SPEND_COUNTS = ("replies", "calls", "retries", "prompt_tokens", "completion_tokens")
@@ -21,8 +22,8 @@ def run_stage(cfg, stage, process, prepare=None, **settings):
 
     process(shard, counts) yields a ShardRecord for every record of an input shard, in order.
     prepare(ranks, inputs, missing) comes before, on all ranks at once, if a shard is missing: for a
-    stage in which a shard depends on all others. settings: all that decides what comes out; a
-    folder made with others is refused.
+    stage in which a shard depends on all others. It may add shards to `missing`. settings: all that
+    decides what comes out; a folder made with others is refused.
     """
     ranks = join_ranks()
     with contextlib.ExitStack() as stack:
@@ -37,8 +38,12 @@ def run_stage(cfg, stage, process, prepare=None, **settings):
             prepare(ranks, inputs, missing)
         made = make_missing_shards(ranks, out, stage, missing, process)
         all_made = ranks.gather(made)
-        if ranks.rank == 0:
-            report_stage(cfg, stage, inputs, all_made)
+        # A rank that ends while others still hold its connections may abort after its work.
+        try:
+            if ranks.rank == 0:
+                report_stage(cfg, stage, inputs, all_made)
+        finally:
+            close_distributed()
 
 
 def open_output_folder(cfg, stage, settings, stack):
@@ -92,7 +97,8 @@ def check_settings(out, settings):
         old = files.read_json(path, dict)
         changed = [k for k in {**old, **settings} if old.get(k) != settings.get(k)]
         if changed:
-            raise ValueError(f"{out} was made with another {', '.join(changed)}: "
+            others = ", ".join(changed).replace("inputs", "input (names, sizes or times)")
+            raise ValueError(f"{out} was made with another {others}: "
                              "write into another folder, or remove this one")
     files.write_atomic(path, json.dumps(settings, indent=1) + "\n")
 
@@ -174,7 +180,6 @@ def stage_totals(cfg, out, stage, inputs):
         counts.update(facts)
 
     seconds = counts.pop("seconds", 0)
-    n_left = len(inputs) - len(finished)
     dropped = {}
     for key in sorted(counts):
         if key.startswith("dropped "):
@@ -188,7 +193,6 @@ def stage_totals(cfg, out, stage, inputs):
         "dropped": dropped,
         "seconds": round(seconds, 2),
         "rows/s": round(counts["in"] / max(seconds, 1e-9), 1),
-        "seconds to go": round(seconds / max(1, len(finished)) * n_left),
     }
     for key in SPEND_COUNTS:
         if counts[key]:

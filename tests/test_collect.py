@@ -67,3 +67,13 @@ def test_an_input_that_is_touched_or_grows_is_collected_again_and_loses_nothing(
     write("001.tar", 4)
     assert run_well(*argv)["in"] == 10
     assert {row["source_id"] for row in read_shards(tmp_path / "c")} >= set("0123")
+
+
+def test_a_copy_is_kept_if_its_original_leaves_the_input(tmp_path):
+    for name, colors in (("001.tar", (0, 1, 2)), ("002.tar", (0, 5))):
+        write_tar(tmp_path / "in" / name, [(f"{i}.png", png((i, 0, 0), (70, 70))) for i in colors])
+    argv = ["collect", f"--in={tmp_path}/in/{{001..002}}.tar", f"--out={tmp_path}/c"]
+    assert run_well(*argv)["dropped"] == {"same_file": 1}
+    write_tar(tmp_path / "in" / "001.tar", [(f"{i}.png", png((i, 0, 0), (70, 70))) for i in (1, 2)])
+    totals = run_well(*argv)
+    assert totals["out"] == 4 and not totals["dropped"]
