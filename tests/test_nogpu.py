@@ -1,7 +1,10 @@
 """make nogpu: what its judge of a stage finds wrong, without the stand-in for the CUDA driver."""
 
 import json
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -73,6 +76,66 @@ def test_every_recipe_is_a_case():
     recipes = {path.stem for path in ROOT.glob("config/*.py")}
     # real.py runs these two
     assert covered == recipes - {"toy", "toy_sft"}
+
+
+# ---- a script that hangs -------------------------------------------------------------------------
+
+
+def test_a_script_that_does_not_end_is_ended_and_its_log_says_where_it_was(monkeypatch, tmp_path):
+    monkeypatch.setattr(proof, "HANG_S", 2)
+    script = tmp_path / "hangs.py"
+    script.write_text("import time\n\ndef stuck_here():\n    time.sleep(60)\n\nstuck_here()\n")
+    log = tmp_path / "log"
+    start = time.monotonic()
+    assert proof.run_child([str(script)], dict(os.environ), log) is None
+    assert time.monotonic() - start < 30
+    assert "stuck_here" in log.read_text()
+
+
+REAL = """
+import sys, types
+from pathlib import Path
+# card.py needs the stand-in, and nothing here needs card.py.
+sys.modules["card"] = types.ModuleType("card")
+sys.path.insert(0, "tests/nogpu")
+import real
+real.CHECKPOINT_S = 1
+out = Path(sys.argv[1])
+"""
+
+
+def run_real(code, out):
+    """Code that finds tests/nogpu/real.py as `real` -> (its exit code, all it printed)."""
+    done = subprocess.run([sys.executable, "-c", REAL + code, str(out)], cwd=ROOT, timeout=100,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return done.returncode, done.stdout
+
+
+def test_a_checkpoint_that_never_comes_ends_the_run_that_waits_for_it(tmp_path):
+    """It waited for ever, and what had gone wrong was not to be seen."""
+    code, said = run_real("""
+note = lambda: real.signals.Watchdog.note(types.SimpleNamespace(), real.KILL_AT)
+real.signals.Watchdog.note = lambda *_: None
+print(real.run_and_kill(types.SimpleNamespace(main=note), out))
+""", tmp_path)
+    assert code == 0 and "TimeoutError: no checkpoint in" in said
+    assert "the run that was to be killed ended by itself" in said
+
+
+def test_real_sees_the_checkpoint_that_a_run_goes_on_from(tmp_path):
+    """It watched a name that the program does not call, so each run was said to begin anew."""
+    code, said = run_real("""
+real.run_folder.load_checkpoint = lambda *_: None
+loaded = real.resumed_from()
+progress = types.SimpleNamespace(stage="s", fingerprint=1, step=1, world=1)
+real.run_folder.read_progress = lambda _: progress
+real.run_folder.resume(out, progress, 2, None, None)
+print("loaded", loaded == [out])
+""", tmp_path)
+    assert code == 0 and "loaded True" in said, said
+
+
+# ---- memory --------------------------------------------------------------------------------------
 
 
 def plans(case):

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ HELD = HERE / "held.json"
 
 MARGIN = 0.03  # how far the peak may be from what --dry_run says
 COMPILED_KERNELS = 0.6  # the most of the eager kernels that a compiled pack may launch
+HANG_S = 3600  # seconds after which a script is taken to hang, and ended
 MICRO = 2  # micro-batches of a step that stage.py runs
 
 
@@ -118,11 +120,19 @@ def card_environment(out, world=1):
 
 
 def run_child(command, environment, log):
-    """Run a script, all output into `log` -> the JSON objects it printed, or None if it failed."""
+    """Run a script, all output into `log` -> the JSON objects it printed, or None if it failed.
+
+    One that hangs has failed: the stacks of its threads are at the end of the log.
+    """
     with open(log, "w") as file:
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, stdout=file,
-                              stderr=subprocess.STDOUT)
-    if done.returncode:
+        script = subprocess.Popen([sys.executable, "-X", "faulthandler", *command], cwd=ROOT,
+                                  env=environment, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            script.wait(HANG_S)
+        except subprocess.TimeoutExpired:
+            script.send_signal(signal.SIGABRT)
+            script.wait()
+    if script.returncode:
         return None
     return [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{\"")]
 

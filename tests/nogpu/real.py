@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent.parent)]
@@ -20,14 +21,24 @@ import card  # noqa: E402
 import model as model_file  # noqa: E402
 import sft  # noqa: E402
 import train  # noqa: E402
-from training import checkpoint, signals  # noqa: E402
+from training import checkpoint, run_folder, signals  # noqa: E402
 
 KILL_AT = "alignment step 4: samples"
+CHECKPOINT_S = 60  # so long the checkpoint of step 2 may take
 
 
 def run_script(script, *argv):
     sys.argv = ["script", *argv]
     script.main()
+
+
+def wait_for_checkpoint(out):
+    """TimeoutError if there is none in time: one that cannot be written never comes."""
+    end = time.monotonic() + CHECKPOINT_S
+    while not list(out.glob("checkpoints/step_*/manifest.json")):
+        if time.monotonic() > end:
+            raise TimeoutError(f"no checkpoint in {out} after {CHECKPOINT_S} s")
+        time.sleep(0.1)
 
 
 def run_and_kill(script, out, *argv):
@@ -37,8 +48,7 @@ def run_and_kill(script, out, *argv):
     def note_or_die(self, text):
         note(self, text)
         if text.startswith(KILL_AT):
-            while not list(out.glob("checkpoints/step_*/manifest.json")):
-                time.sleep(0.1)
+            wait_for_checkpoint(out)
             os.kill(os.getpid(), signal.SIGKILL)
 
     child = os.fork()  # nothing has used the card yet
@@ -46,8 +56,9 @@ def run_and_kill(script, out, *argv):
         signals.Watchdog.note = note_or_die
         try:
             run_script(script, *argv)
-        finally:
-            os._exit(1)
+        except BaseException:
+            traceback.print_exc()  # nothing else would tell why, for the next line ends it
+        os._exit(1)
     _, status = os.waitpid(child, 0)
     if os.waitstatus_to_exitcode(status) != -signal.SIGKILL:
         return ["the run that was to be killed ended by itself"]
@@ -57,13 +68,13 @@ def run_and_kill(script, out, *argv):
 def resumed_from():
     """A list to which the paths of the checkpoints are added that are loaded from now on."""
     loaded = []
-    load_checkpoint = checkpoint.load_checkpoint
+    load_checkpoint = run_folder.load_checkpoint
 
     def load(path, *rest):
         loaded.append(path)
         return load_checkpoint(path, *rest)
 
-    checkpoint.load_checkpoint = load
+    run_folder.load_checkpoint = load
     return loaded
 
 
@@ -111,4 +122,5 @@ def main():
     print(json.dumps({"faults": faults + more, "says": says}))
 
 
-main()
+if __name__ == "__main__":
+    main()
