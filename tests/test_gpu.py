@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import golden
 import pytest
 import torch
 from test_train import argv, log, weights
@@ -16,8 +17,6 @@ from test_train import argv, log, weights
 from bench import samples as bench
 from generate import generate
 from model_config import config_json
-from toy.__main__ import Config as ToyConfig
-from toy.__main__ import write_parts
 from training import distributed
 from training.compile import compile_blocks
 from weights import load_folder, save_folder
@@ -152,16 +151,7 @@ train.main()
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shards")
-    write_parts(ToyConfig(out=str(folder), n=60), ["pretrain"])
-    rows = []
-    for i in range(40):
-        asked = "What is it? " * (i % 5 + 1)
-        said = "A red star. " * (i % 7 + 1)
-        turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": said}]
-        rows.append(json.dumps({"id": f"t{i}", "conversations": turns}) + "\n")
-    (folder / "text.jsonl").write_text("".join(rows))
-    return f"{folder}/pretrain-*.tar"
+    return golden.write_data(tmp_path_factory.mktemp("shards"))
 
 
 def run_train(out, shards, *more, steps, code=None):
@@ -190,8 +180,7 @@ def test_a_run_that_was_killed_on_a_gpu_goes_on_with_the_same_bits(tmp_path, sha
 
 
 def test_the_golden_curve_of_fifty_steps_is_met_on_a_gpu(tmp_path, shards):
-    golden = json.loads((ROOT / "tests" / "golden_curve.json").read_text())
-    flags = ["--dtype=float32", "--grad_accum_steps=2", "--compile=off"]
-    assert run_train(tmp_path / "run", shards, *flags, steps=50) == 0
-    # the tolerance of another CPU
-    assert [row["loss"] for row in log(tmp_path / "run")] == pytest.approx(golden["loss"], abs=1e-3)
+    flags = golden.flags(tmp_path / "run", shards, "--device=cuda")
+    subprocess.run([sys.executable, "train.py", *flags], cwd=ROOT, check=True)
+    curve = json.loads(golden.FILE.read_text())["loss"]
+    assert golden.losses(tmp_path / "run") == pytest.approx(curve, abs=golden.TOLERANCE)

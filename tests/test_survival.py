@@ -17,12 +17,12 @@ import sys
 import time
 from pathlib import Path
 
+import golden
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from test_train import argv, kill_tree, launch, log, weights
 
-from toy import __main__ as toy
 from training import checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -53,20 +53,7 @@ distributed.MixedPrecisionPolicy = lambda *a, **kw: policy(torch.float64, torch.
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shards")
-    toy.write_parts(toy.Config(out=str(folder), n="60"), ["pretrain"])
-    rows = [
-        {
-            "id": f"t{i}",
-            "conversations": [
-                {"from": "human", "value": "What is it? " * (i % 5 + 1)},
-                {"from": "gpt", "value": "A red star. " * (i % 7 + 1)},
-            ],
-        }
-        for i in range(40)
-    ]
-    (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return f"{folder}/pretrain-*.tar"
+    return golden.write_data(tmp_path_factory.mktemp("shards"))
 
 
 def one_stage(out, data, *more, steps=40):
@@ -803,24 +790,20 @@ def test_a_checkpoint_after_a_validation_has_the_moments_of_one_without(zygote, 
     assert all(t.any() for name, t in tensors[0].items() if name.endswith("mlp1.1.weight.exp_avg"))
 
 
-def test_the_golden_curve_of_fifty_steps_is_met_on_one_and_two_ranks(zygote, shards, tmp_path):
-    path = Path(__file__).parent / "golden_curve.json"
-    here = {
-        "torch": torch.__version__.partition("+")[0],
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-    }
-    curves = {}
-    for ranks in (1, 2):
-        out = tmp_path / str(ranks)
-        arguments = one_stage(out, shards, f"--grad_accum_steps={2 // ranks}", steps=50)
-        assert zygote.run("train", arguments, ranks, tmp_path / "output") == [0] * ranks
-        curves[ranks] = [row["loss"] for row in log(out)]
-    if os.environ.get("NEW_GOLDEN_CURVE"):
-        path.write_text(json.dumps(here | {"loss": curves[1]}) + "\n")
-    golden = json.loads(path.read_text())
-    same = golden.items() >= here.items()
-    for curve in curves.values():
-        assert curve == pytest.approx(golden["loss"], abs=1e-6 if same else 1e-3)
+def test_the_golden_curve_is_what_its_command_gives_and_two_ranks_meet_it(
+    zygote, shards, tmp_path
+):
+    recorded = json.loads(golden.FILE.read_text())
+    made = golden.make(tmp_path)
+    out = tmp_path / "two"
+    arguments = golden.flags(out, shards, ranks=2)
+    assert zygote.run("train", arguments, 2, tmp_path / "output") == [0, 0]
+    assert recorded.keys() == made.keys() and recorded["command"] == made["command"]
+    same = recorded.items() >= golden.here().items()
+    for curve in (made["loss"], golden.losses(out)):
+        assert curve == pytest.approx(
+            recorded["loss"], abs=golden.SAME if same else golden.TOLERANCE
+        )
 
 
 # ---- disk ----------------------------------------------------------------------------------------
