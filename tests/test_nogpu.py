@@ -1,5 +1,6 @@
 """make nogpu: what its judge of a stage finds wrong, without the stand-in for the CUDA driver."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -20,6 +21,7 @@ from training.optim import set_trained_parts
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "nogpu"))
+import mixes  # noqa: E402
 import proof  # noqa: E402
 
 GOOD = {
@@ -32,10 +34,12 @@ GOOD = {
     "recompiled": 0,
     "kernels": 500,
     "kernels_eager": 1000,
+    "compiled_gb": 100.0,
+    "mixed": {},
     "syncs": {"model.py loss": 2},
 }
 ALLOWED = {"model.py loss": 2}
-HELD = {"kernels": 500}
+HELD = {"kernels": 500, "compiled_gb": 97.5}
 
 
 def test_a_stage_as_it_should_be_has_no_fault():
@@ -52,6 +56,8 @@ def test_a_stage_as_it_should_be_has_no_fault():
         ({"breaks": 1}, "1 graph breaks"),
         ({"recompiled": 2}, "2 graphs compiled after the first pack"),
         ({"kernels": 501}, "501 kernels a pack, held.json holds 500"),
+        ({"compiled_gb": 100.5}, "compiled kernels move 100.5 GB for a pack, held.json holds 97.5"),
+        ({"mixed": {"aten::index": 2}}, "aten::index mixes tensors of the CPU and of the card, 2"),
         ({"kernels_eager": 800}, "500 kernels a pack, eager 800"),
         ({"syncs": {"model.py loss": 3}}, "model.py loss waits for the card 3 times"),
         ({"syncs": {"model.py hidden": 1}}, "model.py hidden waits for the card 1 times"),
@@ -60,6 +66,48 @@ def test_a_stage_as_it_should_be_has_no_fault():
 def test_each_kind_of_fault_is_named(change, says):
     fault, = proof.stage_faults(GOOD | change, HELD, ALLOWED)
     assert says in fault
+
+
+def test_an_index_that_was_left_on_the_cpu_is_found_and_numbers_and_copies_are_not():
+    """The meta device is the card here: PyTorch lets the same operations mix with it."""
+    x = torch.zeros(4, 3, device="meta")
+    here = torch.arange(4)
+    with mixes.WatchDevices() as watched:
+        x.copy_(torch.ones(3))
+        torch.ones(3).to("meta")
+        x * torch.tensor(2.0) + x[here.to("meta")]
+    assert not watched.found
+    with mixes.WatchDevices() as watched:
+        x[here]
+    fault, = proof.mixed_faults(watched.found)
+    assert fault.startswith("aten::index mixes")
+
+
+def test_devices_are_watched_in_the_backward_pass_too():
+    class LeftOnTheCpu(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient[torch.arange(len(gradient))]
+
+    x = torch.zeros(4, device="meta", requires_grad=True)
+    with mixes.WatchDevices() as watched:
+        LeftOnTheCpu.apply(x).sum().backward()
+    assert watched.found == {"aten::index": 1}
+
+
+def test_the_ends_of_documents_belong_on_the_cpu_and_what_attends_does_not():
+    q = torch.zeros(4, 2, 8, device="meta")
+    ends = torch.tensor([0, 4], dtype=torch.int32)
+    with mixes.WatchDevices() as watched:
+        torch.ops.sail_vl.attention(q, q, q, ends, True, "sdpa")
+    assert not watched.found
+    with mixes.WatchDevices() as watched, contextlib.suppress(RuntimeError, NotImplementedError):
+        torch.ops.sail_vl.attention(q, q, torch.zeros(4, 2, 8), ends, True, "sdpa")
+    assert watched.found["sail_vl::attention"] == 1
 
 
 def test_the_list_of_waits_is_the_one_of_the_docs():

@@ -22,7 +22,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 HELD = HERE / "held.json"
 
-MARGIN = 0.03  # how far the peak may be from what --dry_run says
+# How far the peak may be from what --dry_run says, and above what held.json holds of bytes.
+MARGIN = 0.03
 COMPILED_KERNELS = 0.6  # the most of the eager kernels that a compiled pack may launch
 HANG_S = 3600  # seconds after which a script is taken to hang, and ended
 MICRO = 2  # micro-batches of a step that stage.py runs
@@ -52,11 +53,13 @@ CASES = [
     Case("captioner", "sft.py", ["captioner"], flags=["--llm=qwen2.5-7b"]),
     Case("pretrain_8b_64", "train.py", ["pretrain_8b"], world=64),
     Case("sft_8b_64", "sft.py", ["sft_8b"], world=64),
+    Case("pretrain_8b_fsdp", "train.py", ["pretrain_8b"], flags=["--parallel=fsdp"]),
+    Case("pretrain_8b_64_fsdp", "train.py", ["pretrain_8b"], world=64, flags=["--parallel=fsdp"]),
     Case("sft_8b_hsdp", "sft.py", ["sft_8b"], world=64, flags=["--parallel=hsdp"]),
     Case("sft_8b_hsdp_1024", "sft.py", ["sft_8b"], world=1024, flags=["--parallel=hsdp"]),
 ]
 # Scripts that print one JSON object of their own: {"faults": [...], ...}.
-OTHERS = ["real", "decode"]
+OTHERS = ["real", "decode", "mutant"]
 
 
 # ---- what is wrong with a stage ------------------------------------------------------------------
@@ -95,11 +98,22 @@ def stage_faults(row, held, allowed):
     most = (held or {}).get("kernels", row["kernels"])
     if row["kernels"] > most:
         faults.append(f"{row['kernels']} kernels a pack, held.json holds {most}")
+    most_gb = (held or {}).get("compiled_gb", row["compiled_gb"])
+    if row["compiled_gb"] > most_gb * (1 + MARGIN):
+        faults.append(f"compiled kernels move {row['compiled_gb']:.1f} GB for a pack, held.json "
+                      f"holds {most_gb:.1f}")
+    faults += mixed_faults(row["mixed"])
     for place, n in row["syncs"].items():
         if n > allowed.get(place, 0):
             faults.append(f"{place} waits for the card {n} times in a step, docs/speed.md lists "
                           f"{allowed.get(place, 0)}")
     return faults
+
+
+def mixed_faults(mixed):
+    """mixed: {name of an operation: calls}, of mixes.WatchDevices."""
+    return [f"{name} mixes tensors of the CPU and of the card, {n} times in a step"
+            for name, n in mixed.items()]
 
 
 # ---- running -------------------------------------------------------------------------------------
@@ -164,6 +178,7 @@ def run_case(case, out, quick):
         row["world"] = case.world
         row["card_gb"] = case.card_gb
         row["kernels_eager"] = both["off"]["kernels"]
+        row["mixed"] = both["off"]["mixed"]
         table.append(row)
     return table
 

@@ -6,6 +6,7 @@ Two micro-batches a step. Step 1: two of the fullest packs. Step 2: two varied o
 each. With --compile=off one step is enough, to count kernels. For each stage a line of JSON says
 what the card was asked for. $NOGPU_WORLD: the number of ranks to pretend.
 """
+import contextlib
 import importlib
 import itertools
 import json
@@ -15,7 +16,9 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent.parent)]
 import card  # noqa: E402
+import mixes  # noqa: E402
 import torch  # noqa: E402
+import torch._functorch.config as functorch_config  # noqa: E402
 import torch._inductor.config as inductor_config  # noqa: E402
 from torch._dynamo.utils import counters  # noqa: E402
 from torch._inductor.runtime.triton_heuristics import CachingAutotuner  # noqa: E402
@@ -81,6 +84,7 @@ class Measured:
     model = None  # on the meta device, of the right sizes
     cfg = None
     marks = []  # for each forward pass: counts since the one before, graphs, collectives so far
+    rows = []  # what was printed
     compiled_bytes = 0  # that Inductor's kernels have read and written since the last mark
 
 
@@ -117,9 +121,12 @@ def mark_forward_passes():
 def count_compiled_bytes():
     """Inductor writes beside each kernel what it reads and writes, for the sizes of the first pack.
 
-    That pack is the fullest.
+    That pack is the fullest. Graphs from Inductor's cache would bring the bytes of the pack they
+    were compiled for, which may be one of another recipe: a ViT of half as many tiles.
     """
     inductor_config.benchmark_kernel = True  # else it does not write it
+    inductor_config.fx_graph_cache = False
+    functorch_config.enable_autograd_cache = False
     run = CachingAutotuner.run
 
     def counted(self, *args, **settings):
@@ -162,11 +169,16 @@ def measure_stages():
         Measured.marks.clear()
         card.syncs.clear()
         counters.clear()
-        stopped = train_stage(run, name, stage, later_steps)
+        # torch.compile would leave alone what runs while devices are watched.
+        eager = run.cfg.compile == "off"
+        with mixes.WatchDevices() if eager else contextlib.nullcontext() as watched:
+            stopped = train_stage(run, name, stage, later_steps)
         card.watch_syncs(False)
         trained = optim.set_trained_parts(Measured.model, stage, run.cfg)
         plan = memory.memory_plan(run.cfg, Measured.model, trained, run.dist.world)
-        print(json.dumps({"stage": name} | summary(plan)), flush=True)
+        row = {"stage": name} | summary(plan) | {"mixed": dict(watched.found) if eager else {}}
+        print(json.dumps(row), flush=True)
+        Measured.rows.append(row)
         return stopped
 
     train.start_model = started
@@ -215,4 +227,5 @@ def main():
     script.main()
 
 
-main()
+if __name__ == "__main__":
+    main()
