@@ -101,7 +101,11 @@ def bench_parts(device):
         "pack": (loading.packing_rows, packs),
         "image": (loading.image_rows, {"images_per_s_core": ()}),
         "loader": (loading.loader_rows, {"loader_2_workers": (2,), "loader_1_worker": (1,)}),
-        "waiting": (loading.waiting_rows, {"wait_accum_1": (1,), "wait_accum_64": (64,)}),
+        "waiting": (loading.waiting_rows, {
+            "wait_accum_1": (1,),
+            "wait_accum_64": (64,),
+            "wait_full_accum_1": (1, loading.full_packs),
+            "wait_full_accum_64": (64, loading.full_packs)}),
         "decode": (decoding_rows, decoding_table()),
         "serving": (serving_rows, {"8_clients": (), "first_text": ()}),
         "dedup": (dedup_rows, {"edits": (), "speed": (), "hashes": ()}),

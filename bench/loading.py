@@ -238,20 +238,37 @@ def loader_rows(cfg, device, name, workers):
 GPU_S = 0.17  # a pack of 2B alignment on an H100, the fastest of the plan
 
 
-def waiting_rows(cfg, device, name, accum):
+def open_packs(folder, settings, tokenizer, width, height):
+    """A PackedDataset of 64 photos of this size, which are written into the folder."""
+    write_photos(folder, 64, width, height)
+    opened = sources.open_sources(folder, tokenizer, "sailvl-chat")
+    return data.PackedDataset(packing.Packs(opened, settings), tokenizer, "sailvl-chat")
+
+
+def light_packs(folder, tokenizer):
+    """Packs that cost the loader little, so that it keeps up with the GPU on any machine."""
+    settings = packing.PackSettings(tile_size=224, tokens_per_tile=64, max_tiles=2,
+                                    tokens_per_pack=1024, tiles_per_pack=12)
+    return open_packs(folder, settings, tokenizer, 320, 240)
+
+
+def full_packs(folder, tokenizer):
+    """The fullest packs of a recipe: 32 tiles of 448 pixels, four pictures of eight, and text."""
+    settings = packing.PackSettings(tile_size=448, tokens_per_tile=256, max_tiles=8,
+                                    thumbnail=False, tokens_per_pack=10240, tiles_per_pack=32)
+    return open_packs(folder, settings, tokenizer, 1792, 896)
+
+
+def waiting_rows(cfg, device, name, accum, make_packs=light_packs):
     """The share of its time that a GPU which needs GPU_S for a pack waits for two workers' packs.
 
-    The GPU is pretended: the loop sleeps. Packs are small, so that the loader keeps up with it. The
-    peer asks the loader for the packs of a step when the step before has ended.
+    The GPU is pretended: the loop sleeps. The peer asks the loader for the packs of a step when the
+    step before has ended. No prefetching helps where loader_s_per_pack is more than GPU_S.
     """
     tokenizer = Tokenizer(TOKENIZER_FOLDER)
     steps = max(2, 64 // accum)
     with tempfile.TemporaryDirectory() as folder:
-        write_photos(folder, 64, 320, 240)
-        opened = sources.open_sources(folder, tokenizer, "sailvl-chat")
-        settings = packing.PackSettings(tile_size=224, tokens_per_tile=64, max_tiles=2,
-                                        tokens_per_pack=1024, tiles_per_pack=12)
-        dataset = data.PackedDataset(packing.Packs(opened, settings), tokenizer, "sailvl-chat")
+        dataset = make_packs(folder, tokenizer)
         loader = data.make_loader(dataset, num_workers=2)
         pack_s = seconds_per_pack(iter(loader))
         between = between_steps(iter(loader), accum)

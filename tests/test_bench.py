@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from bench import __main__ as bench
-from bench import kernels
+from bench import kernels, loading
 from bench.measure import compare_sides
+from inputs.tokenizer import Tokenizer
 from kernels import cross_entropy
 
 ROOT = Path(__file__).parent.parent
@@ -104,3 +105,15 @@ def test_the_ratio_is_ours_over_theirs_and_sides_take_turns():
         "peer",
         "ours",
     ]  # after the warm-up and the first clock
+
+
+def test_full_packs_of_the_waiting_rows_are_full(tmp_path):
+    """A row for packs of 32 tiles would say nothing if some had fewer."""
+    dataset = loading.full_packs(str(tmp_path), Tokenizer(loading.TOKENIZER_FOLDER))
+    planned, _ = dataset.packs.plan_window(0, 0)
+    assert len(planned) == 16
+    assert all(pack.tiles == 32 and len(pack.samples) == 4 for pack in planned)
+    assert dataset[planned[0]]["tiles"].shape == (32, 3, 448, 448)
+    rows = bench.bench_parts(torch.device("cpu"))["waiting"][1]
+    assert rows["wait_full_accum_1"] == (1, loading.full_packs)
+    assert rows["wait_full_accum_64"] == (64, loading.full_packs)
