@@ -75,7 +75,7 @@ class Config:
     mode: Literal["caption", "recaption"] = "recaption"  # recaption: the prompt has the alt-text
     # annotate, recaption: a caption must end in a full stop or the like
     ending: Literal["stop", "any"] = "stop"
-    # folder of the prompts, a row holds the sha256 of its own; "": curation/prompts beside this file
+    # folder of the prompts, "": curation/prompts beside this file; a row has the sha256 of its own
     prompts: str = ""
     threads: int = setting(8, at_least=1, at_most=1024)  # requests to an endpoint at a time
     # longest reply; a reply that is cut off is dropped

@@ -238,7 +238,7 @@ def loader_rows(cfg, device, name, workers):
 GPU_S = 0.17  # a pack of 2B alignment on an H100, the fastest of the plan
 
 
-def open_packs(folder, settings, tokenizer, width, height):
+def random_packs(folder, settings, tokenizer, width, height):
     """A PackedDataset of 64 photos of this size, which are written into the folder."""
     write_photos(folder, 64, width, height)
     opened = sources.open_sources(folder, tokenizer, "sailvl-chat")
@@ -249,14 +249,14 @@ def light_packs(folder, tokenizer):
     """Packs that cost the loader little, so that it keeps up with the GPU on any machine."""
     settings = packing.PackSettings(tile_size=224, tokens_per_tile=64, max_tiles=2,
                                     tokens_per_pack=1024, tiles_per_pack=12)
-    return open_packs(folder, settings, tokenizer, 320, 240)
+    return random_packs(folder, settings, tokenizer, 320, 240)
 
 
 def full_packs(folder, tokenizer):
     """The fullest packs of a recipe: 32 tiles of 448 pixels, four pictures of eight, and text."""
     settings = packing.PackSettings(tile_size=448, tokens_per_tile=256, max_tiles=8,
                                     thumbnail=False, tokens_per_pack=10240, tiles_per_pack=32)
-    return open_packs(folder, settings, tokenizer, 1792, 896)
+    return random_packs(folder, settings, tokenizer, 1792, 896)
 
 
 def waiting_rows(cfg, device, name, accum, make_packs=light_packs):

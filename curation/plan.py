@@ -79,8 +79,9 @@ def print_curation_plan(cfg):
           "sent = pictures * bytes sent\n"
           "read+written = pictures * (KB of a shard * times read and written + bytes beside it)")
     for stage in stage_plans(cfg):
-        print(f"  {stage.name}: {stage.ms:.3g} + {stage.ms_per_kb:.3g} * KB ms; bytes of a picture: "
-              f"{stage.held_bytes:.0f} held, {stage.extra_bytes:.0f} beside the shard, "
-              f"{stage.sent_bytes:.0f} sent; read {stage.reads:.3g}, written {stage.writes:g} times")
+        print(f"  {stage.name}: {stage.ms:.3g} + {stage.ms_per_kb:.3g} * KB ms; "
+              f"bytes of a picture: {stage.held_bytes:.0f} held, "
+              f"{stage.extra_bytes:.0f} beside the shard, {stage.sent_bytes:.0f} sent; "
+              f"read {stage.reads:.3g}, written {stage.writes:g} times")
     print(f"dedup compares {cfg.compared:g} pairs for each picture, {MS_PER_COMPARISON} ms each "
           "(--compared=N)")
