@@ -41,7 +41,7 @@ def bytes_together(plans):
     """What models reserve that take turns: each keeps its state, and one of them is at work."""
     state = sum(plan.state for plan in plans)
     at_work = max(plan.allocated - plan.state for plan in plans)
-    fragments = max(plan.fragments for plan in plans)
+    fragments = max(plan.fragments / plan.allocated for plan in plans)
     return (1 + fragments) * (state + at_work)
 
 

@@ -15,6 +15,7 @@ from inputs.chat import IGNORE
 from model import VLM, LLMConfig
 from train import RunConfig, Stage
 from training import optim
+from training.copies import refresh_copies
 from vision import VisionConfig
 from weights import image_token_id
 
@@ -175,11 +176,12 @@ def build_model(name, stage, dtype, device):
     return model.train(), optim.make_optimizer(model, rates, RunConfig())
 
 
-def training_step(loss, optimizer, dtype, device):
-    """One step; loss() is the mean over supervised tokens."""
+def training_step(loss, optimizer, dtype, device, copies=([], [])):
+    """One step; loss() is the mean over supervised tokens; copies: of copy_weights."""
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         value = loss()
     value.backward()
     optimizer.step()
+    refresh_copies(*copies)
     optimizer.zero_grad(set_to_none=True)
     return value.detach()

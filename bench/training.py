@@ -31,6 +31,7 @@ from inputs.images import normalize
 from model_config import config_json
 from training import distributed, metrics
 from training.compile import compile_blocks
+from training.copies import copy_weights
 from training.flops import train_flops
 from weights import save_folder
 
@@ -59,15 +60,19 @@ def training_rows(cfg, device, name, size, stage, checkpointing="none"):
     supervised = count_supervised(samples)
     lengths = [len(tokens) for tokens, _ in samples]
 
+    copies = ([], [])
+    if device.type == "cuda":
+        compile_blocks(model)
+        copies = copy_weights(model, dtype)
+
     def step_over(packs):
         def loss():
             return sum(model(**pack) for pack in packs) / supervised
-        return lambda: training_step(loss, optimizer, dtype, device)
+        return lambda: training_step(loss, optimizer, dtype, device, copies)
 
     sides = {"ours": step_over([pack_samples(samples, tiles, device)]),
              "ours, padded": step_over(padded_packs(model, samples, tiles, device))}
     if device.type == "cuda":
-        compile_blocks(model)
         torch.cuda.reset_peak_memory_stats()
         # alone, so that the peak is that of our side
         sides["ours"]()
@@ -93,17 +98,19 @@ def stage_rows(cfg, device, name, size):
     lengths = [len(tokens) for tokens, _ in samples]
     supervised = count_supervised(samples)
 
-    def step_of(model, optimizer):
+    def step_of(model, optimizer, copies):
         return lambda: training_step(
-            lambda: model(**pack) / supervised, optimizer, dtype, device)
+            lambda: model(**pack) / supervised, optimizer, dtype, device, copies)
 
     sides = {}
     flops = {}
     for stage, trained in TRAINED_PARTS.items():
         model, optimizer = build_model(size, stage, dtype, device)
+        copies = ([], [])
         if device.type == "cuda":
             compile_blocks(model)
-        sides[stage] = step_of(model, optimizer)
+            copies = copy_weights(model, dtype)
+        sides[stage] = step_of(model, optimizer, copies)
         flops[stage] = train_flops(
             shape.vision, shape.llm, len(tiles), lengths, supervised, trained)
     seconds = seconds_per_call(sides, cfg.rounds, device)
@@ -121,9 +128,10 @@ def warmup_rows(cfg, device, name, size):
     if device.type == "cuda":
         distributed.checkpoint_activations(model, "selective")
     compile_blocks(model)
+    copies = copy_weights(model, dtype)
 
     def step_on(pack):
-        training_step(lambda: model(**pack) / 1000, optimizer, dtype, device).item()
+        training_step(lambda: model(**pack) / 1000, optimizer, dtype, device, copies).item()
 
     seconds = []
     graphs = []

@@ -10,7 +10,7 @@ max_tiles = 6
 max_tiles_per_pack = 24
 tokens_per_pack = 4096
 grad_accum_steps = 16
-activation_checkpointing = "full"       # 16 GB; "selective" 27
+activation_checkpointing = "full"       # 17 GB; "selective" 27
 save_every = 250
 val_every = 250
 

@@ -36,9 +36,9 @@ SHAPES = dict(
     d256=(8, 4, 256, True, False),
 )
 
-# What a warp may run for a full block up to head dim 128, by Triton 3.6 or 3.7. The forward pass of
-# 516: within a tenth of the 469 that a block of the ViT took when only it had no mask.
+# What a warp may run for a full block up to head dim 128, by Triton 3.6 or 3.7: no more than now.
 MOST_INSTRUCTIONS = dict(_forward=516, _backward_q=485, _backward_kv=460, _backward_whole=480)
+MOST_FORWARD_VIT = 410
 
 
 def signature_of(fn, constants, numbers):
@@ -162,7 +162,10 @@ def main():
                 assert small or got["wgmma"] > 0
                 assert got["specialised"] == bool(constants.get("WARPS"))
                 assert got["replaced"] == (13 if fold and kernel == "_forward" else 0)
-                assert D > 128 or got["loop"] <= MOST_INSTRUCTIONS[kernel]
+                most = MOST_INSTRUCTIONS[kernel]
+                if (name, kernel) == ("vit", "_forward"):
+                    most = MOST_FORWARD_VIT
+                assert D > 128 or got["loop"] <= most, (name, kernel, got["loop"], most)
     got = measure(compiled(C._to_gradient, dict(BLOCK=4096), dict(num_warps=8)))
     print("_to_gradient", *got.values())
     assert got["stack"] == 0

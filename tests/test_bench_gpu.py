@@ -52,7 +52,7 @@ def test_missing_packages_are_named_before_anything_runs():
 
 
 def test_all_parts_together_end_within_ten_minutes():
-    assert sum(seconds for seconds, _ in gpu.PARTS) <= 600 - gpu.GRACE_S
+    assert sum(seconds + gpu.GRACE_S for seconds, _ in gpu.PARTS) <= 600
 
 
 # ---- rows that fit -------------------------------------------------------------------------------

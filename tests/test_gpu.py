@@ -84,7 +84,8 @@ def test_compiled_blocks_err_at_most_twice_as_much_as_eager_ones_and_new_packs_c
     )
 
 
-def test_decoding_by_cuda_graphs_says_what_decoding_on_the_cpu_says(tmp_path):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_decoding_by_cuda_graphs_says_what_decoding_on_the_cpu_says(tmp_path, compiled):
     model, _, _ = toy(torch.float32)
     config = config_json(bench.VISION_TOY, bench.LLM_TOY, torch.float32)
     save_folder(model.state_dict(), config, tmp_path / "model", bench.TOKENIZER_FOLDER)
@@ -102,6 +103,7 @@ def test_decoding_by_cuda_graphs_says_what_decoding_on_the_cpu_says(tmp_path):
             40,
             {7},
             batch_size=4,
+            compiled=compiled and device == CUDA,
         )
         for device in (torch.device("cpu"), CUDA)
     ]

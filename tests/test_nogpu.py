@@ -26,7 +26,7 @@ import proof  # noqa: E402
 
 GOOD = {
     "allocated": 60.0,
-    "reserved": 63.0,
+    "reserved": 65.0,
     "planned_allocated": 61.0,
     "planned_reserved": 66.0,
     "card_gb": 78,
@@ -50,8 +50,9 @@ def test_a_stage_as_it_should_be_has_no_fault():
     "change, says",
     [
         ({"allocated": 63.0}, "allocated 63.0 GB, --dry_run says 61.0"),
-        ({"allocated": 58.0}, "allocated only 58.0 GB of the 61.0"),
+        ({"allocated": 58.0}, "allocated 58.0 GB, --dry_run says 61.0"),
         ({"reserved": 70.0}, "reserved 70.0 GB, --dry_run says 66.0"),
+        ({"reserved": 63.0}, "reserved 63.0 GB, --dry_run says 66.0"),
         ({"reserved": 79.0, "planned_reserved": 79.0}, "reserved 79.0 GB of 78"),
         ({"breaks": 1}, "1 graph breaks"),
         ({"recompiled": 2}, "2 graphs compiled after the first pack"),
@@ -116,7 +117,7 @@ def test_the_list_of_waits_is_the_one_of_the_docs():
     for place in allowed:
         path, name = place.split()
         source = (ROOT / path).read_text()
-        assert name.strip("<>") in ("dictcomp", "listcomp") or f"def {name}(" in source, place
+        assert f"def {name}(" in source, place
 
 
 def test_every_recipe_is_a_case():
@@ -211,6 +212,7 @@ def test_the_plan_of_memory_is_what_the_allocator_took(monkeypatch, case):
         assert plan.reserved / 1e9 <= case.card_gb, stage
         if stage in held:
             assert plan.allocated / 1e9 == pytest.approx(held[stage]["allocated"], rel=0.03), stage
+            assert plan.reserved / 1e9 == pytest.approx(held[stage]["reserved"], rel=0.03), stage
             compared += 1
     if not compared:
         pytest.skip(f"held.json has no stage of {case.name}")

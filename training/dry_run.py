@@ -63,7 +63,7 @@ def print_stage_plan(cfg, name, stage, vision, llm, world):
           f"activations at {most_tiles} tiles (checkpointing {checkpointing}): "
           f"{memory.activations / 1e9:.1f} GB, at work: {memory.work / 1e9:.1f} GB, "
           f"in all: {memory.allocated / 1e9:.1f} GB; "
-          f"PyTorch reserves up to {memory.reserved / 1e9:.1f} GB")
+          f"PyTorch reserves about {memory.reserved / 1e9:.1f} GB")
     if cfg.compile == "off":
         print("    without --compile the activations take up to half as much again")
     if cfg.dtype == "fp8":

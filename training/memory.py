@@ -17,10 +17,12 @@ TOKENS = 2048
 TILES = 7
 SUPERVISED = 192
 
-# The most that PyTorch's allocator has reserved beyond the peak, of all recipes (`make nogpu`):
-# pieces of freed blocks that fit nothing. FSDP takes and frees whole weights all the time, full
-# checkpointing whole blocks.
-FRAGMENTS = {"ddp": 0.08, "fsdp": 0.15, "full": 0.15}
+# What PyTorch's allocator reserves beyond the peak, fitted to all recipes of `make nogpu`: pieces of
+# freed memory that fit nothing. FSDP takes and frees whole weights all the time, the others what a
+# pass computes, and full checkpointing always the same blocks.
+FRAGMENTS_DDP = 0.093  # of what a pass computes
+FRAGMENTS_FSDP = 0.15  # of all
+FRAGMENTS_FULL = 0.9e9  # bytes
 
 
 @dataclass
@@ -30,7 +32,7 @@ class MemoryPlan:
     copies: float  # weights in bf16: those of training/copies.py, or that FSDP has gathered
     activations: float  # what the forward pass keeps for the backward pass
     work: float  # what the head, or a block on its way back, needs for a moment
-    fragments: float  # as a fraction of all that
+    fragments: float  # what the allocator reserves beside all that
 
     @property
     def allocated(self):
@@ -39,7 +41,7 @@ class MemoryPlan:
     @property
     def reserved(self):
         """What nvidia-smi would show at most, without the driver's and NCCL's own."""
-        return (1 + self.fragments) * self.allocated
+        return self.allocated + self.fragments
 
 
 # ---- activations ---------------------------------------------------------------------------------
@@ -216,21 +218,20 @@ def memory_plan(cfg, model, trained, world):
     head_trains = model.language_model.lm_head.weight.requires_grad
     at_head = head_bytes(model.llm, cfg.tokens_per_pack, head_trains, sharded)
     in_block = 4 * cfg.tokens_per_pack * model.llm.ffn_dim
-    fragments = FRAGMENTS["ddp"]
     if cfg.activation_checkpointing == "full":
         in_block = cfg.tokens_per_pack * recomputed_row_bytes(model.llm, trained.llm_rank)
-        fragments = FRAGMENTS["full"]
     if sharded:
         state /= shards
         copies = gathered_bytes(model)
         in_block += 2 * block_size(model)
-        fragments = FRAGMENTS["fsdp"]
     else:
         copies = weight_copy_bytes(model)
-    return MemoryPlan(
-        state=state,
-        copies=copies,
-        activations=activation_bytes(cfg, model, trained),
-        work=max(at_head, in_block),
-        fragments=fragments,
-    )
+    work = max(at_head, in_block)
+    activations = activation_bytes(cfg, model, trained)
+    if sharded:
+        fragments = FRAGMENTS_FSDP * (state + copies + activations + work)
+    elif cfg.activation_checkpointing == "full":
+        fragments = FRAGMENTS_FULL
+    else:
+        fragments = FRAGMENTS_DDP * (activations + work)
+    return MemoryPlan(state, copies, activations, work, fragments)

@@ -1,4 +1,4 @@
-"""PyTorch on a card that does nothing: what has to be pretended above cuda.c.
+"""PyTorch on a card that does nothing: what has to be pretended above driver.c.
 
 Import it before the program. The library must be preloaded, see runs/nogpu.sh. Values on the card
 are those that were copied there, for no kernel runs. So everything that reads a result of a kernel
@@ -179,7 +179,9 @@ def program_frame():
     for frame in reversed(traceback.extract_stack()):
         path = Path(frame.filename)
         if path.is_relative_to(ROOT) and not path.is_relative_to(ROOT / "tests"):
-            return f"{path.relative_to(ROOT)} {frame.name}"
+            # Python 3.11 gives a comprehension a frame of its own, later versions do not.
+            if not frame.name.endswith("comp>"):
+                return f"{path.relative_to(ROOT)} {frame.name}"
     return "outside of the program"
 
 

@@ -81,12 +81,9 @@ def stage_faults(row, held, allowed):
     """
     faults = []
     for what in ("allocated", "reserved"):
-        if row[what] > row[f"planned_{what}"] * (1 + MARGIN):
-            faults.append(f"{what} {row[what]:.1f} GB, --dry_run says "
-                          f"{row[f'planned_{what}']:.1f}")
-    if row["allocated"] < row["planned_allocated"] * (1 - MARGIN):
-        faults.append(f"allocated only {row['allocated']:.1f} GB of the "
-                      f"{row['planned_allocated']:.1f} that --dry_run says")
+        planned = row[f"planned_{what}"]
+        if abs(row[what] - planned) > MARGIN * planned:
+            faults.append(f"{what} {row[what]:.1f} GB, --dry_run says {planned:.1f}")
     if row["reserved"] > row["card_gb"]:
         faults.append(f"reserved {row['reserved']:.1f} GB of {row['card_gb']:g}")
     if row["breaks"]:
@@ -243,6 +240,7 @@ def main():
             faults += [f"{stage}: {text}"
                        for text in stage_faults(row, held.get(stage), allowed)]
             held[stage] = {"kernels": row["kernels"], "allocated": round(row["allocated"], 2),
+                           "reserved": round(row["reserved"], 2),
                            "compiled_gb": round(row["compiled_gb"], 1)}
     for name in OTHERS:
         if name in names:
