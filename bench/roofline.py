@@ -24,6 +24,7 @@ from training import limits, memory
 from training.dry_run import GPU_TFLOPS
 from training.flops import Trained, document_scores, gradients_pass, train_flops
 from training.optim import set_trained_parts
+from training.traffic import Traffic, traffic_plan
 from vision import VisionConfig, tile_scores
 
 ROOT = Path(__file__).parent.parent
@@ -69,6 +70,7 @@ class StagePack:
     n_trained: int
     kernels: int  # of a pack, compiled
     compiled_bytes: float  # that Inductor's kernels read and write for a pack
+    traffic: Traffic  # between the GPUs
 
     @property
     def lengths(self):
@@ -181,18 +183,6 @@ def optimizer_seconds(stage):
 # ---- transfers and launches ----------------------------------------------------------------------
 
 
-def transfer_seconds(stage):
-    """-> seconds on NVLink for each pack, and for each step.
-
-    FSDP gathers bf16 weights forward and backward and sums fp32 gradients, in every pack. DDP sums
-    them once a step, there and back.
-    """
-    others = (WORLD - 1) / WORLD
-    if stage.sharded:
-        return others * (2 * 2 * stage.n_all + 4 * stage.n_trained) / NVLINK, 0.0
-    return 0.0, 2 * others * 4 * stage.n_trained / NVLINK
-
-
 def tile_copy_seconds(stage):
     """uint8 tiles over PCIe; hidden beside the pack before."""
     return stage.n_tiles * 3 * stage.vision.image_size**2 / PCIE
@@ -225,7 +215,8 @@ def predict_pack(stage, rates=OURS):
         weight_seconds(stage),
         loss_seconds(stage),
     )
-    of_pack, of_step = transfer_seconds(stage)
+    of_pack = stage.traffic.pack_inside / NVLINK
+    of_step = stage.traffic.step_inside / NVLINK
     beside = {"NVLink": of_pack + of_step / packs, "PCIe": tile_copy_seconds(stage),
               "launches": LAUNCH * stage.kernels}
     # All but DDP's sum goes on while a pack computes; that has the last pack's backward pass, half.
@@ -255,7 +246,8 @@ def stages_of(recipe, held):
         trained = set_trained_parts(model, settings, cfg)
         found[name] = StagePack(cfg, cfg.vision, cfg.llm, trained, memory.size_of(model),
                             memory.trained_size(model), counted["kernels"],
-                            1e9 * counted["compiled_gb"])
+                            1e9 * counted["compiled_gb"],
+                            traffic_plan(cfg.parallel, model, WORLD))
     return found
 
 

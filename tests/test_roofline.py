@@ -8,6 +8,7 @@ import train
 from bench import roofline
 from model import LLMConfig
 from training.flops import Trained, train_flops
+from training.traffic import Traffic
 from vision import VisionConfig
 
 HBM = 0.8 * 3.35e12
@@ -22,6 +23,8 @@ SMALL = roofline.StagePack(
     n_trained=10**9,
     kernels=1000,
     compiled_bytes=HBM / 100,
+    # 7/8 of a sum of 4 GB, there and back
+    traffic=Traffic(step_inside=7e9),
 )
 
 
@@ -65,9 +68,9 @@ def test_a_pack_that_the_cpu_or_a_link_cannot_keep_up_with_waits_for_it():
 
     assert waiting(kernels=10**5) > 2000
     sharded = replace(SMALL.cfg, parallel="fsdp")
-    # 7/8 of two gathers of 2 bytes and a sum of 4 bytes: 17.5 ms, less than a pack
-    assert waiting(cfg=sharded, kernels=100) == 0
-    assert waiting(cfg=sharded, n_all=10**11, kernels=100) > 500
+    # 17.5 ms, less than a pack
+    assert waiting(cfg=sharded, traffic=Traffic(pack_inside=7e9), kernels=100) == 0
+    assert waiting(cfg=sharded, traffic=Traffic(pack_inside=7e11), kernels=100) > 500
 
 
 def test_nobody_waits_for_the_gradient_of_what_is_frozen():
@@ -85,9 +88,11 @@ def test_sizes_are_those_of_the_recipe():
     (name, large), = roofline.stages_of("sft_8b", held).items()
     assert name == "instruction" and large.sharded and large.llm.dim == 3584
     assert large.n_all == large.n_trained > 7.5e9 and large.compiled_bytes == 2.5e9
+    assert large.traffic.pack_inside > 7e9 * 8 * 7 / 8 and not large.traffic.step_inside
     assert large.lengths == [2048] * 4 and large.n_tiles == 32 and large.n_supervised == 768
     (name, small), = roofline.stages_of("pretrain_2b", held).items()
     assert name == "advance" and not small.trained.llm and small.n_trained < 0.2 * small.n_all
+    assert small.traffic.step_inside == 2 * 7 / 8 * 4 * small.n_trained
 
 
 def test_every_recipe_that_make_nogpu_has_counted_is_in_the_table(capsys):

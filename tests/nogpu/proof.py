@@ -59,7 +59,7 @@ CASES = [
     Case("sft_8b_hsdp_1024", "sft.py", ["sft_8b"], world=1024, flags=["--parallel=hsdp"]),
 ]
 # Scripts that print one JSON object of their own: {"faults": [...], ...}.
-OTHERS = ["real", "decode", "mutant"]
+OTHERS = ["real", "decode", "rows", "mutant"]
 
 
 # ---- what is wrong with a stage ------------------------------------------------------------------
