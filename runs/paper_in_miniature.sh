@@ -48,17 +48,17 @@ mkdir -p "$PAPER"
 has() { [[ " $PARTS " == *" $1 "* ]]; }
 
 # ---- what it will take ----
-# In hundredths of a second of one core: a step of fine-tuning 10, of pretraining 22, an evaluation
-# with its start 1,500; a model of the caption pipeline 11,000.
+# In hundredths of a second of one core: a step of fine-tuning 13, of pretraining 22, an evaluation
+# with its start 1,700; a model of the caption pipeline 11,000.
 sum() { echo $((${1//,/+})); }
 count() { wc -w <<< "${1//,/ }"; }
 core=$((SEEDS * (2 * STEPS * 22 + 2000)))
 has captions && core=$((core + 20000 + N_WEB * 15 + SEEDS * 2 * 11000))
 has growth && core=$((core + SEEDS * (2 * $(sum "$BUDGETS") * 22 + $(count "$BUDGETS") * 4000)))
 has sft && core=$((core
-    + SEEDS * 2 * ($(sum "$SFT_BUDGETS") * 10 + $(count "$SFT_BUDGETS") * 1500)))
-has curriculum && core=$((core + SEEDS * 6 * ($(sum "$N_SFT") * 10 * 10 / 44 + 1700)))
-has tiers && core=$((core + (SEEDS * 2 + 4) * 2 * ($(sum "$TIER_STEPS") * 10 / 2 + 1500)))
+    + SEEDS * 2 * ($(sum "$SFT_BUDGETS") * 13 + $(count "$SFT_BUDGETS") * 1700)))
+has curriculum && core=$((core + SEEDS * 6 * ($(sum "$N_SFT") * 13 * 10 / 44 + 1700)))
+has tiers && core=$((core + (SEEDS * 2 + 4) * 2 * ($(sum "$TIER_STEPS") * 13 / 2 + 1700)))
 minutes=$((core / 100 / 60 / 2 + 1))
 echo "planned: about $minutes minutes on two free cores ($SEEDS seeds)"
 
@@ -115,21 +115,9 @@ done
 set -f
 queue "$BIN/python" train.py $pretrain --seed={seed} --out_dir="$PAPER/start_{seed}" \
     --alignment.steps="$STEPS" --advance.steps="$STEPS"
-run_queue
 
-queue bash -c '[ -f "$1/eval/results.json" ] || "${@:2}" --model="$1/advance" --out_dir="$1/eval"' \
-    start "$PAPER/start_{seed}" "$BIN/python" eval.py $bench --threads=1
-run_queue
-told start
-
-# ---- 1. recaptions against alt-text ----
-if has captions; then
-    BIN=$BIN CURATE="$PAPER/captions" WEB="$PAPER/web" N_WEB=$N_WEB LLM="$LLM" \
-        SEEDS="$(seq -s ' ' 1 "$SEEDS")" FRESH="$PAPER/fresh_{seed}" bash runs/curate_demo.sh
-    told captions
-fi
-
-# ---- 2. growth with pretraining data ----
+# ---- growth with pretraining data ----
+# It needs none of these models, so it fills the core that an odd number of seeds leaves idle.
 if has growth; then
     for budget in $(largest_first "$BUDGETS"); do
         queue "$BIN/python" -m runs.scaling plan --run=True --out_dir="$PAPER/growth" \
@@ -139,11 +127,20 @@ if has growth; then
                 --knowledge.data='$PAPER/clean_{seed}/knowledge-*.tar'" \
             --model=sft/knowledge --eval="$bench --threads=1"
     done
-    run_queue
-    told growth
+fi
+run_queue
+told pretraining
+
+# ---- recaptions against alt-text ----
+if has captions; then
+    BIN=$BIN CURATE="$PAPER/captions" WEB="$PAPER/web" N_WEB=$N_WEB LLM="$LLM" \
+        SEEDS="$(seq -s ' ' 1 "$SEEDS")" FRESH="$PAPER/fresh_{seed}" bash runs/curate_demo.sh
+    told captions
 fi
 
-# ---- 3. growth with fine-tuning data, by the quality of the set ----
+# ---- where fine-tuning starts; growth with its data, by the quality of the set ----
+queue bash -c '[ -f "$1/eval/results.json" ] || "${@:2}" --model="$1/advance" --out_dir="$1/eval"' \
+    start "$PAPER/start_{seed}" "$BIN/python" eval.py $bench --threads=1
 if has sft; then
     for budget in $(largest_first "$SFT_BUDGETS"); do
         for quality in clean noisy; do
@@ -154,11 +151,11 @@ if has sft; then
                 --sft="$fine --knowledge.data='$data'" --eval="$bench --threads=1"
         done
     done
-    run_queue
-    told sft
 fi
+run_queue
+told fine-tuning
 
-# ---- 4. the order of fine-tuning data, apart from the schedule ----
+# ---- the order of fine-tuning data, apart from the schedule ----
 if has curriculum; then
     arms="-m runs.curriculum plan --out_dir=$PAPER/curriculum --start=$PAPER/start_{seed}/advance
         --data=$PAPER/noisy_{seed} --rate=$RATE"
@@ -172,7 +169,7 @@ if has curriculum; then
     told curriculum
 fi
 
-# ---- 5. which candidate to fine-tune on: does a quick tier rank as the full one does? ----
+# ---- which candidate to fine-tune on: does a quick tier rank as the full one does? ----
 if has tiers; then
     sets=""
     for k in "${!candidates[@]}"; do
