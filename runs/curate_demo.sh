@@ -16,6 +16,7 @@ SEEDS=${SEEDS:-1 2}             # of the models that are pretrained on either se
 LLM=${LLM:-toy/llm}             # the language base
 FRESH=${FRESH:-$OUT/start}      # what they start from; {seed} in it is the seed
 STEPS_SHARE=${STEPS_SHARE:-100} # percent of the usual steps
+NEW_CAPTIONS=${NEW_CAPTIONS:-yes}   # no: the pretrained models do not caption new pictures
 
 export OMP_NUM_THREADS=1
 torchrun="$BIN/torchrun --standalone --nproc_per_node=2"
@@ -86,18 +87,22 @@ for seed in $SEEDS; do
         $torchrun train.py config/toy.py --seed=$seed --stages=alignment \
             --alignment.steps=$(share 100) --init_from="${FRESH//\{seed\}/$seed}" \
             --data="$OUT/$set/*.tar" --out_dir="$run"
-        $torchrun curate.py recaption --in="$OUT/new" --out="$run/captions" \
-            --model="$run/alignment" --mode=caption --dtype=float32 $toy
+        if [ "$NEW_CAPTIONS" = yes ]; then
+            $torchrun curate.py recaption --in="$OUT/new" --out="$run/captions" \
+                --model="$run/alignment" --mode=caption --dtype=float32 $toy
+            captions+=("pretrained_on_${set}_$seed=$run/captions")
+        fi
         $torchrun sft.py config/toy_sft.py --seed=$seed --stages=knowledge \
             --knowledge.steps=$(share 60) --knowledge.data="${WEB}_sft/knowledge-*.tar" \
             --init_from="$run/alignment" --out_dir="$run/sft"
         $torchrun eval.py --model="$run/sft/knowledge" --data_dir="${WEB}_new" \
             --benchmarks=toy --limit=100 --out_dir="$run/eval"
-        captions+=("pretrained_on_${set}_$seed=$run/captions")
     done
 done
 set +f
-$truth facts "${WEB}_new"/*.truth.jsonl -- "${captions[@]}"
+if [ "$NEW_CAPTIONS" = yes ]; then
+    $truth facts "${WEB}_new"/*.truth.jsonl -- "${captions[@]}"
+fi
 for run in "$OUT"/pretrained_*; do
     overall='import json, sys; print(json.load(open(sys.argv[1]))["overall"])'
     echo "$run: overall $("$BIN/python" -c "$overall" "$run/eval/results.json")"

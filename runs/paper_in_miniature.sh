@@ -49,11 +49,11 @@ has() { [[ " $PARTS " == *" $1 "* ]]; }
 
 # ---- what it will take ----
 # In hundredths of a second of one core: a step of fine-tuning 13, of pretraining 22, an evaluation
-# with its start 1,700; a model of the caption pipeline 11,000.
+# with its start 1,700; a model of the caption pipeline 8,500.
 sum() { echo $((${1//,/+})); }
 count() { wc -w <<< "${1//,/ }"; }
 core=$((SEEDS * (2 * STEPS * 22 + 2000)))
-has captions && core=$((core + 20000 + N_WEB * 15 + SEEDS * 2 * 11000))
+has captions && core=$((core + 20000 + N_WEB * 15 + SEEDS * 2 * 8500))
 has growth && core=$((core + SEEDS * (2 * $(sum "$BUDGETS") * 22 + $(count "$BUDGETS") * 4000)))
 has sft && core=$((core
     + SEEDS * 2 * ($(sum "$SFT_BUDGETS") * 13 + $(count "$SFT_BUDGETS") * 1700)))
@@ -133,7 +133,7 @@ told pretraining
 
 # ---- recaptions against alt-text ----
 if has captions; then
-    BIN=$BIN CURATE="$PAPER/captions" WEB="$PAPER/web" N_WEB=$N_WEB LLM="$LLM" \
+    BIN=$BIN CURATE="$PAPER/captions" WEB="$PAPER/web" N_WEB=$N_WEB LLM="$LLM" NEW_CAPTIONS=no \
         SEEDS="$(seq -s ' ' 1 "$SEEDS")" FRESH="$PAPER/fresh_{seed}" bash runs/curate_demo.sh
     told captions
 fi

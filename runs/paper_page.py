@@ -46,7 +46,10 @@ def draw_panels(rows):
         draw_growth(growths, [row for row in rows if row["claim"] == name and "seed" in row],
                     label, GROWTH_COLORS[name])
     growths.set(xscale="log", xlabel="tokens", ylabel="overall", title="2. growth with data")
-    growths.legend(frameon=False, fontsize=8)
+    # room for the legend above the points
+    low, high = growths.get_ylim()
+    growths.set_ylim(low, high + 0.25 * (high - low))
+    growths.legend(frameon=False, fontsize=8, loc="upper left")
     contrasts = [row for row in rows if row["claim"] == "curriculum" and "due_to" in row]
     draw_contrasts(orders, [row for row in contrasts if row["metric"] == "overall"])
     png = io.BytesIO()

@@ -1,0 +1,69 @@
+"""The rows of `python -m bench` that a GPU fills, on a card that does nothing: each has to end.
+
+    python tests/nogpu/rows.py OUT
+
+Nothing is computed, so the sides are not compared, and no time counts. What counts: that a row
+runs, and that it reserves no more than the plan it is admitted by (bench/room.py). The rows beside
+transformers are left out, for the environment of `make nogpu` has no transformers. The last line
+is JSON.
+"""
+import gc
+import json
+import sys
+import traceback
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent.parent)]
+import card  # noqa: E402
+import torch  # noqa: E402
+
+import model as model_file  # noqa: E402
+from bench import __main__ as bench  # noqa: E402
+from bench import kernels, room  # noqa: E402
+
+PARTS = ("attn", "ce", "train", "stages", "warmup")
+MARGIN = 0.03  # of what is planned
+
+
+def run_row(part, function, name, arguments, cfg, device):
+    """-> (GB it reserved, what is wrong with it or None)."""
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        list(function(cfg, device, name, *arguments))
+    except Exception:
+        traceback.print_exc()
+        return 0, "it stopped, see the log"
+    reserved = torch.cuda.max_memory_reserved()
+    planned = room.row_bytes(part, arguments)
+    if planned and reserved > (1 + MARGIN) * planned:
+        return reserved, f"reserved {reserved / 1e9:.1f} GB, the plan says {planned / 1e9:.1f}"
+    return reserved, None
+
+
+def main():
+    card.pretend_results(model_file)
+    # Nothing is computed that could agree.
+    kernels.refuse_larger_error = lambda errors: None
+    cfg = bench.Config(rounds=1)
+    device = torch.device("cuda", 0)
+    size = torch.cuda.get_device_properties(device).total_memory
+    most = 0
+    n_rows = 0
+    faults = []
+    for part in PARTS:
+        function, table = bench.bench_parts(device)[part]
+        for name, arguments in room.fitting_rows(part, table, size).items():
+            reserved, fault = run_row(part, function, name, arguments, cfg, device)
+            n_rows += 1
+            most = max(most, reserved)
+            if fault:
+                faults.append(f"{name}: {fault}")
+            print(f"{part} {name}: {reserved / 1e9:.1f} GB, {fault or 'as planned'}", flush=True)
+            # the memory of this row, before the next one is built
+            gc.collect()
+            torch.cuda.empty_cache()
+    says = f"{n_rows} rows of bench, {most / 1e9:.1f} GB reserved at most"
+    print(json.dumps({"faults": faults, "says": says}))
+
+
+main()
