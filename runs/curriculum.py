@@ -7,8 +7,7 @@
 SAIL-VL's third claim (arXiv 2501.05952): stages of rising quality and complexity surpass one stage
 of the same data mixed. Its comparison changes two things: the order of the samples, and the
 schedule, which three stages begin three times. Here each order runs under both schedules, on the
-same samples, each seen once and packed as they come. Rates are the same in all arms and stages:
-none is tuned, so that no arm has been searched for longer than another.
+same samples, each seen once and packed as they come. Rates are the same in all arms and stages.
 
 --data holds the tars of `python -m toy --parts=knowledge,instruction,preference`; {seed} in a path
 or flag stands for the seed, so that each has samples, wrong answers and a projector of its own.
@@ -49,7 +48,8 @@ CONTRASTS = (
     ("reversed order, under three schedules", ("reversed", "three"), ("mixed", "three")),
     ("reversed order, under one schedule", ("reversed", "one"), ("mixed", "one")),
     ("schedule, mixed data", ("mixed", "three"), ("mixed", "one")),
-    ("order and schedule, as the paper compares", ("curriculum", "three"), ("mixed", "one")),
+    ("schedule, curriculum", ("curriculum", "three"), ("curriculum", "one")),
+    ("order and schedule together", ("curriculum", "three"), ("mixed", "one")),
 )
 # Peak rates at --rate=1: those of config/toy_sft.py's first stage.
 PEAK_RATES = {"lr_vision": 6e-4, "lr_projector": 2.5e-3, "lr_llm": 2.5e-4}

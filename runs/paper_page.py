@@ -43,8 +43,11 @@ def draw_panels(rows):
     captions, growths, orders = figure.subplots(1, 3, width_ratios=(1, 1.6, 1.6))
     draw_captions(captions, [row for row in rows if "captions" in row and "seed" in row])
     for name, label in GROWTHS.items():
-        draw_growth(growths, [row for row in rows if row["claim"] == name and "seed" in row],
-                    label, GROWTH_COLORS[name])
+        own = [row for row in rows if row["claim"] == name]
+        for row in own:
+            if row.get("metric") == "overall":
+                label += ": {:+.1f} ± {:.1f} per tenfold".format(*slope_of(row))
+        draw_growth(growths, [row for row in own if "seed" in row], label, GROWTH_COLORS[name])
     growths.set(xscale="log", xlabel="tokens", ylabel="overall", title="2. growth with data")
     # room for the legend above the points
     low, high = growths.get_ylim()
@@ -77,8 +80,7 @@ def draw_growth(axes, points, label, color):
     line = fit_line(np.log10(tokens), scores)
     axes.plot(tokens, scores, "o", ms=4, color=color)
     ends = np.array([tokens.min(), tokens.max()])
-    text = f"{label}: {line.b:+.1f} ± {line.half:.1f} per tenfold"
-    axes.plot(ends, line.a + line.b * np.log10(ends), color=color, label=text)
+    axes.plot(ends, line.a + line.b * np.log10(ends), color=color, label=label)
 
 
 def draw_contrasts(axes, rows):
@@ -141,13 +143,20 @@ def difference_table(rows, metrics=None):
     return as_table([*header, "each seed"], lines) if lines else ""
 
 
+def slope_of(row):
+    """(points per tenfold, half of its interval): over seeds, or over all points of one seed."""
+    if "slope" in row:
+        return row["slope"], row["slope_half"]
+    return row["per_tenfold"], row["per_tenfold_half"]
+
+
 def growth_table(rows, metrics=("overall",)):
     """Slope, straightness, and the largest budget by three rivals."""
     lines = []
     for row in rows:
         if row.get("metric") not in metrics or "per_tenfold" not in row:
             continue
-        slope = f"**{row['per_tenfold']:.1f}** ± {row['per_tenfold_half']:.1f}"
+        slope = "**{:.1f}** ± {:.1f}".format(*slope_of(row))
         bends = "-" if row["bends_p"] is None else f"{row['bends_p']:.3f}"
         cells = [GROWTHS[row["claim"]], slope, bends, f"{row['largest_measured']:.1f}"]
         for rival in ("log", "linear", "none"):
@@ -195,9 +204,10 @@ def rank_table(rows):
     for row in rows:
         if "ranks" in row:
             n = len(row["seeds"])
-            lines.append([row["ranks"], row["as"], f"{row['pairs_alike']} of {row['pairs']}",
+            lines.append([row["among"], row["ranks"], row["as"],
+                          f"{row['pairs_alike']} of {row['pairs']}",
                           f"{row['same_best']} of {n}", f"{row['same_order']} of {n}"])
-    header = ["the tier", "ranks as", "pairs", "the best", "the whole order"]
+    header = ["among", "the tier", "ranks as", "pairs", "the best", "the whole order"]
     return as_table(header, lines) if lines else ""
 
 

@@ -119,8 +119,27 @@ def growth_rows(folder, n_left_out):
     for metric in [name for name in points[0] if name not in NO_SCORES]:
         y = np.array([point[metric] for point in points])
         rows.append({"claim": folder.name, "metric": metric}
-                    | growth(steps, tokens, y, n_left_out))
+                    | growth(steps, tokens, y, n_left_out) | slope_by_seed(points, metric))
     return rows
+
+
+def slope_by_seed(points, metric):
+    """The slope of each seed and what other seeds would give; {} if fewer than two have a line.
+
+    Runs of a seed share projector and data, so the interval of one line through all points would
+    take for independent what is not.
+    """
+    slopes = []
+    for seed in sorted({point["seed"] for point in points}):
+        own = [point for point in points if point["seed"] == seed]
+        if len(own) > 2:
+            x = np.log10([point["tokens"] for point in own])
+            slopes.append(fit_line(x, np.array([point[metric] for point in own])).b)
+    if len(slopes) < 2:
+        return {}
+    mean, half = mean_interval(slopes)
+    return {"slope": round(mean, 2), "slope_half": round(half, 2),
+            "slopes": np.round(slopes, 2).tolist()}
 
 
 def quality_rows(rows):
@@ -167,23 +186,22 @@ def tier_rows(folder):
                 for name in CANDIDATES}
         rows.append({"claim": "tiers", "tier": tier, "mean_of": len(seeds)} | mean)
     truth = {name: -place for place, name in enumerate(CANDIDATES)}
-    for one, other in (("quick", "full"), ("quick", "truth"), ("full", "truth")):
-        pairs = 0
-        best = 0
-        whole = 0
-        for seed in seeds:
-            a = scores[one, seed]
-            b = truth if other == "truth" else scores[other, seed]
-            pairs += pairs_alike(a, b)
-            best += max(a, key=a.get) == max(b, key=b.get)
-            whole += sorted(a, key=a.get) == sorted(b, key=b.get)
-        rows.append({"claim": "tiers", "ranks": one, "as": other, "seeds": seeds,
-                     "pairs_alike": pairs, "pairs": 6 * len(seeds), "same_best": best,
-                     "same_order": whole})
+    for among, names in (("all", CANDIDATES), ("questions", CANDIDATES[:-1])):
+        for one, other in (("quick", "full"), ("quick", "truth"), ("full", "truth")):
+            row = {"claim": "tiers", "among": among, "ranks": one, "as": other, "seeds": seeds,
+                   "pairs": len(seeds) * len(names) * (len(names) - 1) // 2,
+                   "pairs_alike": 0, "same_best": 0, "same_order": 0}
+            for seed in seeds:
+                a = scores[one, seed]
+                b = truth if other == "truth" else scores[other, seed]
+                row["pairs_alike"] += pairs_alike(a, b, names)
+                row["same_best"] += max(names, key=a.get) == max(names, key=b.get)
+                row["same_order"] += sorted(names, key=a.get) == sorted(names, key=b.get)
+            rows.append(row)
     return rows
 
 
-def pairs_alike(a, b):
-    """Of so many pairs of candidates two rankings say that the same one is better."""
+def pairs_alike(a, b, names):
+    """Of so many pairs of these candidates two rankings say that the same one is better."""
     return sum((a[one] - a[other]) * (b[one] - b[other]) > 0
-               for one, other in itertools.combinations(CANDIDATES, 2))
+               for one, other in itertools.combinations(names, 2))

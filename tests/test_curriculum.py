@@ -276,13 +276,25 @@ def assert_traceable(page, text):
 
 def test_quick_and_full_tiers_are_compared_pair_by_pair(left):
     folder, _ = left
-    rows = {(row["ranks"], row["as"]): row for row in paper_rows.tier_rows(folder / "tiers")
-            if "ranks" in row}
-    quick = rows["quick", "full"]
+    rows = {(row["ranks"], row["as"], row["among"]): row
+            for row in paper_rows.tier_rows(folder / "tiers") if "ranks" in row}
+    quick = rows["quick", "full", "all"]
     # In one of two seeds the quick tier exchanges two candidates.
     assert (quick["pairs_alike"], quick["pairs"]) == (11, 12)
     assert (quick["same_best"], quick["same_order"]) == (2, 1)
-    assert rows["full", "truth"]["same_order"] == 2
+    assert rows["full", "truth", "all"]["same_order"] == 2
+    questions = rows["quick", "full", "questions"]
+    assert (questions["pairs_alike"], questions["pairs"]) == (5, 6)
+
+
+def test_the_interval_of_a_slope_is_that_of_the_seeds():
+    points = [{"seed": seed, "tokens": tokens, "overall": slope * np.log10(tokens) + seed}
+              for seed, slope in ((1, 8), (2, 10), (3, 12)) for tokens in (10, 100, 1000)]
+    found = paper_rows.slope_by_seed(points, "overall")
+    assert found["slopes"] == [8, 10, 12] and found["slope"] == 10
+    # Student's t of two degrees of freedom, 4.303, times 2 / sqrt(3)
+    assert found["slope_half"] == pytest.approx(4.97, abs=0.01)
+    assert paper_rows.slope_by_seed(points[:3], "overall") == {}
 
 
 def test_right_answers_are_worth_a_difference_by_seed(left):
