@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from bench.measure import compare_sides, largest_error, refuse_larger_error
-from kernels import attention, cross_entropy
+from kernels import attention, cross_entropy, varlen
 
 
 @dataclass(slots=True)
@@ -89,7 +89,7 @@ def varlen_sides(lengths, causal, device):
     L = max(lengths)
     ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
     # PyTorch's own, of flash-attn 2
-    sides = {"varlen": lambda *qkv: attention.attend_varlen(*qkv, ends, L, causal)}
+    sides = {"varlen": lambda *qkv: varlen.attend_varlen(*qkv, ends, L, causal)}
     with contextlib.suppress(ImportError):
         from flash_attn_interface import flash_attn_varlen_func as flash_3
         sides["flash-attn 3"] = lambda *qkv: flash_3(*qkv, ends, ends, L, L, causal=causal)

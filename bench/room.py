@@ -20,7 +20,8 @@ DRIVER_BYTES = 2e9  # of the card, for the driver and the libraries of CUDA
 def step_plan(size, stage, checkpointing="none", seeds=1):
     """The MemoryPlan of a step on the samples of a BenchSize, the most of these seeds.
 
-    They are packed, or padded to the longest of eight, which is more.
+    They are packed, or padded to the longest of eight, which is more. Padded batches have one
+    backward pass together, so all are held at once.
     """
     shape = BENCH_SIZES[size]
     cfg = Config(activation_checkpointing=checkpointing, tokens_per_pack=0, max_tiles_per_pack=0)
@@ -29,7 +30,7 @@ def step_plan(size, stage, checkpointing="none", seeds=1):
         per_tile = shape.vision.tokens_per_tile
         lengths = [n * per_tile + more for n, more in zip(tiles, text, strict=True)]
         padded = [len(batch) * max(lengths[i] for i in batch) for batch in batches_of_8(lengths)]
-        cfg.tokens_per_pack = max(cfg.tokens_per_pack, sum(lengths), *padded)
+        cfg.tokens_per_pack = max(cfg.tokens_per_pack, sum(padded))
         cfg.max_tiles_per_pack = max(cfg.max_tiles_per_pack, sum(tiles))
     with torch.device("meta"):
         model = VLM(shape.vision, shape.llm, 0)

@@ -15,7 +15,6 @@ cu_seqlens (S+1,) int32 holds the borders, 0 and T included; keep it on the CPU 
 """
 import functools
 import importlib.util
-import inspect
 import itertools
 import os
 import sys
@@ -24,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import activate_flash_attention_impl
-from torch.nn.attention.varlen import varlen_attn
 
 from kernels import attention_launch
 
@@ -57,6 +55,8 @@ def attention(q, k, v, cu_seqlens, max_seqlen, causal):
         raise ValueError(
             f"ATTENTION={path!r} is not a known path; use reference, sdpa, triton or varlen")
     if path == "varlen":
+        # It brings the compiler, most of a second: only who asks for it waits.
+        from kernels.varlen import attend_varlen
         return attend_varlen(q, k, v, cu_seqlens, max_seqlen, causal)
 
     # torch.compile has to see a single operation. The borders of documents are data: if they were
@@ -77,21 +77,6 @@ def choose_attention(path, device):
     installed = importlib.util.find_spec("flash_attn_interface")
     if path == "varlen" and installed and torch.cuda.get_device_capability(device) == (9, 0):
         activate_flash_attention_impl("FA3")
-
-
-# ---- varlen: PyTorch's own kernel for packs ------------------------------------------------------
-
-# PyTorch 2.13 wants to be told that query heads share key heads; 2.11 has no word for it.
-GROUPED = {}
-if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-    GROUPED["enable_gqa"] = True
-
-
-def attend_varlen(q, k, v, cu_seqlens, max_seqlen, causal):
-    borders = cu_seqlens.to(q.device, non_blocking=True)
-    window = (-1, 0) if causal else (-1, -1)
-    return varlen_attn(
-        q, k, v, borders, borders, max_seqlen, max_seqlen, window_size=window, **GROUPED)
 
 
 # ---- reference: the definition, one document at a time -------------------------------------------

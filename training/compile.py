@@ -1,6 +1,5 @@
 """torch.compile of the transformer blocks."""
 import torch
-import torch._inductor.config as inductor_config
 import torch.fx.experimental._config as fx_config
 
 from aimv2 import AIMv2Block
@@ -14,6 +13,8 @@ def compile_blocks(model, backend="inductor"):
     The sizes of a pack (T, N, S) are symbols from the start. So blocks of one kind share a graph,
     and a new pack compiles nothing.
     """
+    # It brings the compiler, most of a second: a run without it does not wait.
+    import torch._inductor.config as inductor_config
     # Graphs of another stage, in which other parts trained, would count against PyTorch's limit.
     torch._dynamo.reset()
     # PyTorch would cut the graph of a block where a bucket of DDP ends. Blocks are smaller than
