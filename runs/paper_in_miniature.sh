@@ -58,7 +58,8 @@ has growth && core=$((core + SEEDS * (2 * $(sum "$BUDGETS") * 22 + $(count "$BUD
 has sft && core=$((core
     + SEEDS * 2 * ($(sum "$SFT_BUDGETS") * 13 + $(count "$SFT_BUDGETS") * 1700)))
 has curriculum && core=$((core + SEEDS * 6 * ($(sum "$N_SFT") * 13 * 10 / 44 + 1700)))
-has tiers && core=$((core + (SEEDS * 2 + 4) * 2 * ($(sum "$TIER_STEPS") * 13 / 2 + 1700)))
+has tiers && core=$((core
+    + SEEDS * 4 * ($(sum "$TIER_STEPS") * 13 + 2 * 1700) + 9 * (${TIER_STEPS#*,} * 13 + 1700)))
 minutes=$((core / 100 / 60 / 2 + 1))
 echo "planned: about $minutes minutes on two free cores ($SEEDS seeds)"
 
