@@ -134,12 +134,16 @@ def slope_by_seed(points, metric):
         own = [point for point in points if point["seed"] == seed]
         if len(own) > 2:
             x = np.log10([point["tokens"] for point in own])
-            slopes.append(fit_line(x, np.array([point[metric] for point in own])).b)
+            y = np.array([point[metric] for point in own])
+            slopes.append(fit_line(x, y).b)
     if len(slopes) < 2:
         return {}
     mean, half = mean_interval(slopes)
-    return {"slope": round(mean, 2), "slope_half": round(half, 2),
-            "slopes": np.round(slopes, 2).tolist()}
+    return {
+        "slope": round(mean, 2),
+        "slope_half": round(half, 2),
+        "slopes": np.round(slopes, 2).tolist(),
+    }
 
 
 def quality_rows(rows):
@@ -188,9 +192,17 @@ def tier_rows(folder):
     truth = {name: -place for place, name in enumerate(CANDIDATES)}
     for among, names in (("all", CANDIDATES), ("questions", CANDIDATES[:-1])):
         for one, other in (("quick", "full"), ("quick", "truth"), ("full", "truth")):
-            row = {"claim": "tiers", "among": among, "ranks": one, "as": other, "seeds": seeds,
-                   "pairs": len(seeds) * len(names) * (len(names) - 1) // 2,
-                   "pairs_alike": 0, "same_best": 0, "same_order": 0}
+            row = {
+                "claim": "tiers",
+                "among": among,
+                "ranks": one,
+                "as": other,
+                "seeds": seeds,
+                "pairs": len(seeds) * len(names) * (len(names) - 1) // 2,
+                "pairs_alike": 0,
+                "same_best": 0,
+                "same_order": 0,
+            }
             for seed in seeds:
                 a = scores[one, seed]
                 b = truth if other == "truth" else scores[other, seed]

@@ -51,10 +51,13 @@ CASES = [
     Case("ablation", "train.py", ["pretrain_2b", "ablation"], world=1, card_gb=23),
     Case("ablation_sft", "sft.py", ["sft_2b", "ablation_sft"], world=1, card_gb=23),
     Case("captioner", "sft.py", ["captioner"], flags=["--llm=qwen2.5-7b"]),
+    Case("pretrain_2b_64", "train.py", ["pretrain_2b"], world=64),
+    Case("sft_2b_64", "sft.py", ["sft_2b"], world=64),
     Case("pretrain_8b_64", "train.py", ["pretrain_8b"], world=64),
     Case("sft_8b_64", "sft.py", ["sft_8b"], world=64),
     Case("pretrain_8b_fsdp", "train.py", ["pretrain_8b"], flags=["--parallel=fsdp"]),
     Case("pretrain_8b_64_fsdp", "train.py", ["pretrain_8b"], world=64, flags=["--parallel=fsdp"]),
+    Case("pretrain_8b_hsdp", "train.py", ["pretrain_8b"], world=64, flags=["--parallel=hsdp"]),
     Case("sft_8b_hsdp", "sft.py", ["sft_8b"], world=64, flags=["--parallel=hsdp"]),
     Case("sft_8b_hsdp_1024", "sft.py", ["sft_8b"], world=1024, flags=["--parallel=hsdp"]),
 ]
