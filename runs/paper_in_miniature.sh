@@ -160,11 +160,11 @@ told fine-tuning
 if has curriculum; then
     arms="-m runs.curriculum plan --out_dir=$PAPER/curriculum --start=$PAPER/start_{seed}/advance
         --data=$PAPER/noisy_{seed} --rate=$RATE"
+    questions="--eval=$bench --threads=1"
     # The orders are written first: two jobs read those of a seed.
-    "$BIN/python" $arms --seeds="$(seq -s , 1 "$SEEDS")" --eval="$bench" > "$PAPER/arms.txt"
+    "$BIN/python" $arms --seeds="$(seq -s , 1 "$SEEDS")" "$questions" > "$PAPER/arms.txt"
     for schedule in three one; do
-        queue "$BIN/python" $arms --schedules=$schedule --seeds={seed} --run=True \
-            --eval="$bench --threads=1"
+        queue "$BIN/python" $arms --schedules=$schedule --seeds={seed} --run=True "$questions"
     done
     run_queue
     told curriculum
