@@ -373,5 +373,5 @@ def test_the_paper_in_miniature_is_killed_and_goes_on_to_its_page_and_again_with
     rows = [json.loads(line) for line in open(page.with_suffix(".jsonl"))]
     assert {row["claim"] for row in rows} == {
         "minutes", "base", "start", "captions", "curriculum", "tiers", *paper_page.GROWTHS,
-        "quality"}
+        "quality", "validation"}
     assert "one seed, no interval" in page.read_text() and "Not run." not in page.read_text()
