@@ -123,6 +123,12 @@ def growth_rows(folder, n_left_out):
     return rows
 
 
+def tenfold_slope(points, metric):
+    """Points per tenfold of the tokens."""
+    x = np.log10([point["tokens"] for point in points])
+    return fit_line(x, np.array([point[metric] for point in points])).b
+
+
 def slope_by_seed(points, metric):
     """The slope of each seed and what other seeds would give; {} if fewer than two have a line.
 
@@ -133,9 +139,7 @@ def slope_by_seed(points, metric):
     for seed in sorted({point["seed"] for point in points}):
         own = [point for point in points if point["seed"] == seed]
         if len(own) > 2:
-            x = np.log10([point["tokens"] for point in own])
-            y = np.array([point[metric] for point in own])
-            slopes.append(fit_line(x, y).b)
+            slopes.append(tenfold_slope(own, metric))
     if len(slopes) < 2:
         return {}
     mean, half = mean_interval(slopes)
@@ -154,10 +158,8 @@ def quality_rows(rows):
         points = [row for row in rows if row["claim"] == claim and "seed" in row]
         for seed in {row["seed"] for row in points}:
             own = [row for row in points if row["seed"] == seed]
-            x = np.log10([row["tokens"] for row in own])
-            y = np.array([row["overall"] for row in own])
-            score[claim, seed] = float(y.mean())
-            slope[claim, seed] = fit_line(x, y).b
+            score[claim, seed] = float(np.mean([row["overall"] for row in own]))
+            slope[claim, seed] = tenfold_slope(own, "overall")
     seeds = sorted(seed for claim, seed in score if claim == "sft_clean"
                    and ("sft_noisy", seed) in score)
     found = []

@@ -17,9 +17,9 @@ TOKENS = 2048
 TILES = 7
 SUPERVISED = 192
 
-FRAGMENTS_DDP = 0.093  # of what a pass computes
-# freed memory that fit nothing. FSDP takes and frees whole weights all the time, the others what a
-# pass computes, and full checkpointing always the same blocks.
+# What PyTorch's allocator reserves beyond the peak, fitted to all recipes of `make nogpu`: pieces
+# of freed memory that fit nothing. FSDP takes and frees whole weights all the time, the others what
+# a pass computes, and full checkpointing always the same blocks.
 FRAGMENTS_DDP = 0.093  # of what a pass computes
 FRAGMENTS_FSDP = 0.15  # of all
 FRAGMENTS_FULL = 0.9e9  # bytes
